@@ -1,0 +1,21 @@
+"""C++ kernels for the processor, one build for several vector widths (`csrc/cpu`)."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import Call
+from . import window_attention, window_partition
+from .library import unavailable
+
+__all__ = ["supports", "unavailable", "window_attention", "window_partition"]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def supports(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"the volume is on {call.device}, this backend runs on the CPU"
+    if call.operator == "window_attention" and call.dtype not in DTYPES:
+        return f"dtype {call.dtype} has no kernel"
+    return None

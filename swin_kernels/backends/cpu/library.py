@@ -1,0 +1,22 @@
+"""Finds and loads the C++ library that the build put beside the package."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).resolve().parents[2] / "lib" / "libswin_kernels_cpu.so"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the C++ kernels cannot run here, or None; the first call loads the library."""
+    if not LIBRARY.is_file():
+        return f"the C++ library was not built ({LIBRARY} is missing): install a C++17 compiler and reinstall"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the C++ library does not load: {error}"
+    return None

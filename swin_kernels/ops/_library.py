@@ -1,0 +1,67 @@
+"""The `torch.library` namespace of this package, and the argument checks that operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+NAMESPACE = "swin_kernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def define(schema: str) -> None:
+    """Declare an operator of the namespace; its implementation picks a backend for the device."""
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def per_axis(value: int | Sequence[int], axes: int, where: str) -> tuple[int, ...]:
+    """`value` as one int per spatial axis.
+
+    Raises:
+        TypeError: not an int or a sequence of ints.
+        ValueError: a sequence of another length than `axes`.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,) * axes
+    if not isinstance(value, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        raise TypeError(f"{where} is {value!r}; accepted is an int or one int per spatial axis")
+    if len(value) != axes:
+        raise ValueError(f"{where} is {tuple(value)}; accepted is an int or {axes} ints, one per spatial axis")
+    return tuple(value)
+
+
+def check_windows(
+    operator: str, axes: int, window_size: int | Sequence[int], shift_size: int | Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Nominal window and shift, one entry per axis, checked: windows ≥ 1 and 0 ≤ shift < window."""
+    window = per_axis(window_size, axes, f"{operator}: window_size")
+    shift = per_axis(shift_size, axes, f"{operator}: shift_size")
+    if any(w < 1 for w in window):
+        raise ValueError(f"{operator}: window_size is {window}; every entry must be at least 1")
+    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(f"{operator}: shift_size is {shift}; every entry must be ≥ 0 and below window_size {window}")
+    return window, shift
+
+
+def check_tensor(operator: str, name: str, value: object, dtypes: Sequence[torch.dtype] = ()) -> None:
+    """Raise `TypeError` unless `value` is a dense tensor of one of `dtypes` (any if empty)."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{operator}: {name} is a {type(value).__name__}; accepted is a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{operator}: {name} has layout {value.layout}; accepted is torch.strided")
+    if dtypes and value.dtype not in dtypes:
+        accepted = ", ".join(str(d) for d in dtypes)
+        raise TypeError(f"{operator}: {name} has dtype {value.dtype}; accepted are {accepted}")
+
+
+def check_volume(operator: str, name: str, value: torch.Tensor) -> None:
+    """Raise `ValueError` unless `value` is ``(B, *S, C)`` with 2 or 3 spatial axes, none of them empty."""
+    if value.dim() not in (4, 5):
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(value.shape)}; accepted is (B, H, W, C) or (B, D, H, W, C)"
+        )
+    if any(extent < 1 for extent in value.shape[1:]):
+        raise ValueError(f"{operator}: {name} has shape {tuple(value.shape)}; only the batch may be empty")
