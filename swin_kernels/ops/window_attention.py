@@ -19,8 +19,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..backends import Call, decline_reason, forced_name, select
-from ..backends import IMPLEMENTED as IMPLEMENTED_BACKENDS
+from ..backends import IMPLEMENTED, Call, decline_reason, forced_name, select
 from ..geometry import WindowGrid, bias_table_length
 from ._library import FLOATING, NAMESPACE, check_tensor, check_volume, check_windows, define, library
 
@@ -96,7 +95,7 @@ def explain(
     """Why each backend would decline this `window_attention` call: name to reason, None if it runs it."""
     window, shift = _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p)
     call = _call(qkv, bias_table, WindowGrid.of(qkv.shape[1:-1], window, shift), dropout_p, backward=False)
-    return {name: decline_reason(name, call) for name in IMPLEMENTED_BACKENDS}
+    return {name: decline_reason(name, call) for name in IMPLEMENTED}
 
 
 _NAME = "window_attention"

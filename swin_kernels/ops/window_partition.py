@@ -133,7 +133,8 @@ def _partition_context(ctx, inputs, output):
 
 
 def _partition_backward(ctx, grad):
-    return torch.ops.swin_kernels.window_reverse(grad, ctx.window, ctx.shift, ctx.spatial, ctx.backend), None, None, None
+    grad_x = torch.ops.swin_kernels.window_reverse(grad, ctx.window, ctx.shift, ctx.spatial, ctx.backend)
+    return grad_x, None, None, None
 
 
 def _reverse_context(ctx, inputs, output):
