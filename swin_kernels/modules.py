@@ -1,0 +1,381 @@
+"""The Swin Transformer as `torch.nn` modules over volumes that stay in their natural layout.
+
+Attribute names, parameter shapes and initial values are those of MONAI's Swin UNETR
+(`monai.networks.nets.swin_unetr`), so state dicts move both ways and `accelerate` can give these
+``forward`` methods to modules that MONAI built; a ``forward`` here therefore reads only attributes
+that both sides have. What differs is the data path: tokens are ``(B, *S, C)`` from the patch
+embedding to the last stage, and padding, shift, windows and mask happen inside `window_attention`.
+
+Sources: Liu et al., "Swin Transformer", https://arxiv.org/abs/2103.14030; Hatamizadeh et al.,
+"Swin UNETR", https://arxiv.org/abs/2201.01266; He et al., "SwinUNETR-V2" (residual blocks),
+https://doi.org/10.1007/978-3-031-43901-8_40.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .geometry import bias_index, bias_table_length
+from .ops.window_attention import window_attention
+
+__all__ = [
+    "MERGING_MODES",
+    "BasicLayer",
+    "DropPath",
+    "Mlp",
+    "PatchMerging",
+    "PatchMergingLegacy",
+    "PatchMergingV2",
+    "SwinTransformer",
+    "SwinTransformerBlock",
+    "WindowAttention",
+]
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside the (shifted) windows of a volume, projections included."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Sequence[int],
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            dim: channels ``C``, a multiple of `num_heads`.
+            num_heads: attention heads.
+            window_size: nominal window, one extent per spatial axis.
+            qkv_bias: whether the projection to queries, keys and values has a bias.
+            attn_drop: probability of dropping an attention weight.
+            proj_drop: probability of dropping an output element.
+        """
+        super().__init__()
+        self.dim = dim
+        self.window_size = window_size
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(bias_table_length(window_size), num_heads))
+        # Not read here: the operator finds the index by arithmetic. Checkpoints carry it.
+        self.register_buffer("relative_position_index", bias_index(window_size, math.prod(window_size)))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        _init_bias_table(self.relative_position_bias_table)
+
+    def forward(self, x: torch.Tensor, shift_size: int | Sequence[int] = 0) -> torch.Tensor:
+        """Attend; ``(B, *S, C)`` to ``(B, *S, C)``.
+
+        Args:
+            x: tokens ``(B, *S, C)``, normalised.
+            shift_size: cyclic shift of the windows, an int or one per axis.
+        """
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out = window_attention(
+            self.qkv(x),  # (B, *S, 3C)
+            self.relative_position_bias_table,
+            self.window_size,
+            shift_size,
+            pad_qkv=self.qkv.bias,
+            scale=self.scale,
+            dropout_p=dropout_p if dropout_p < 1 else 0.0,
+        )
+        if dropout_p == 1:  # every weight is dropped: the operator accepts only less
+            out = F.dropout(out, 1.0)
+        return self.proj_drop(self.proj(out))
+
+
+def _init_bias_table(table: torch.Tensor) -> None:
+    """Normal values of deviation 0.02 by inverse transform: upstream's draw from the generator, number by number."""
+    with torch.no_grad():
+        table.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., https://arxiv.org/abs/1603.09382): drops samples of a branch in training."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        if not 0 <= drop_prob <= 1:
+            raise ValueError(f"DropPath: drop_prob is {drop_prob}; accepted is 0 ≤ drop_prob ≤ 1")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.drop_prob)  # (B, 1, …)
+        return x * (keep / (1 - self.drop_prob) if self.drop_prob < 1 else keep)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, with dropout after each; `hidden_dim` 0 means `dim`."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden_dim or dim)
+        self.linear2 = nn.Linear(hidden_dim or dim, dim)
+        self.fn = nn.GELU()
+        self.drop1 = self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop2(self.linear2(self.drop1(self.fn(self.linear1(x)))))
+
+
+class SwinTransformerBlock(nn.Module):
+    """Norm, window attention and residual; norm, MLP and residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: Sequence[int],
+        shift_size: Sequence[int],
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: type[nn.LayerNorm] = nn.LayerNorm,
+        use_checkpoint: bool = False,
+    ) -> None:
+        """
+        Args:
+            dim: channels ``C``, a multiple of `num_heads`.
+            num_heads: attention heads.
+            window_size: nominal window, one extent per spatial axis.
+            shift_size: cyclic shift, one per axis, below `window_size`.
+            mlp_ratio: hidden channels of the MLP over `dim`.
+            qkv_bias: whether the projection to queries, keys and values has a bias.
+            drop: dropout of projections and MLP.
+            attn_drop: dropout of attention weights.
+            drop_path: stochastic depth.
+            norm_layer: called with `dim`.
+            use_checkpoint: compute both branches again in the backward instead of keeping them.
+        """
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift_size = shift_size
+        self.mlp_ratio = mlp_ratio
+        self.use_checkpoint = use_checkpoint
+        self.norm1 = norm_layer(dim)
+        self.attn = WindowAttention(dim, num_heads, window_size, qkv_bias, attn_drop, drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
+        """The attention branch, without residual."""
+        return self.attn(self.norm1(x), self.shift_size)
+
+    def forward_part2(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP branch, without residual."""
+        return self.drop_path(self.mlp(self.norm2(x)))
+
+    def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and not used."""
+        if self.use_checkpoint:
+            x = x + self.drop_path(checkpoint(self.forward_part1, x, use_reentrant=False))
+            return x + checkpoint(self.forward_part2, x, use_reentrant=False)
+        x = x + self.drop_path(self.forward_part1(x))
+        return x + self.forward_part2(x)
+
+    def load_from(self, weights: Mapping[str, Mapping[str, torch.Tensor]], n_block: str, layer: str) -> None:
+        """Copy block `n_block` of stage `layer` from the layout of the published weights (``module.``, ``fc1``)."""
+        root = f"module.{layer}.0.blocks.{n_block}."
+        with torch.no_grad():
+            for name, value in self.state_dict(keep_vars=True).items():
+                value.copy_(weights["state_dict"][root + name.replace("mlp.linear", "mlp.fc")])
+
+
+class PatchMergingV2(nn.Module):
+    """Half the extents, twice the channels: gather each 2-cell of tokens, norm, linear.
+
+    The gather orders differ between the subclasses and are part of what a checkpoint means:
+    parameters have the same shapes under every order.
+    """
+
+    offsets: ClassVar = {2: ((0, 0), (1, 0), (0, 1), (1, 1)), 3: tuple(itertools.product(range(2), repeat=3))}
+    """Per spatial rank, the cell positions in the order their channels are laid side by side."""
+
+    def __init__(self, dim: int, norm_layer: type[nn.LayerNorm] = nn.LayerNorm, spatial_dims: int = 3) -> None:
+        """
+        Args:
+            dim: channels ``C`` of the input.
+            norm_layer: called with ``2^spatial_dims · dim``.
+            spatial_dims: 2 or 3.
+        """
+        super().__init__()
+        self.dim = dim
+        self.reduction = nn.Linear(2**spatial_dims * dim, 2 * dim, bias=False)
+        self.norm = norm_layer(2**spatial_dims * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, *S, C)`` to ``(B, *⌈S/2⌉, 2C)``; an odd axis is zero-padded at its end."""
+        extents = x.shape[1:-1]
+        if len(extents) not in self.offsets:
+            raise ValueError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)}; accepted is (B, H, W, C) or (B, D, H, W, C)"
+            )
+        if any(extent % 2 for extent in extents):
+            x = F.pad(x, [0, 0, *itertools.chain.from_iterable((0, extent % 2) for extent in reversed(extents))])
+        cells = [x[(slice(None), *(slice(o, None, 2) for o in cell))] for cell in self.offsets[len(extents)]]
+        return self.reduction(self.norm(torch.cat(cells, dim=-1)))  # (B, *⌈S/2⌉, 2^rank · C), then 2C
+
+
+class PatchMerging(PatchMergingV2):
+    """MONAI's ``"merging"`` since 1.5.0."""
+
+    offsets: ClassVar = PatchMergingV2.offsets | {
+        3: ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
+    }
+
+
+class PatchMergingLegacy(PatchMergingV2):
+    """MONAI's ``"merging"`` of 0.9 to 1.4, which the published Swin UNETR weights were trained with.
+
+    In 3D two positions are gathered twice, and (1, 1, 0) and (0, 1, 1) never.
+    """
+
+    offsets: ClassVar = PatchMergingV2.offsets | {
+        3: ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
+    }
+
+
+MERGING_MODES = {"merging": PatchMerging, "mergingv2": PatchMergingV2, "merging_legacy": PatchMergingLegacy}
+"""What the names accepted as `downsample` mean."""
+
+
+class BasicLayer(nn.Module):
+    """One stage: blocks whose windows alternate between unshifted and shifted, then patch merging."""
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        window_size: Sequence[int],
+        drop_path: float | Sequence[float] = 0.0,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        norm_layer: type[nn.LayerNorm] = nn.LayerNorm,
+        downsample: type[nn.Module] | None = None,
+        use_checkpoint: bool = False,
+    ) -> None:
+        """
+        Args:
+            dim: channels ``C``, a multiple of `num_heads`.
+            depth: number of blocks.
+            num_heads: attention heads.
+            window_size: nominal window, one extent per spatial axis; odd blocks shift by its half.
+            drop_path: stochastic depth, one for all blocks or one per block.
+            mlp_ratio: hidden channels of the MLP over `dim`.
+            qkv_bias: whether the projection to queries, keys and values has a bias.
+            drop: dropout of projections and MLP.
+            attn_drop: dropout of attention weights.
+            norm_layer: called with a number of channels.
+            downsample: called with ``dim=, norm_layer=, spatial_dims=``; None ends at the blocks.
+            use_checkpoint: compute blocks again in the backward instead of keeping what they computed.
+        """
+        super().__init__()
+        self.window_size = window_size
+        self.shift_size = tuple(w // 2 for w in window_size)
+        self.no_shift = (0,) * len(window_size)
+        self.depth = depth
+        self.use_checkpoint = use_checkpoint
+        self.blocks = nn.ModuleList(
+            SwinTransformerBlock(
+                dim=dim,
+                num_heads=num_heads,
+                window_size=window_size,
+                shift_size=self.shift_size if i % 2 else self.no_shift,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                drop=drop,
+                attn_drop=attn_drop,
+                drop_path=drop_path[i] if isinstance(drop_path, Sequence) else drop_path,
+                norm_layer=norm_layer,
+                use_checkpoint=use_checkpoint,
+            )
+            for i in range(depth)
+        )
+        self.downsample = downsample
+        if callable(downsample):
+            self.downsample = downsample(dim=dim, norm_layer=norm_layer, spatial_dims=len(window_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, C, *S)`` to ``(B, 2C, *⌈S/2⌉)``, or to ``(B, C, *S)`` without `downsample`.
+
+        The output is channels last in memory; a channels-last input is not copied.
+        """
+        x = x.movedim(1, -1).contiguous()  # (B, *S, C)
+        for block in self.blocks:
+            x = block(x)
+        if self.downsample is not None:
+            x = self.downsample(x)  # (B, *⌈S/2⌉, 2C)
+        return x.movedim(-1, 1)  # (B, 2C, *⌈S/2⌉)
+
+
+class SwinTransformer(nn.Module):
+    """Patch embedding and four stages; the features before each stage and after the last."""
+
+    def __init__(
+        self,
+        patch_embed: nn.Module,
+        stages: Sequence[nn.Module],
+        residual_blocks: Sequence[nn.Module] | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            patch_embed: from the image to ``(B, C, *S)``.
+            stages: four stages, each with the face of `BasicLayer`.
+            residual_blocks: four convolution blocks, one before each stage (SwinUNETR-V2), or None.
+            drop_rate: dropout after the patch embedding.
+        """
+        super().__init__()
+        self.use_v2 = residual_blocks is not None
+        self.patch_embed = patch_embed
+        self.pos_drop = nn.Dropout(drop_rate)
+        # Upstream wraps every stage in a list of one; the state dict keys show it.
+        self.layers1, self.layers2, self.layers3, self.layers4 = (nn.ModuleList([stage]) for stage in stages)
+        if residual_blocks is not None:
+            self.layers1c, self.layers2c, self.layers3c, self.layers4c = (nn.ModuleList([b]) for b in residual_blocks)
+
+    def proj_out(self, x: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Features ``(B, C, *S)`` as handed to the decoder: under `normalize`, a non-affine norm over ``C``."""
+        if not normalize:
+            return x
+        return F.layer_norm(x.movedim(1, -1), (x.shape[1],)).movedim(-1, 1)
+
+    def forward(self, x: torch.Tensor, normalize: bool = True) -> list[torch.Tensor]:
+        """Five feature maps, finest first: ``(B, 2^i · C, *⌈S/2^i⌉)`` with `i` from 0 to 4.
+
+        Args:
+            x: image ``(B, channels, *extents)``.
+            normalize: norm each returned map over its channels.
+        """
+        x = self.pos_drop(self.patch_embed(x))  # (B, C, *S)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # same shape, channels last in memory from here on
+        features = [self.proj_out(x, normalize)]
+        for i in range(1, 5):
+            if self.use_v2:
+                x = getattr(self, f"layers{i}c")[0](x.contiguous())
+            x = getattr(self, f"layers{i}")[0](x)
+            features.append(self.proj_out(x, normalize))
+        return features

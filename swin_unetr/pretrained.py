@@ -1,0 +1,214 @@
+"""`load_pretrained`: published and home-made Swin UNETR weights, whatever their layout.
+
+Layouts met in the wild, all brought to the one of `SwinUNETR`'s state dict:
+
+- ``module.layers1.0…mlp.fc1…``: the encoder of MONAI's self-supervised ``model_swinvit.pt``, below
+  ``state_dict``; what `SwinUNETR.load_from` reads.
+- ``encoder.layers1.0.0…``: the encoder of "Disruptive Autoencoders" (https://arxiv.org/abs/2307.16896),
+  below ``model``; what MONAI's `filter_swinunetr` reads.
+- ``swinViT.…``, ``swin_vit.…`` and the decoder's own names: a whole model, or a pretraining model with
+  its heads; ``module.`` and ``_orig_mod.`` before any of them from data parallel and compiled models.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from swin_kernels.modules import PatchMergingLegacy
+
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(module\.|_orig_mod\.)+", ""),
+        (r"^swin_vit\.", "swinViT."),
+        (r"^encoder\.(layers\d\.0)\.0\.", r"swinViT.\1."),
+        (r"^encoder\.(?=patch_embed\.|layers\d)", "swinViT."),
+        (r"^(?=patch_embed\.|layers\d)", "swinViT."),
+        (r"\.mlp\.fc([12])\.", r".mlp.linear\1."),
+    )
+)
+
+# Only code older than MONAI 1.5.0, which changed the merging order, is known to write these names.
+_BEFORE_MERGING_CHANGE = re.compile(r"\.mlp\.fc[12]\.|^(module\.)?encoder\.layers\d\.0\.0\.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_pretrained` did. Names are the model's own, those of `unexpected` the file's.
+
+    Attributes:
+        source: where the weights came from.
+        loaded: entries of the model's state dict that were copied.
+        missing: entries of the model that the weights lack; they keep their values.
+        unexpected: entries of the weights that the model lacks.
+        mismatched: entries that both have in different shapes, not copied: name to the shapes of the
+            weights and of the model.
+        before_merging_change: whether the layout shows that the weights are older than MONAI 1.5.0,
+            whose ``"merging"`` gathers in another order; False if it does not tell.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    before_merging_change: bool
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.missing) + len(self.mismatched)
+        lines = [
+            f"load_pretrained: {self.source}",
+            f"  loaded      {len(self.loaded):4d} of {total}: {_summary(self.loaded)}",
+            f"  missing     {len(self.missing):4d}, left as they were: {_summary(self.missing)}",
+            f"  unexpected  {len(self.unexpected):4d}, not used: {_summary(self.unexpected)}",
+            f"  mismatched  {len(self.mismatched):4d}, left as they were: {_shapes(self.mismatched)}",
+        ]
+        if self.before_merging_change:
+            lines.append("  merging     older than MONAI 1.5: made for downsample='merging_legacy'")
+        elif any(".downsample." in name for name in self.loaded):
+            lines.append(
+                "  merging     the file does not tell; made with MONAI < 1.5, it needs downsample='merging_legacy'"
+            )
+        return "\n".join(lines)
+
+
+def load_pretrained(
+    model: nn.Module, path_or_state: str | os.PathLike[str] | Mapping[str, object], *, verbose: bool = True
+) -> LoadReport:
+    """Load weights into a Swin UNETR or its encoder, ours or MONAI's, from any known layout.
+
+    Entries are matched by name after both sides were brought to one layout, and copied where the shapes
+    agree. Nothing is copied if this raises.
+
+    Args:
+        model: the model; wrapped by data parallel or `torch.compile` or not.
+        path_or_state: a file written by `torch.save`, read with ``weights_only=True``, or what it holds:
+            a state dict, or one below the key ``state_dict`` or ``model``.
+        verbose: print the report.
+
+    Returns:
+        What was loaded, missing, unexpected and mismatched.
+
+    Raises:
+        TypeError: `path_or_state` is neither a path nor a mapping.
+        ValueError: the file needs more than tensors to load, nothing matched, two entries mean the same
+            parameter, or more shapes disagree than agree (another ``feature_size``, say).
+    """
+    if isinstance(path_or_state, Mapping):
+        source, content = "a state dict", path_or_state
+    elif isinstance(path_or_state, (str, os.PathLike)):
+        source, content = os.fspath(path_or_state), _read(path_or_state)
+    else:
+        raise TypeError(
+            f"load_pretrained: path_or_state is a {type(path_or_state).__name__}; accepted is a path or a state dict"
+        )
+    state = _unwrap(content)
+    target = {_canonical(name): (name, value) for name, value in model.state_dict().items()}
+
+    used: dict[str, str] = {}
+    values: dict[str, torch.Tensor] = {}
+    unexpected, mismatched = [], {}
+    for key, value in state.items():
+        canonical = _canonical(key)
+        if canonical not in target or not isinstance(value, torch.Tensor):
+            unexpected.append(key)
+            continue
+        if canonical in used:
+            raise ValueError(f"load_pretrained: {used[canonical]!r} and {key!r} of {source} mean the same parameter")
+        used[canonical] = key
+        name, present = target[canonical]
+        if value.shape == present.shape:
+            values[name] = value
+        else:
+            mismatched[name] = (tuple(value.shape), tuple(present.shape))
+    report = LoadReport(
+        source=source,
+        loaded=tuple(values),
+        missing=tuple(name for canonical, (name, _) in target.items() if canonical not in used),
+        unexpected=tuple(unexpected),
+        mismatched=mismatched,
+        before_merging_change=any(_BEFORE_MERGING_CHANGE.search(key) for key in state),
+    )
+    if not used:
+        raise ValueError(
+            f"load_pretrained: no entry of {source} is one of {type(model).__qualname__}'s; "
+            f"it has {_examples(list(state))}, the model has {_examples([name for name, _ in target.values()])}"
+        )
+    if len(mismatched) >= len(values):
+        raise ValueError(
+            f"load_pretrained: {len(mismatched)} shapes of {source} differ from the model's and {len(values)} agree; "
+            f"was it made with another feature_size, window_size or spatial_dims? {_shapes(mismatched)}"
+        )
+    model.load_state_dict(values, strict=False)
+    if verbose:
+        print(report)
+    if report.before_merging_change and (order := _changed_merging(model, values)):
+        warnings.warn(
+            f"load_pretrained: {source} is older than MONAI 1.5, whose patch merging gathers in another order; the "
+            f"model's {order} loads it without an error and computes something else. Build the model as "
+            "swin_unetr.SwinUNETR(..., downsample='merging_legacy')",
+            stacklevel=2,
+        )
+    return report
+
+
+def _read(path: str | os.PathLike[str]) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"load_pretrained: {os.fspath(path)} does not load with weights_only=True, that is, without running code "
+            "from the file; save its state dict alone where you trust it"
+        ) from error
+
+
+def _unwrap(content: object) -> Mapping[str, object]:
+    """The state dict inside a checkpoint."""
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            return content
+        content = inner
+    raise ValueError(f"load_pretrained: the weights are a {type(content).__name__}; accepted is a state dict")
+
+
+def _canonical(key: str) -> str:
+    """`key` as `SwinUNETR` names it; unknown names stay."""
+    for pattern, replacement in _RENAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def _changed_merging(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> str:
+    """The class that merges patches in `model` if it got weights from `loaded` and is not the legacy one, else ""."""
+    for name, module in model.named_modules():
+        weight = loaded.get(f"{name}.reduction.weight")
+        # 2C outputs of 8C inputs: 3D. The order in 2D never changed.
+        if weight is not None and weight.shape[1] == 4 * weight.shape[0] and not isinstance(module, PatchMergingLegacy):
+            return type(module).__qualname__
+    return ""
+
+
+def _summary(names: Sequence[str]) -> str:
+    """`names` counted by the part of the model they belong to."""
+    parts = Counter(_canonical(name).split(".")[0] for name in names)
+    return ", ".join(f"{part} ({count})" for part, count in parts.items()) or "none"
+
+
+def _shapes(mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> str:
+    shown = [f"{name} {file} for {model}" for name, (file, model) in list(mismatched.items())[:6]]
+    more = len(mismatched) - len(shown)
+    return "; ".join(shown + [f"and {more} more"] * (more > 0)) or "none"
+
+
+def _examples(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}, … ({len(names)})" if names else "none"
