@@ -1,0 +1,50 @@
+# `make demo` and `make test` are all that a fresh machine needs: python3 (>= 3.10, with venv) and, for the C++ kernels,
+# a C++17 compiler. PYTHON=python3.12 picks another Python for .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test bench lint wheel install asan clean
+
+demo: install
+	$(BIN)/swin-unetr demo
+
+test: install
+	$(BIN)/pytest --quiet --durations=10
+
+bench: install
+	$(BIN)/pytest --quiet benchmarks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# setuptools never deletes from build/lib*, and would pack what the sources no longer have.
+wheel: $(STAMP)
+	rm -rf build/lib* build/bdist*
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+# .venv with the pinned packages and this one, editable; then the kernels as the sources are now.
+install: $(STAMP)
+	@$(BIN)/python setup.py -q build_cpp --inplace
+
+$(STAMP): requirements/lock.txt pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --requirement requirements/lock.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The operators' tests on kernels built with AddressSanitizer, in a copy that leaves the library in use alone.
+# Python and PyTorch do not free everything at exit: leaks are not looked for.
+ASAN_LIBRARY = $$($${CXX:-c++} -print-file-name=libasan.so)
+asan: $(STAMP)
+	mkdir -p build/asan
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory=build/asan
+	cd build/asan && SWIN_KERNELS_SANITIZE=address $(CURDIR)/$(BIN)/python setup.py -q build_cpp --inplace
+	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0 \
+		$(CURDIR)/$(BIN)/python -m pytest --quiet tests/ops
+
+clean:
+	rm -rf build dist *.egg-info swin_kernels/lib

@@ -1,0 +1,33 @@
+"""Settings of the whole test session. There are no fixtures for tests to ask for here; `seeded` acts on every test.
+
+- random numbers: Python's, NumPy's and PyTorch's generators are seeded before each test,
+- threads: PyTorch computes on at most two, so that times and memory are alike on small and large machines,
+- hypothesis: the profile "repeatable" draws the same examples in every run and has no deadline, since the machine may
+  be busy; `pytest --hypothesis-profile=explore` draws new ones,
+- a backend forced from outside (`SWIN_KERNELS_BACKEND`) is forgotten: tests name the backends they mean.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import hypothesis
+import numpy
+import pytest
+import torch
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("repeatable")
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ.pop("SWIN_KERNELS_BACKEND", None)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed every generator: a test draws the same numbers alone and in any order."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
