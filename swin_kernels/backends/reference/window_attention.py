@@ -44,7 +44,7 @@ def forward(
     if grid.is_shifted:
         labels = region_labels(grid).to(qkv.device)  # (nW, n)
         mask = MASK_VALUE * (labels[:, :, None] != labels[:, None, :]).to(accumulate)  # (nW, n, n)
-        scores = (scores.unflatten(0, (-1, grid.num_windows)) + mask[:, None]).flatten(0, 1)
+        scores = (scores.unflatten(0, (qkv.shape[0], grid.num_windows)) + mask[:, None]).flatten(0, 1)
 
     lse = torch.logsumexp(scores, dim=-1)  # (B·nW, heads, n)
     weights = torch.softmax(scores, dim=-1)

@@ -10,7 +10,7 @@ from ...geometry import WindowGrid, token_index
 def forward(x: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
     """``(B, *S, C)`` to ``(B·nW, n, C)``; padding tokens are zero."""
     index = token_index(grid).to(x.device)  # (nW, n)
-    tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, prod(S), C)
+    tokens = x.flatten(1, -2)  # (B, prod(S), C)
     windows = tokens[:, index.clamp(min=0)]  # (B, nW, n, C)
     windows = windows.masked_fill((index < 0)[..., None], 0)
     return windows.flatten(0, 1)  # (B·nW, n, C)

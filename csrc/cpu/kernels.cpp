@@ -1,0 +1,172 @@
+// Compiled once per vector width with -DSWIN_ISA=<name>; offers the kernels of that build.
+// No standard containers here: what the linker merges across builds must not hold their instructions.
+#include "kernels.h"
+
+#include "window_attention_backward.h"
+#include "window_attention_forward.h"
+
+#ifndef SWIN_ISA
+#error "define SWIN_ISA to the name of this build"
+#endif
+#define SWIN_NAME_OF(x) #x
+#define SWIN_NAME(x) SWIN_NAME_OF(x)
+
+namespace swin {
+namespace SWIN_ISA {
+namespace {
+
+// Calls f<T, head_dim>() for the element type and head_dim of a call; head_dim 0 stands for any.
+template <class F>
+auto dispatch(const AttentionCall& call, const F& f) {
+  if (call.type == ElementType::kFloat64) return f.template operator()<double, 0>();
+  switch (call.head_dim) {
+    case 4: return f.template operator()<float, 4>();
+    case 8: return f.template operator()<float, 8>();
+    case 16: return f.template operator()<float, 16>();
+    case 32: return f.template operator()<float, 32>();
+    case 64: return f.template operator()<float, 64>();
+    default: return f.template operator()<float, 0>();
+  }
+}
+
+struct Scratch {
+  const AttentionCall& call;
+  bool backward;
+  template <class T, int kHeadDim>
+  size_t operator()() const {
+    Arena arena(nullptr);
+    if (backward)
+      BackwardWorker<T, kHeadDim>(static_cast<const BackwardCall&>(call), arena);
+    else
+      ForwardWorker<T, kHeadDim>(static_cast<const ForwardCall&>(call), arena);
+    return arena.used();
+  }
+};
+
+struct Forward {
+  const ForwardCall& call;
+  void* scratch;
+  WorkCounter& next;
+  template <class T, int kHeadDim>
+  void operator()() const {
+    Arena arena(scratch);
+    ForwardWorker<T, kHeadDim>(call, arena).run(next);
+  }
+};
+
+struct Backward {
+  const BackwardCall& call;
+  const GradientChunk* chunks;
+  int64_t count;
+  void* scratch;
+  WorkCounter& next;
+  template <class T, int kHeadDim>
+  void operator()() const {
+    Arena arena(scratch);
+    BackwardWorker<T, kHeadDim>(call, arena).run(chunks, count, next);
+  }
+};
+
+size_t attention_scratch(const AttentionCall& call, bool backward) { return dispatch(call, Scratch{call, backward}); }
+
+void attention_forward(const ForwardCall& call, void* scratch, WorkCounter& next) {
+  dispatch(call, Forward{call, scratch, next});
+}
+
+void attention_backward(const BackwardCall& call, const GradientChunk* chunks, int64_t count, void* scratch,
+                        WorkCounter& next) {
+  dispatch(call, Backward{call, chunks, count, scratch, next});
+}
+
+// An item is one head of the table; a second round of items is one (pattern, head) tile.
+template <class T>
+void fill_bias_columns(const AttentionCall& call, int64_t head) {
+  const int64_t length = bias_table_length(call.plan->grid);
+  T* column = static_cast<T*>(call.bias_columns) + head * (length + 1);
+  T largest = -static_cast<T>(INFINITY), total = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    load_row(at(call.bias_table, call.bias_type, i * call.heads + head), call.bias_type, 1, column + i);
+    column[i] *= static_cast<T>(kLog2E);
+    largest = column[i] > largest ? column[i] : largest;
+    total += column[i] * 0;
+  }
+  column[length] = largest + total;
+}
+
+template <class T>
+void fill_bias_tile(const AttentionCall& call, int64_t pattern_index, int64_t head) {
+  const WindowPattern& pattern = call.patterns[pattern_index];
+  T* tile = bias_tile<T>(call, pattern_index, head);
+  for (int64_t i = 0; i < pattern.region_count; ++i) {
+    const Region region = region_of<T>(pattern, i);
+    for (int64_t q = region.first; q < region.last; ++q)
+      fill_bias_row(call, pattern, bias_column<T>(call, head), q, region.begin, region.end,
+                    tile + q * call.plan->padded_tokens);
+  }
+}
+
+template <class T>
+void prepare_bias_as(const AttentionCall& call, bool tiles, WorkCounter& next) {
+  const int64_t items = call.heads * (tiles ? call.pattern_count : 1);
+  for (int64_t i; (i = next.fetch_add(1)) < items;) {
+    if (tiles)
+      fill_bias_tile<T>(call, i / call.heads, i % call.heads);
+    else
+      fill_bias_columns<T>(call, i);
+  }
+}
+
+void prepare_bias(const AttentionCall& call, bool tiles, WorkCounter& next) {
+  if (call.type == ElementType::kFloat64)
+    prepare_bias_as<double>(call, tiles, next);
+  else
+    prepare_bias_as<float>(call, tiles, next);
+}
+
+// One item is one head: partial sums of its chunks, in their order, onto the outputs.
+template <class T>
+void reduce_head(const BackwardCall& call, const GradientChunk* chunks, int64_t count, int64_t head) {
+  const int64_t length = bias_table_length(call.plan->grid), head_dim = call.head_dim;
+  T* sums = static_cast<T*>(call.bias_sums) + head * length;
+  for (int64_t i = 0; i < length; ++i) sums[i] = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    if (chunks[c].head != head) continue;
+    const T* partial = static_cast<const T*>(call.bias_partials) + c * length;
+    for (int64_t i = 0; i < length; ++i) sums[i] += partial[i];
+  }
+  for (int64_t i = 0; i < length; ++i)
+    store_row(sums + i, T(1), call.bias_type, 1, at(call.grad_bias_table, call.bias_type, i * call.heads + head));
+
+  const T zero = 0;
+  for (int64_t d = 0; d < head_dim; ++d) {
+    T grad_key = 0, grad_value = 0;
+    for (int64_t c = 0; c < count; ++c) {
+      if (chunks[c].head != head) continue;
+      const T* partial = static_cast<const T*>(call.pad_partials) + c * 2 * head_dim;
+      grad_key += partial[d];
+      grad_value += partial[head_dim + d];
+    }
+    const int64_t channel = head * head_dim + d, channels = call.heads * head_dim;
+    store_row(&zero, T(1), call.type, 1, at(call.grad_pad_qkv, call.type, channel));
+    store_row(&grad_key, T(1), call.type, 1, at(call.grad_pad_qkv, call.type, channels + channel));
+    store_row(&grad_value, T(1), call.type, 1, at(call.grad_pad_qkv, call.type, 2 * channels + channel));
+  }
+}
+
+void reduce_gradients(const BackwardCall& call, const GradientChunk* chunks, int64_t count, WorkCounter& next) {
+  for (int64_t head; (head = next.fetch_add(1)) < call.heads;) {
+    if (call.type == ElementType::kFloat64)
+      reduce_head<double>(call, chunks, count, head);
+    else
+      reduce_head<float>(call, chunks, count, head);
+  }
+}
+
+}  // namespace
+
+extern const KernelTable kernels;
+const KernelTable kernels = {SWIN_NAME(SWIN_ISA),  attention_scratch,  prepare_bias,
+                             attention_forward, attention_backward, reduce_gradients};
+
+}  // namespace SWIN_ISA
+}  // namespace swin

@@ -1,0 +1,84 @@
+// What the kernels of every vector width take and offer: plain structs, no torch, no standard containers.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "window_plan.h"
+
+namespace swin {
+
+enum class ElementType { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A call of window attention. Volumes are contiguous (B, D, H, W, channels); `accumulate` below is
+// float, or double for kFloat64.
+struct AttentionCall {
+  const WindowPlan* plan;
+  const WindowPattern* patterns;
+  int64_t pattern_count;
+  const int32_t* windows;  // plan->windows
+  int64_t batch, heads, head_dim;
+  double scale;
+  ElementType type;        // of qkv, pad_qkv, out and their gradients
+  ElementType bias_type;   // of the bias table and its gradient: `type` or kFloat32
+  const void* qkv;         // (B, *S, 3C)
+  const void* bias_table;  // (prod(2w - 1), heads)
+  const void* pad_qkv;     // (3C,) or null for zeros
+  double dropout_p;
+  int64_t seed;
+  void* bias_columns;      // (heads, prod(2w - 1) + 1) accumulate: see window_attention.h
+  void* bias_tiles;        // (patterns, heads, n, padded n) accumulate, own regions only
+};
+
+struct ForwardCall : AttentionCall {
+  void* out;  // (B, *S, C)
+  void* lse;  // (B, *S, heads) accumulate, natural logarithm
+};
+
+struct BackwardCall : AttentionCall {
+  const void* grad_out;  // (B, *S, C)
+  const void* out;       // (B, *S, C)
+  const void* lse;       // (B, *S, heads) accumulate
+  void* grad_qkv;        // (B, *S, 3C)
+  void* grad_bias_table; // (prod(2w - 1), heads) in bias_type
+  void* grad_pad_qkv;    // (3C,)
+  void* bias_partials;   // (chunks, prod(2w - 1)) accumulate
+  void* bias_sums;       // (heads, prod(2w - 1)) accumulate
+  void* pad_partials;    // (chunks, 2, head_dim) accumulate: keys, values
+};
+
+struct PartitionCall {
+  const WindowGrid* grid;
+  int64_t token_bytes;
+  const void* from;
+  void* to;
+};
+
+// Work is handed out one item at a time; which thread takes an item never changes a result.
+using WorkCounter = std::atomic<int64_t>;
+
+// A group of windows of one pattern for one head: the unit that owns a partial bias gradient. The
+// grouping depends on the call alone, so that sums have one order for any number of threads.
+struct GradientChunk {
+  int64_t pattern, head, begin, end;  // [begin, end) of batch × windows of the pattern
+};
+constexpr int64_t kChunkWindows = 24;
+
+struct KernelTable {
+  const char* isa;
+  size_t (*attention_scratch)(const AttentionCall&, bool backward);  // bytes per thread
+  void (*prepare_bias)(const AttentionCall&, bool tiles, WorkCounter&);  // first columns, then tiles
+  void (*attention_forward)(const ForwardCall&, void* scratch, WorkCounter&);
+  void (*attention_backward)(const BackwardCall&, const GradientChunk*, int64_t chunks, void* scratch, WorkCounter&);
+  void (*reduce_gradients)(const BackwardCall&, const GradientChunk*, int64_t chunks, WorkCounter&);
+};
+
+// The widest build this processor runs, or the one SWIN_KERNELS_ISA names; null and a message if it
+// names none that was built and runs here.
+const KernelTable* select_kernels(const char** error);
+
+void partition_windows(const PartitionCall&, int64_t begin, int64_t end);  // windows [begin, end)
+void reverse_windows(const PartitionCall&, int64_t begin, int64_t end);
+
+}  // namespace swin

@@ -1,0 +1,38 @@
+// The windows of a volume sorted by seam pattern, so that tokens that attend to each other lie together.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../geometry.h"
+
+namespace swin {
+
+// Windows that meet the same axes' seams hold the same regions in the same places: one pattern.
+// Its tokens are ordered by region, and within a region by raster.
+struct WindowPattern {
+  int32_t region_count;
+  int32_t region_begin[9];     // first token of each region, and the end
+  const int32_t* raster;       // (n) raster of each token in the window
+  const int32_t* local[kAxes]; // (n) place of each token along each axis
+  const int32_t* bias_raster;  // (n) see geometry.h
+  const int32_t* label;        // (padded n) region of each token; padding repeats the last
+  int64_t window_begin;        // its windows are plan.windows[window_begin, window_end)
+  int64_t window_end;
+};
+
+struct WindowPlan {
+  WindowGrid grid;
+  int64_t tokens;         // in a window (n)
+  int64_t padded_tokens;  // n rounded up to kTokenAlignment
+  std::vector<WindowPattern> patterns;
+  std::vector<int32_t> windows;  // window indices, grouped by pattern
+  std::vector<std::vector<int32_t>> storage;
+
+  explicit WindowPlan(const WindowGrid& grid);
+};
+
+// Tokens are padded to whole vectors of any build, for any element type.
+constexpr int64_t kTokenAlignment = 16;
+
+}  // namespace swin
