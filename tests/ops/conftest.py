@@ -1,0 +1,41 @@
+"""Fixtures of the operator tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swin_kernels import backends
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request) -> str:
+    """Every backend that runs on CPU tensors; those missing on this machine are skipped with the reason they give."""
+    if reason := backends.load(request.param).unavailable():
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def cpu_backend() -> str:
+    """The C++ backend, for what it alone promises."""
+    if reason := backends.load("cpu").unavailable():
+        pytest.skip(f"backend cpu: {reason}")
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """Fill every tensor that PyTorch allocates, from C++ too, with NaN: an element nobody writes shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
