@@ -1,0 +1,235 @@
+"""How this folder measures: in one process, variants in turn, medians, and no ratio without its gate.
+
+pytest-benchmark times one function. Here each of its rounds first runs the peers (as the round's
+setup, timed by the same clock) and then ours, so every variant sees the same machine in the same
+minute. Peers, ratios, gate and goals are recorded in the benchmark's `extra_info`; the table at the
+end of the session and a result file (``--benchmark-json``) both come from there.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import monai
+import pytest
+import torch
+from goals import IMAGE_EXTENT, goals_of
+from peers import Gate
+from pytest_benchmark.plugin import get_cpu_info
+from pytest_benchmark.utils import get_commit_info
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from swin_kernels.backends import Call, select
+
+THREADS = 2
+ROWS = pytest.StashKey[list[dict]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--extent",
+        type=int,
+        default=IMAGE_EXTENT,
+        help="extent of the image in voxels, a multiple of 32 from 64 on; goals are held at the default",
+    )
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def extent(pytestconfig) -> int:
+    """Extent of the image on each axis."""
+    return pytestconfig.getoption("extent")
+
+
+def backend_in_use(dtype: torch.dtype, device: str = "cpu") -> str:
+    """The backend that runs a Swin UNETR attention here, forced or chosen."""
+    return select(Call("window_attention", device, dtype, head_dim=16, window=(7, 7, 7))).__name__.rpartition(".")[2]
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Percentiles of one variant's rounds."""
+    if len(seconds) == 1:
+        return {"median": seconds[0]}
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    return {"p20": tenths[1], "median": tenths[4], "p80": tenths[7]}
+
+
+@pytest.fixture
+def record(benchmark, pytestconfig, extent, capsys):
+    """Store one comparison, print it, and hold it against the goals; see `versus` for the arguments."""
+
+    def store(
+        name: str, unit: str, costs: dict[str, dict[str, float]], gate: Gate, sizes: str, dtype: torch.dtype, **more
+    ) -> None:
+        gate.require()
+        dtype_name = str(dtype).removeprefix("torch.")
+        ratios = {peer: cost["median"] / costs["ours"]["median"] for peer, cost in costs.items() if peer != "ours"}
+        goals = goals_of(name, extent, dtype_name)
+        row = {
+            "name": name,
+            "sizes": sizes,
+            "image_extent": extent,
+            "dtype": dtype_name,
+            "device": "cpu",
+            "threads": torch.get_num_threads(),
+            "backend": backend_in_use(dtype),
+            "unit": unit,
+            "costs": costs,
+            "ratios": ratios,
+            "goals": {peer: goal.ratio for peer, goal in goals.items()},
+            "gate": {"measure": gate.measure, "value": gate.value, "limit": gate.limit},
+            **more,
+        }
+        benchmark.extra_info.update(row)
+        pytestconfig.stash[ROWS].append(row)
+        with capsys.disabled():
+            print(
+                f"\n{name}: {', '.join(f'{ratio:.2f}× {peer}' for peer, ratio in ratios.items())} "
+                f"[cpu, {THREADS} threads, {dtype_name}, {sizes}, backend {row['backend']}, torch {torch.__version__}, "
+                f"monai {monai.__version__}, swin-kernels {version_of_package()}; {gate}]"
+            )
+        short = [
+            f"{ratios[g.against]:.2f}× {g.against}: {g.wording}" for g in goals.values() if ratios[g.against] < g.ratio
+        ]
+        assert not short, "below the goal: " + "; ".join(short)
+
+    return store
+
+
+@pytest.fixture
+def versus(benchmark, record):
+    """Time ours against its peers, variants in turn, and record the ratio of medians.
+
+    Arguments of the returned function:
+        name: the row's name; `goals.GOALS` refers to it.
+        variants: name to function; ``"ours"`` is timed by pytest-benchmark, the others before it.
+        gate: the comparison of results; checked before anything is timed.
+        sizes, dtype: what was measured.
+        rounds: timed rounds after one warm-up; at least 5.
+    """
+
+    def measure(
+        name: str,
+        variants: dict[str, Callable[[], object]],
+        *,
+        gate: Gate,
+        sizes: str,
+        dtype: torch.dtype,
+        rounds: int = 7,
+    ) -> None:
+        gate.require()
+        peers = {peer: run for peer, run in variants.items() if peer != "ours"}
+        seconds: dict[str, list[float]] = {peer: [] for peer in peers}
+
+        def run_peers():
+            for peer, run in peers.items():
+                start = time.perf_counter()
+                run()
+                seconds[peer].append(time.perf_counter() - start)
+
+        benchmark.group = name.partition(",")[0]
+        benchmark.pedantic(variants["ours"], setup=run_peers, rounds=rounds, warmup_rounds=1)
+        if benchmark.disabled:  # --benchmark-disable: the gates alone
+            return
+        costs = {peer: spread(values[1:]) for peer, values in seconds.items()}
+        costs["ours"] = spread(list(benchmark.stats.stats.data))
+        record(name, "s", costs, gate, sizes, dtype, rounds=rounds)
+
+    return measure
+
+
+def version_of_package() -> str:
+    """Version of swin-kernels, also when it runs from its source tree."""
+    import swin_kernels
+
+    return swin_kernels.__version__
+
+
+def machine() -> dict[str, object]:
+    """What a result depends on besides the code."""
+    return {
+        "cpu": get_cpu_info().get("brand_raw", platform.processor()),
+        "cores": os.cpu_count(),
+        "vector_extension": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+        "pytest_benchmark": version("pytest-benchmark"),
+        "swin_kernels": version_of_package(),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith("SWIN_KERNELS_")},
+    }
+
+
+def pytest_benchmark_generate_machine_info(config):
+    return machine()
+
+
+def pytest_benchmark_generate_commit_info(config):
+    commit = get_commit_info()
+    return {key: commit[key] for key in ("id", "time", "dirty")}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    about, commit = machine(), get_commit_info()
+    table = Table(
+        title="MONAI's cost divided by ours: ratio of medians, variants in turn in one process",
+        caption=(
+            f"{about['cpu']}, {about['vector_extension']}, {THREADS} threads · torch {about['torch']} · monai "
+            f"{about['monai']} · swin-kernels {about['swin_kernels']} · commit {commit['id'][:10]}"
+            f"{' with uncommitted changes' if commit['dirty'] else ''} · {time.strftime('%Y-%m-%d')}"
+        ),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("benchmark")
+    for heading in ("MONAI", "flash", "ours", "MONAI / ours", "flash / ours", "error"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['name']}\n  [dim]{row['dtype']}, {row['sizes']}, backend {row['backend']}[/dim]",
+            *(show_cost(row, variant) for variant in ("MONAI", "MONAI flash", "ours")),
+            *(show_ratio(row, peer) for peer in ("MONAI", "MONAI flash")),
+            f"{row['gate']['value']:.1g}\n[dim]≤ {row['gate']['limit']:g}[/dim]",
+        )
+    console = Console(width=max(100, terminalreporter._tw.fullwidth), force_terminal=terminalreporter.hasmarkup)
+    with console.capture() as capture:
+        console.print(table)
+    terminalreporter.write_line("")
+    terminalreporter.write(capture.get())
+
+
+def show_cost(row: dict, variant: str) -> str:
+    """One variant's median with its unit."""
+    if variant not in row["costs"]:
+        return "–"
+    cost = row["costs"][variant]["median"]
+    if row["unit"] == "s":
+        return f"{cost * 1e3:.1f} ms" if cost < 1 else f"{cost:.2f} s"
+    return f"{cost:.2f} {row['unit']}"
+
+
+def show_ratio(row: dict, peer: str) -> str:
+    """One ratio, with its goal if it has one."""
+    if peer not in row["ratios"]:
+        return "–"
+    ratio, goal = row["ratios"][peer], row["goals"].get(peer)
+    if goal is None:
+        return f"{ratio:.2f}×"
+    return f"{ratio:.2f}×\n{'≥' if ratio >= goal else 'MISSED'} {goal:.2f}"
