@@ -1,0 +1,176 @@
+"""Which backend runs a call, how it is forced, and what is said about the choice."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+import swin_kernels
+from swin_kernels import backends, explain, use_backend, window_attention, window_partition, window_reverse
+from swin_kernels.backends import BACKENDS, IMPLEMENTED, ORDER, Call, decline_reason, load, select
+
+CALL = Call("window_attention", "cpu", torch.float32, head_dim=4, window=(2, 2))
+
+
+def arguments() -> tuple[torch.Tensor, torch.Tensor, int]:
+    return torch.randn(1, 4, 4, 24), torch.randn(9, 2), 2
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Names of the backends that `select` hands out, in order."""
+    names = []
+    original = backends.select
+
+    def recording(call, forced=""):
+        engine = original(call, forced)
+        names.append(engine.__name__.rpartition(".")[2])
+        return engine
+
+    monkeypatch.setattr("swin_kernels.ops.window_attention.select", recording)
+    monkeypatch.setattr("swin_kernels.ops.window_partition.select", recording)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.delenv("SWIN_KERNELS_BACKEND", raising=False)
+
+
+def test_every_backend_answers():
+    assert set(IMPLEMENTED) <= set(BACKENDS)
+    assert {"reference", "cpu"} <= set(IMPLEMENTED)
+    for name in IMPLEMENTED:
+        for answer in (load(name).unavailable(), decline_reason(name, CALL)):
+            assert answer is None or (isinstance(answer, str) and answer)
+
+
+def test_orders_end_in_the_reference():
+    for device, order in ORDER.items():
+        assert order[-1] == "reference", device
+        assert set(order) <= set(IMPLEMENTED)
+    assert load("reference").unavailable() is None
+    assert load("reference").supports(CALL) is None
+
+
+def test_first_that_supports_the_call_runs(ran):
+    window_attention(*arguments())
+    expected = "reference" if load("cpu").unavailable() else "cpu"
+    assert ran == [expected]
+    assert select(CALL).__name__.endswith(expected)
+
+
+def test_an_unknown_device_runs_on_the_reference():
+    call = Call("window_attention", "xpu", torch.float32, head_dim=4, window=(2, 2))
+    assert select(call).__name__.endswith(".reference")
+
+
+def test_an_automatic_choice_declines_what_is_not_supported(monkeypatch, caplog):
+    monkeypatch.setattr(load("cpu"), "unavailable", lambda: None)
+    monkeypatch.setattr(load("cpu"), "supports", lambda call: "it is Sunday")
+    with caplog.at_level(logging.DEBUG, logger="swin_kernels"):
+        assert select(CALL).__name__.endswith(".reference")
+    assert "reference" in caplog.text
+    assert "cpu declined: it is Sunday" in caplog.text
+    with pytest.raises(RuntimeError, match="window_attention: backend 'cpu' cannot run this call: it is Sunday"):
+        select(CALL, "cpu")
+
+
+def test_no_backend_at_all_says_every_reason(monkeypatch):
+    for name in ORDER["cpu"]:
+        monkeypatch.setattr(load(name), "unavailable", lambda name=name: f"no {name} today")
+    with pytest.raises(RuntimeError, match="cpu declined: no cpu today; reference declined: no reference today"):
+        select(CALL)
+
+
+def test_argument_forces(ran):
+    qkv, bias_table, window = arguments()
+    window_attention(qkv, bias_table, window, backend="reference")
+    windows = window_partition(qkv, window, backend="reference")
+    window_reverse(windows, window, 0, (4, 4), backend="reference")
+    assert ran == ["reference"] * 3
+
+
+def test_backward_runs_on_the_forced_backend(ran):
+    qkv, bias_table, window = arguments()
+    out = window_attention(qkv.requires_grad_(), bias_table, window, backend="reference")
+    out.sum().backward()
+    assert ran == ["reference"] * 2
+
+
+def test_context_forces_nests_and_ends(ran):
+    free = "reference" if load("cpu").unavailable() else "cpu"
+    with use_backend("reference"):
+        window_attention(*arguments())
+        with use_backend("reference"):
+            window_attention(*arguments())
+        window_attention(*arguments())
+    window_attention(*arguments())
+    assert ran == ["reference"] * 3 + [free]
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    window_attention(*arguments())
+    assert ran[-1] == free
+
+
+def test_argument_wins_over_context_and_context_over_environment(ran, monkeypatch):
+    monkeypatch.setattr(load("cpu"), "unavailable", lambda: None)
+    monkeypatch.setattr(load("cpu"), "window_attention", load("reference").window_attention)
+    monkeypatch.setenv("SWIN_KERNELS_BACKEND", "cpu")
+    window_attention(*arguments())
+    with use_backend("reference"):
+        window_attention(*arguments())
+        window_attention(*arguments(), backend="cpu")
+    assert ran == ["cpu", "reference", "cpu"]
+
+
+def test_environment_forces(ran, monkeypatch):
+    monkeypatch.setenv("SWIN_KERNELS_BACKEND", "reference")
+    window_attention(*arguments())
+    assert ran == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", "CPU"])
+def test_unknown_names(name, monkeypatch):
+    qkv, bias_table, window = arguments()
+    accepted = "accepted are .*reference"
+    with pytest.raises(ValueError, match=f"window_attention: backend: got '{name}'; {accepted}"):
+        window_attention(qkv, bias_table, window, backend=name)
+    with pytest.raises(ValueError, match=f"window_partition: backend: got '{name}'; {accepted}"):
+        window_partition(qkv, window, backend=name)
+    with pytest.raises(ValueError, match=f"use_backend: name: got '{name}'; {accepted}"), use_backend(name):
+        pass
+    if name:
+        monkeypatch.setenv("SWIN_KERNELS_BACKEND", name)
+        with pytest.raises(ValueError, match=f"SWIN_KERNELS_BACKEND: got '{name}'; {accepted}"):
+            window_attention(qkv, bias_table, window)
+
+
+def test_a_forced_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(load("cpu"), "unavailable", lambda: "the library is at the tailor's")
+    qkv, bias_table, window = arguments()
+    message = "backend 'cpu' cannot run this call: the library is at the tailor's"
+    with pytest.raises(RuntimeError, match=message):
+        window_attention(qkv, bias_table, window, backend="cpu")
+    with pytest.raises(RuntimeError, match=message), use_backend("cpu"):
+        window_partition(qkv, window)
+
+
+def test_explain_gives_the_reasons(monkeypatch):
+    qkv, bias_table, window = arguments()
+    reasons = explain(qkv, bias_table, window)
+    assert set(reasons) == set(IMPLEMENTED)
+    assert reasons["reference"] is None
+    assert reasons["cpu"] == load("cpu").unavailable()
+    monkeypatch.setattr(load("cpu"), "unavailable", lambda: "not here")
+    assert explain(qkv, bias_table, window)["cpu"] == "not here"
+    with pytest.raises(ValueError, match="window_attention: window_size is"):
+        explain(qkv, bias_table, 0)
+
+
+def test_public_names():
+    for name in ("window_attention", "window_partition", "window_reverse", "use_backend", "explain"):
+        assert name in swin_kernels.__all__
+        assert getattr(swin_kernels, name).__doc__
