@@ -26,7 +26,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import swin_kernels
 from swin_kernels.backends import Call, select
+from swin_kernels.backends.cpu import library as cpu_library
 
 THREADS = 2
 ROWS = pytest.StashKey[list[dict]]()
@@ -97,7 +99,7 @@ def record(benchmark, pytestconfig, extent, capsys):
             print(
                 f"\n{name}: {', '.join(f'{ratio:.2f}× {peer}' for peer, ratio in ratios.items())} "
                 f"[cpu, {THREADS} threads, {dtype_name}, {sizes}, backend {row['backend']}, torch {torch.__version__}, "
-                f"monai {monai.__version__}, swin-kernels {version_of_package()}; {gate}]"
+                f"monai {monai.__version__}, swin-kernels {swin_kernels.__version__}; {gate}]"
             )
         short = [
             f"{ratios[g.against]:.2f}× {g.against}: {g.wording}" for g in goals.values() if ratios[g.against] < g.ratio
@@ -149,26 +151,21 @@ def versus(benchmark, record):
     return measure
 
 
-def version_of_package() -> str:
-    """Version of swin-kernels, also when it runs from its source tree."""
-    import swin_kernels
-
-    return swin_kernels.__version__
-
-
 def machine() -> dict[str, object]:
     """What a result depends on besides the code."""
     return {
         "cpu": get_cpu_info().get("brand_raw", platform.processor()),
         "cores": os.cpu_count(),
-        "vector_extension": torch.backends.cpu.get_cpu_capability(),
+        "vector_extension": torch.backends.cpu.get_cpu_capability(),  # what PyTorch uses
+        # what ours use, of those built
+        "kernels": "none" if cpu_library.unavailable() else torch.ops.swin_kernels_cpu.isa(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "monai": monai.__version__,
         "pytest_benchmark": version("pytest-benchmark"),
-        "swin_kernels": version_of_package(),
+        "swin_kernels": swin_kernels.__version__,
         "environment": {k: v for k, v in os.environ.items() if k.startswith("SWIN_KERNELS_")},
     }
 
@@ -191,7 +188,7 @@ def pytest_terminal_summary(terminalreporter, config):
     table = Table(
         title="MONAI's cost divided by ours: ratio of medians, variants in turn in one process",
         caption=(
-            f"{about['cpu']}, {about['vector_extension']}, {THREADS} threads · torch {about['torch']} · monai "
+            f"{about['cpu']}, C++ kernels {about['kernels']}, {THREADS} threads · torch {about['torch']} · monai "
             f"{about['monai']} · swin-kernels {about['swin_kernels']} · commit {commit['id'][:10]}"
             f"{' with uncommitted changes' if commit['dirty'] else ''} · {time.strftime('%Y-%m-%d')}"
         ),

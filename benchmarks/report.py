@@ -71,9 +71,9 @@ def section(result: dict, name: str) -> list[str]:
     backends = sorted({row["backend"] for row in rows})
     settings = "".join(f", {key}={value}" for key, value in about["environment"].items())
     lines = [
-        f"**{about['cpu']}**, {about['threads']} threads of {about['cores']} cores, {about['vector_extension']}; "
-        f"backend {' and '.join(backends)}{settings}; torch {about['torch']}, MONAI {about['monai']}, "
-        f"Python {about['python']}, {about['system']}; commit {commit['id'][:10]}"
+        f"**{about['cpu']}**, {about['threads']} threads of {about['cores']} cores; backend {' and '.join(backends)}, "
+        f"C++ kernels {about['kernels']}, PyTorch's {about['vector_extension']}{settings}; torch {about['torch']}, "
+        f"MONAI {about['monai']}, Python {about['python']}, {about['system']}; commit {commit['id'][:10]}"
         f"{' with uncommitted changes' if commit['dirty'] else ''}, {result['datetime'][:10]} "
         f"([{name}](benchmarks/results/{name})).",
         "",
