@@ -23,7 +23,6 @@ from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
-ROOT = Path(__file__).resolve().parent
 LIBRARY = Path("swin_kernels", "lib", "libswin_kernels_cpu.so")
 
 COMPILE_FLAGS = (
@@ -65,6 +64,16 @@ def find_compiler() -> tuple[list[str] | None, str]:
 COMPILER, SKIPPED = find_compiler()
 
 
+def target_machine(compiler: list[str]) -> str:
+    """What the compiler compiles for, as in ``x86_64``."""
+    answer = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
+    if answer.returncode:
+        raise SystemExit(
+            f"{shlex.join(compiler)} -dumpmachine failed, this needs GCC or Clang: {answer.stderr.strip()}"
+        )
+    return answer.stdout.split("-")[0]
+
+
 def torch_folder() -> Path:
     """Where torch is installed, without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
@@ -93,9 +102,11 @@ def path(value: Path) -> str:
 
 
 def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
-    """The text of build.ninja, with objects and library in ``folder``; and the library."""
-    machine = subprocess.run([*compiler, "-dumpmachine"], check=True, capture_output=True, text=True).stdout
-    isas = ISA_FLAGS.get(machine.split("-")[0], {})
+    """The text of build.ninja, with objects and library in ``folder``; and the library.
+
+    Paths are relative to the source tree, so that a copy of the tree has nothing to compile again.
+    """
+    isas = ISA_FLAGS.get(target_machine(compiler), {})
     torch = torch_folder()
     sanitizers = os.environ.get("SWIN_KERNELS_SANITIZE", "")
     sanitize = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
@@ -105,9 +116,8 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
     # Python loads libtorch privately, so the library has to name it; torch has it in memory by then: no run path.
     torch_libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
 
-    csrc = ROOT / "csrc"
     objects: list[tuple[Path, Path, list[str]]] = []  # source, object, flags
-    for source in sorted((csrc / "cpu").glob("*.cpp")):
+    for source in sorted(Path("csrc", "cpu").glob("*.cpp")):
         if source.name == "kernels.cpp":
             for isa, flags in {**isas, "baseline": ""}.items():
                 objects.append((source, folder / f"kernels.{isa}.o", [*flags.split(), f"-DSWIN_ISA={isa}"]))
@@ -116,14 +126,14 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
         else:
             objects.append((source, folder / f"{source.stem}.o", []))
     torch_flags = [TORCH_FLAGS, "-isystem", str(torch / "include")]
-    objects.append((csrc / "torch" / "cpu.cpp", folder / "torch_cpu.o", torch_flags))
+    objects.append((Path("csrc", "torch", "cpu.cpp"), folder / "torch_cpu.o", torch_flags))
 
     library = folder / LIBRARY.name
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {path(folder)}",
         f"cxx = {quote(compiler)}",
-        f"flags = {quote([*compile_flags, '-I', str(csrc), *shlex.split(os.environ.get('CXXFLAGS', ''))])}",
+        f"flags = {quote([*compile_flags, '-Icsrc', *shlex.split(os.environ.get('CXXFLAGS', ''))])}",
         f"ldflags = {quote([*link_flags, *shlex.split(os.environ.get('LDFLAGS', ''))])}",
         f"libraries = {quote(torch_libraries)}",
         "rule compile",
@@ -161,7 +171,7 @@ class BuildCpp(Command):
 
     @property
     def target(self) -> Path:
-        return (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / LIBRARY
+        return LIBRARY if self.inplace or self.editable_mode else Path(self.build_lib) / LIBRARY
 
     def run(self) -> None:
         if COMPILER is None:
@@ -169,14 +179,16 @@ class BuildCpp(Command):
             self.target.unlink(missing_ok=True)
             self.warn(f"the C++ kernels are SKIPPED: {SKIPPED}. Everything runs, slower, on the PyTorch reference.")
             return
-        folder = ROOT / "build" / "cpp"
+        folder = Path("build", "cpp")
         if sanitizers := os.environ.get("SWIN_KERNELS_SANITIZE"):
             folder = folder / sanitizers.replace(",", "-")
         folder.mkdir(parents=True, exist_ok=True)
         text, library = ninja_rules(COMPILER, folder)
         (folder / "build.ninja").write_text(text)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.run([ninja_program(), "-f", str(folder / "build.ninja"), "-j", jobs], check=True)
+        ninja = [ninja_program(), "-f", str(folder / "build.ninja"), "-j", jobs]
+        if subprocess.run(ninja).returncode:
+            raise SystemExit(f"{shlex.join(COMPILER)} is there but did not compile the C++ kernels, see above")
         # A process may have the old library mapped: replace the file, never write into it.
         self.target.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.target.with_suffix(".new")
@@ -184,7 +196,7 @@ class BuildCpp(Command):
         fresh.replace(self.target)
 
     def get_source_files(self) -> list[str]:
-        return [str(file.relative_to(ROOT)) for file in sorted((ROOT / "csrc").rglob("*.*"))]
+        return [str(file) for file in sorted(Path("csrc").rglob("*.*"))]
 
     def get_outputs(self) -> list[str]:
         return [] if COMPILER is None else [str(self.target)]
