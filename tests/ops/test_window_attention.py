@@ -287,7 +287,7 @@ def test_log_sum_exp(backend, name, dtype):
     assert lse.dtype == torch.promote_types(dtype, torch.float32)
     wide = inputs.double()
     _, truth = table.plain_attention(*wide.leaves, case)
-    assert_close("log-sum-exp", lse, truth.to(lse.dtype), truth)
+    assert_close("log-sum-exp", lse, truth.to(lse.dtype), truth, largest(truth))
 
 
 # Gradients
