@@ -22,6 +22,7 @@ from goals import IMAGE_EXTENT, goals_of
 from peers import Gate
 from pytest_benchmark.plugin import get_cpu_info
 from pytest_benchmark.utils import get_commit_info
+from report import cost, setting
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,7 @@ from swin_kernels.backends.cpu import library as cpu_library
 
 THREADS = 2
 ROWS = pytest.StashKey[list[dict]]()
+LOAD_BEFORE = os.getloadavg()[0]  # other work on the machine: above a few tenths, distrust the ratios
 
 
 def pytest_addoption(parser):
@@ -160,6 +162,7 @@ def machine() -> dict[str, object]:
         # what ours use, of those built
         "kernels": "none" if cpu_library.unavailable() else torch.ops.swin_kernels_cpu.isa(),
         "threads": torch.get_num_threads(),
+        "load_before": LOAD_BEFORE,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -187,11 +190,7 @@ def pytest_terminal_summary(terminalreporter, config):
     about, commit = machine(), get_commit_info()
     table = Table(
         title="MONAI's cost divided by ours: ratio of medians, variants in turn in one process",
-        caption=(
-            f"{about['cpu']}, C++ kernels {about['kernels']}, {THREADS} threads · torch {about['torch']} · monai "
-            f"{about['monai']} · swin-kernels {about['swin_kernels']} · commit {commit['id'][:10]}"
-            f"{' with uncommitted changes' if commit['dirty'] else ''} · {time.strftime('%Y-%m-%d')}"
-        ),
+        caption=f"{about['cpu']}, {setting(about, commit)}, {time.strftime('%Y-%m-%d')}",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -201,25 +200,15 @@ def pytest_terminal_summary(terminalreporter, config):
     for row in rows:
         table.add_row(
             f"{row['name']}\n  [dim]{row['dtype']}, {row['sizes']}, backend {row['backend']}[/dim]",
-            *(show_cost(row, variant) for variant in ("MONAI", "MONAI flash", "ours")),
+            *(cost(row, variant) for variant in ("MONAI", "MONAI flash", "ours")),
             *(show_ratio(row, peer) for peer in ("MONAI", "MONAI flash")),
             f"{row['gate']['value']:.1g}\n[dim]≤ {row['gate']['limit']:g}[/dim]",
         )
-    console = Console(width=max(100, terminalreporter._tw.fullwidth), force_terminal=terminalreporter.hasmarkup)
+    console = Console(width=max(120, terminalreporter._tw.fullwidth), force_terminal=terminalreporter.hasmarkup)
     with console.capture() as capture:
         console.print(table)
     terminalreporter.write_line("")
     terminalreporter.write(capture.get())
-
-
-def show_cost(row: dict, variant: str) -> str:
-    """One variant's median with its unit."""
-    if variant not in row["costs"]:
-        return "–"
-    cost = row["costs"][variant]["median"]
-    if row["unit"] == "s":
-        return f"{cost * 1e3:.1f} ms" if cost < 1 else f"{cost:.2f} s"
-    return f"{cost:.2f} {row['unit']}"
 
 
 def show_ratio(row: dict, peer: str) -> str:

@@ -19,6 +19,23 @@ END = "<!-- measured: end -->"
 PEERS = ("MONAI", "MONAI flash")
 
 
+def setting(about: dict, commit: dict) -> str:
+    """What a result depends on, besides the processor's name."""
+    facts = (
+        f"{about['threads']} threads of {about['cores']} cores",
+        f"load before {about['load_before']:.1f}",
+        f"C++ kernels {about['kernels']}",
+        f"PyTorch's {about['vector_extension']}",
+        f"torch {about['torch']}",
+        f"MONAI {about['monai']}",
+        f"swin-kernels {about['swin_kernels']}",
+        f"Python {about['python']}",
+        about["system"],
+        f"commit {commit['id'][:10]}{' with uncommitted changes' if commit['dirty'] else ''}",
+    )
+    return ", ".join(facts)
+
+
 def cost(row: dict, variant: str) -> str:
     """One variant's median with its unit."""
     if variant not in row["costs"]:
@@ -71,11 +88,8 @@ def section(result: dict, name: str) -> list[str]:
     backends = sorted({row["backend"] for row in rows})
     settings = "".join(f", {key}={value}" for key, value in about["environment"].items())
     lines = [
-        f"**{about['cpu']}**, {about['threads']} threads of {about['cores']} cores; backend {' and '.join(backends)}, "
-        f"C++ kernels {about['kernels']}, PyTorch's {about['vector_extension']}{settings}; torch {about['torch']}, "
-        f"MONAI {about['monai']}, Python {about['python']}, {about['system']}; commit {commit['id'][:10]}"
-        f"{' with uncommitted changes' if commit['dirty'] else ''}, {result['datetime'][:10]} "
-        f"([{name}](benchmarks/results/{name})).",
+        f"**{about['cpu']}**, backend {' and '.join(backends)}{settings}: {setting(about, commit)}, "
+        f"{result['datetime'][:10]} ([{name}](benchmarks/results/{name})).",
         "",
     ]
     with_goal = [row for row in rows if row["goals"]]
@@ -116,7 +130,7 @@ def main() -> int:
     updated = f"{before}{BEGIN}\n\n{measured()}\n\n{END}{after}"
     if check:
         if updated != text:
-            print(f"{README} does not show what {RESULTS} holds; run python {Path(__file__).name}", file=sys.stderr)
+            print(f"{README} does not show what {RESULTS} holds; run python benchmarks/report.py", file=sys.stderr)
         return int(updated != text)
     README.write_text(updated)
     return 0
