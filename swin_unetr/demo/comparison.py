@@ -1,0 +1,116 @@
+"""The same network on MONAI's own code: do the two agree, and how long does each take."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
+from monai.transforms import ResizeWithPadOrCrop
+from torch import nn
+
+from .data import Patient
+from .training import Recipe, Trainer, predict
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs over the largest output, and of gradients over their norm, that counts as equal."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of interleaved runs of one piece of work, in seconds, and what the two results differ by."""
+
+    work: str
+    fused: float
+    monai: float
+    difference: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= TOLERANCE
+
+    @property
+    def speedup(self) -> float | None:
+        """MONAI's time over the fused one; None unless the results agree."""
+        return self.monai / self.fused if self.agrees else None
+
+
+def compare(
+    model: nn.Module,
+    patient: Patient,
+    recipe: Recipe,
+    rounds: int,
+    on_run: Callable[[], None] = lambda: None,
+) -> list[Timing]:
+    """Time a training step and a prediction of `model` beside MONAI's SwinUNETR with the same weights.
+
+    Each round runs one after the other, in turns which first; a first round is not counted.
+
+    Args:
+        model: a trained `recipe.model()`; it is left as it is.
+        patient: the prediction takes the whole CT, the training step its middle window.
+        rounds: runs that count, of each piece of work and each model.
+        on_run: called after each of the `timed_runs(rounds)` runs.
+    """
+    device = next(model.parameters()).device
+    monai = recipe.model(MonaiSwinUNETR).to(device)
+    monai.load_state_dict(model.state_dict())
+    pair = (copy.deepcopy(model), monai)
+    image = patient.image().to(device)
+    label = torch.from_numpy(patient.labels[None]).to(device)
+    window, window_label = (ResizeWithPadOrCrop(recipe.window)(v).as_tensor()[None] for v in (image, label))
+    # Differences first, while the weights still are the same.
+    prediction_difference = _prediction_difference(pair, window)
+    step_difference = _gradient_difference(pair, window, window_label)
+    trainers = [Trainer(m, recipe) for m in pair]
+    step = _interleaved([lambda t=t: t.step(window, window_label) for t in trainers], device, rounds, on_run)
+    prediction = _interleaved([lambda m=m: predict(m, image, recipe) for m in pair], device, rounds, on_run)
+    return [Timing("training step", *step, step_difference), Timing("prediction", *prediction, prediction_difference)]
+
+
+def timed_runs(rounds: int) -> int:
+    """How many runs `compare` makes: two models, two pieces of work, and a first round that does not count."""
+    return 2 * 2 * (rounds + 1)
+
+
+@torch.inference_mode()
+def _prediction_difference(pair: tuple[nn.Module, nn.Module], window: torch.Tensor) -> float:
+    fused, monai = (model.eval()(window) for model in pair)
+    return ((fused - monai).abs().max() / monai.abs().max()).item()
+
+
+def _gradient_difference(pair: tuple[nn.Module, nn.Module], image: torch.Tensor, label: torch.Tensor) -> float:
+    gradients = []
+    for model in pair:
+        model.train().zero_grad()
+        Trainer(model, Recipe()).loss(model(image), label).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    fused, monai = gradients
+    return ((fused - monai).norm() / monai.norm()).item()
+
+
+def _interleaved(
+    work: list[Callable[[], object]], device: torch.device, rounds: int, on_run: Callable[[], None]
+) -> list[float]:
+    """Median seconds of each of `work` over `rounds` rounds."""
+    seconds = [[] for _ in work]
+    for r in range(rounds + 1):
+        order = range(len(work)) if r % 2 else reversed(range(len(work)))
+        for i in order:
+            started = _now(device)
+            work[i]()
+            elapsed = _now(device) - started
+            if r > 0:
+                seconds[i].append(elapsed)
+            on_run()
+    return [statistics.median(s) for s in seconds]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,154 @@
+"""What the demo says on the terminal, and its record as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import monai
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import swin_kernels
+
+from .comparison import TOLERANCE, Timing
+from .data import LABEL_NOTE
+from .training import Recipe
+
+
+def settings(recipe: Recipe, seed: int, device: torch.device, backend: str) -> dict[str, str]:
+    """What a number needs beside it: device, versions, sizes, date."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "device": f"{device}: {hardware}, {torch.get_num_threads()} threads",
+        "backend": backend,
+        "versions": f"swin-kernels {swin_kernels.__version__}, torch {torch.__version__}, MONAI {monai.__version__}",
+        "model": f"Swin UNETR, feature_size {recipe.feature_size}, depths {recipe.depths}, float32",
+        "training": f"{recipe.steps} steps of {recipe.batch_size} × {recipe.window} voxels, seed {seed}",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine()
+
+
+def heading(console: Console, text: str) -> None:
+    console.print()
+    console.rule(f"[bold]{text}", align="left")
+
+
+def settings_table(console: Console, values: Mapping[str, str]) -> None:
+    heading(console, "Swin UNETR on two chest CTs")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in values.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+class TrainingBar:
+    """Progress of a training: loss, seconds per step, time left.
+
+    Attributes:
+        loss: mean of the last 20 steps.
+        seconds: median of all steps.
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[seconds]} s/step"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("training", total=steps, loss="–", seconds="–")
+        self._losses: list[float] = []
+        self._seconds: list[float] = []
+
+    def __enter__(self) -> TrainingBar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self._losses[-20:])
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self._seconds)
+
+    def step(self, loss: float, seconds: float) -> None:
+        self._losses.append(loss)
+        self._seconds.append(seconds)
+        self._progress.update(self._task, advance=1, loss=f"{self.loss:.3f}", seconds=f"{self.seconds:.2f}")
+
+
+@contextmanager
+def timing_bar(console: Console, total: int) -> Iterator[Callable[[], None]]:
+    """A bar over `total` timed runs, gone when they are done; yields what to call after each."""
+    with Progress(TextColumn("timing"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("timing", total=total)
+        yield lambda: progress.advance(task)
+
+
+def organ_table(console: Console, results: Mapping[str, Mapping[str, float]]) -> None:
+    table = _table("organ", "Dice", "Dice of a bare threshold", "volume", "volume of the labels")
+    for name, score in results["dice"].items():
+        table.add_row(
+            name,
+            f"[bold]{score:.3f}[/]",
+            f"{results['dice_of_bare_threshold'][name]:.3f}",
+            f"{results['millilitres'][name]:,.0f} ml",
+            f"{results['millilitres_of_labels'][name]:,.0f} ml",
+        )
+    console.print(table)
+    console.print(LABEL_NOTE, style="dim")
+
+
+def timing_table(console: Console, timings: Sequence[Timing], rounds: int) -> None:
+    table = _table("", "swin_unetr", f"MONAI {monai.__version__}", "difference of results", "speed-up")
+    for t in timings:
+        speedup = (
+            f"[bold green]{t.speedup:.2f}×[/]" if t.agrees else f"[bold red]none: differs by more than {TOLERANCE:g}[/]"
+        )
+        table.add_row(t.work, f"{t.fused:.3f} s", f"{t.monai:.3f} s", f"{t.difference:.1e}", speedup)
+    console.print(table)
+    console.print(f"Medians of {rounds} interleaved runs in this process; same weights, same input.", style="dim")
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def files(console: Console, paths: Mapping[str, Path]) -> None:
+    heading(console, "Files")
+    for path in paths.values():
+        console.print(str(path), soft_wrap=True, highlight=False)
+
+
+def write_json(results: Mapping[str, object], path: Path) -> None:
+    path.write_text(json.dumps(results, indent=2) + "\n")
