@@ -1,0 +1,234 @@
+"""The package as users get it: built, installed beside nothing but its dependencies, with and without a compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = "swin_kernels/lib/libswin_kernels_cpu.so"
+COMPILERS = ("c++", "g++", "clang++")
+NO_COMPILER = not any(shutil.which(name) for name in COMPILERS)
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree: setup.py is missing")
+needs_compiler = pytest.mark.skipif(NO_COMPILER, reason=f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH")
+
+
+def run(command: list, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """The finished command, both outputs in `stdout`; the environment names no other compiler, backend or path."""
+    hidden = {"CXX", "SWIN_KERNELS_CXX", "SWIN_KERNELS_SANITIZE", "PYTHONPATH", "SWIN_KERNELS_BACKEND", "LD_PRELOAD"}
+    environment = {key: value for key, value in os.environ.items() if key not in hidden} | environment
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def succeed(command: list, cwd: Path, **environment: str) -> str:
+    done = run(command, cwd, **environment)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def copy_sources(target: Path) -> Path:
+    """A copy of the tree, with the objects compiled so far: ninja goes by their times, which the copy keeps."""
+    target.mkdir()
+    for file in (*ROOT.glob("*.*"), ROOT / "LICENSE"):
+        if file.is_file():
+            shutil.copy2(file, target)
+    for folder in ("csrc", "swin_kernels", "swin_unetr", "build/cpp"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    return target
+
+
+def build_wheel(sources: Path, **environment: str) -> tuple[Path, str]:
+    """The wheel and what pip printed."""
+    options = ["--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", sources / "dist"]
+    printed = succeed([sys.executable, "-m", "pip", "wheel", *options, "."], sources, **environment)
+    (wheel,) = (sources / "dist").glob("*.whl")
+    return wheel, printed
+
+
+def make_environment(folder: Path) -> Path:
+    """The Python of a new environment that finds the dependencies, but not this package, where they are now."""
+    succeed([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
+    python = folder / "bin" / "python"
+    own = succeed([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip()
+    # A folder named in a .pth file is searched, but .pth files in it (an editable install of this tree) are not read.
+    (Path(own) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def install(python: Path, what: Path, *options: str, **environment: str) -> str:
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-build-isolation"]
+    return succeed([*command, *options, what], python.parent, **environment)
+
+
+PROBE = """
+import importlib.metadata, pathlib, torch, swin_kernels, swin_unetr
+from swin_kernels.backends import load
+print("from", pathlib.Path(swin_kernels.__file__).parents[1])
+assert importlib.metadata.version("swin-kernels") == swin_kernels.__version__
+scripts = importlib.metadata.distribution("swin-kernels").entry_points.select(group="console_scripts")
+assert {script.name for script in scripts} == {"swin-kernels", "swin-unetr"}
+assert all(callable(script.load()) for script in scripts)
+qkv, table = torch.randn(1, 5, 6, 4, 3 * 8), torch.randn(5 * 5 * 5, 2)
+chosen = swin_kernels.window_attention(qkv, table, 3, 1)
+reference = swin_kernels.window_attention(qkv, table, 3, 1, backend="reference")
+torch.testing.assert_close(chosen, reference)
+print("unavailable:", load("cpu").unavailable())
+try:
+    swin_kernels.window_attention(qkv, table, 3, 1, backend="cpu")
+except Exception as error:
+    print("forced:", type(error).__name__, error)
+else:
+    print("forced: runs")
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    return copy_sources(tmp_path_factory.mktemp("packaging") / "sources with a space")
+
+
+@needs_compiler
+def test_wheel_with_kernels(sources: Path, tmp_path: Path):
+    wheel, _ = build_wheel(sources)
+    assert re.fullmatch(r"swin_kernels-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert LIBRARY in names
+    assert not [name for name in names if name.startswith(("csrc", "tests", "build"))]
+    shipped = [str(file.relative_to(ROOT)) for file in (ROOT / "swin_unetr" / "data").glob("*.nii.gz")]
+    assert shipped
+    assert {*shipped, "swin_kernels/ops/window_attention.py"} <= {*names}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+    python = make_environment(tmp_path / "environment")
+    install(python, wheel, PATH="")
+    printed = succeed([python, "-c", PROBE], tmp_path, PATH="")
+    assert f"from {tmp_path}" in printed
+    assert "unavailable: None" in printed
+    assert "forced: runs" in printed
+
+
+@needs_compiler
+def test_editable_install_builds_in_place(sources: Path, tmp_path: Path):
+    python = make_environment(tmp_path / "environment")
+    # The ninja that wrote the log of the objects so far: another version would compile everything again.
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    install(python, sources, "--editable", PATH=path)
+    assert (sources / LIBRARY).is_file()
+    printed = succeed([python, "-c", PROBE], tmp_path)
+    assert f"from {sources}" in printed
+    assert "unavailable: None" in printed
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        pytest.param({"PATH": ""}, "no C++ compiler was found", id="empty PATH"),
+        pytest.param({"CXX": "no-such-compiler"}, "CXX names 'no-such-compiler'", id="CXX that is not there"),
+    ],
+)
+def test_no_compiler_is_said(sources: Path, environment: dict[str, str], reason: str):
+    printed = succeed([sys.executable, "setup.py", "-q", "build_cpp", "--inplace"], sources, **environment)
+    assert "SKIPPED" in printed
+    assert reason in printed
+    assert not (sources / LIBRARY).exists()
+
+
+def test_install_without_compiler_runs_on_reference(sources: Path, tmp_path: Path):
+    python = make_environment(tmp_path / "environment")
+    printed = install(python, sources, "--verbose", PATH="")
+    assert "SKIPPED: no C++ compiler was found" in printed
+    assert "py3-none-any.whl" in printed
+    printed = succeed([python, "-c", PROBE], tmp_path, PATH="")
+    assert f"from {tmp_path}" in printed
+    assert "unavailable: the C++ library was not built" in printed
+    assert re.search(r"forced: \w+Error .*was not built", printed)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        pytest.param({"SWIN_KERNELS_CXX": "no-such-compiler"}, "not an executable program", id="named but missing"),
+        pytest.param({"SWIN_KERNELS_CXX": "false"}, "this needs GCC or Clang", id="no compiler at all"),
+        pytest.param({"CXXFLAGS": "-no-such-flag"}, "did not compile the C++ kernels", id="does not compile"),
+    ],
+)
+@needs_compiler
+def test_broken_compiler_is_an_error(tmp_path: Path, environment: dict[str, str], message: str):
+    sources = copy_sources(tmp_path / "sources")
+    done = run([sys.executable, "setup.py", "build_cpp", "--inplace"], sources, **environment)
+    assert done.returncode != 0
+    assert message in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is missing")
+def test_no_symbol_is_shared_between_vector_widths():
+    """A weak symbol in two builds is kept once: a processor without AVX-512 could end up in the AVX-512 copy."""
+    objects = sorted((ROOT / "build" / "cpp").glob("kernels.*.o"))
+    if not objects:
+        pytest.skip("build/cpp holds no objects of the kernels: python setup.py build_cpp --inplace has not run")
+    symbols = {}
+    for file in objects:
+        lines = succeed(["nm", "--defined-only", "--extern-only", "--format=posix", file], ROOT).splitlines()
+        symbols[file.name] = {line.split()[0] for line in lines}
+        assert symbols[file.name], file
+    for one, other in combinations(symbols, 2):
+        assert not symbols[one] & symbols[other], (one, other)
+
+
+SOURCES = [
+    str(file.relative_to(ROOT)) for file in sorted((ROOT / "csrc").glob("*/*.cpp")) if file.parent.name != "cuda"
+]
+
+
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="aarch64-linux-gnu-g++ is missing")
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_for_aarch64(source: str):
+    import torch
+
+    headers = Path(torch.__file__).parent / "include"
+    options = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Icsrc", "-DSWIN_ISA=baseline"]
+    torch_options = ["-isystem", headers, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    succeed(["aarch64-linux-gnu-g++", *options, *torch_options, source], ROOT)
+
+
+def test_lock_pins_every_dependency():
+    """Exact versions and nothing that holds on one machine only: local builds, paths, hosts."""
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is missing: Python 3.11 brought it")
+    lines = (ROOT / "requirements" / "lock.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    for pin in pins:
+        assert re.fullmatch(r"==\d[\d.]*", str(pin.specifier)), pin
+        assert pin.url is None, pin
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    wanted = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *extras["test"],
+        *extras["dev"],
+    ]
+    for requirement in map(Requirement, wanted):
+        if requirement.name == "swin-kernels":
+            continue
+        versions = [next(iter(pin.specifier)).version for pin in pins if pin.name == requirement.name.lower()]
+        assert versions, requirement
+        assert all(version in requirement.specifier for version in versions), requirement
