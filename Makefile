@@ -41,7 +41,7 @@ $(STAMP): requirements/lock.txt pyproject.toml setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# The operators' tests on kernels built with AddressSanitizer, in a copy that leaves the library in use alone.
+# The tests of operators and of bad input on kernels built with AddressSanitizer, in a copy that leaves the library in use alone.
 # Python and PyTorch do not free everything at exit: leaks are not looked for.
 ASAN_LIBRARY = $$($${CXX:-c++} -print-file-name=libasan.so)
 asan: $(STAMP)
@@ -49,7 +49,7 @@ asan: $(STAMP)
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory=build/asan
 	cd build/asan && SWIN_KERNELS_SANITIZE=address $(CURDIR)/$(BIN)/python setup.py -q build_cpp --inplace
 	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0 \
-		$(CURDIR)/$(BIN)/python -m pytest --quiet tests/ops
+		$(CURDIR)/$(BIN)/python -m pytest --quiet tests/ops tests/test_bad_input.py
 
 clean:
 	rm -rf build dist *.egg-info swin_kernels/lib
