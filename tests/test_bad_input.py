@@ -1,0 +1,433 @@
+"""Bad input gets an error that names the argument, or a defined result, and never a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from swin_kernels import backends, window_attention, window_partition, window_reverse
+from swin_kernels.geometry import WindowGrid
+
+ARGUMENTS = {
+    "window_attention": (
+        "qkv bias_table window_size shift_size pad_qkv scale dropout_p backend",
+        window_attention,
+    ),
+    "window_partition": ("x window_size shift_size backend", window_partition),
+    "window_reverse": ("windows window_size shift_size spatial_shape backend", window_reverse),
+}
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request) -> str:
+    if reason := backends.load(request.param).unavailable():
+        pytest.skip(f"backend {request.param}: {reason}")
+    return request.param
+
+
+def assert_named(error: Exception, operator: str) -> None:
+    """The message says which operator and which of its arguments, in the first words."""
+    names = ARGUMENTS[operator][0].replace(" ", "|")
+    assert re.match(rf"{operator}: .*\b({names})\b", str(error)), f"{type(error).__name__}: {error}"
+
+
+def attention(backend=None, **changes) -> torch.Tensor:
+    """A good call of `window_attention` with some of its arguments changed."""
+    arguments = {
+        "qkv": torch.randn(2, 4, 5, 12),
+        "bias_table": torch.randn(25, 2),
+        "window_size": 3,
+        "shift_size": 1,
+        "pad_qkv": torch.randn(12),
+    }
+    return window_attention(**(arguments | {"backend": backend} | changes))
+
+
+def partition(backend=None, **changes) -> torch.Tensor:
+    arguments = {"x": torch.randn(2, 4, 5, 3), "window_size": 3, "shift_size": 1}
+    return window_partition(**(arguments | {"backend": backend} | changes))
+
+
+def reverse(backend=None, **changes) -> torch.Tensor:
+    arguments = {"windows": torch.randn(8, 9, 3), "window_size": 3, "shift_size": 1, "spatial_shape": (4, 5)}
+    return window_reverse(**(arguments | {"backend": backend} | changes))
+
+
+CALLS = {"window_attention": attention, "window_partition": partition, "window_reverse": reverse}
+
+sparse = torch.eye(4).to_sparse()
+meta = torch.device("meta")
+
+# operator, the argument that the message has to name, the arguments changed
+BAD = [
+    # rank and shape
+    ("window_attention", "qkv", {"qkv": torch.randn(4, 5, 12)}),
+    ("window_attention", "qkv", {"qkv": torch.randn(2, 3, 3, 3, 3, 12)}),
+    ("window_attention", "qkv", {"qkv": torch.tensor(1.0)}),
+    ("window_attention", "qkv", {"qkv": torch.randn(2, 0, 5, 12)}),
+    ("window_attention", "qkv", {"qkv": torch.randn(2, 4, 5, 0)}),
+    ("window_attention", "qkv", {"qkv": torch.randn(2, 4, 5, 10)}),
+    ("window_attention", "qkv", {"qkv": torch.randn(2, 4, 5, 9)}),
+    ("window_attention", "bias_table", {"bias_table": torch.randn(24, 2)}),
+    ("window_attention", "bias_table", {"bias_table": torch.randn(25)}),
+    ("window_attention", "bias_table", {"bias_table": torch.randn(25, 0)}),
+    ("window_attention", "bias_table", {"bias_table": torch.randn(25, 2, 1)}),
+    ("window_attention", "pad_qkv", {"pad_qkv": torch.randn(11)}),
+    ("window_attention", "pad_qkv", {"pad_qkv": torch.randn(1, 12)}),
+    ("window_attention", "pad_qkv", {"pad_qkv": torch.tensor(0.0)}),
+    ("window_partition", "x", {"x": torch.randn(5, 3)}),
+    ("window_partition", "x", {"x": torch.randn(1, 4, 0, 3)}),
+    ("window_partition", "x", {"x": torch.randn(1, 4, 4, 0)}),
+    ("window_reverse", "windows", {"windows": torch.randn(8, 9)}),
+    ("window_reverse", "windows", {"windows": torch.randn(7, 9, 3)}),
+    ("window_reverse", "windows", {"windows": torch.randn(8, 8, 3)}),
+    ("window_reverse", "windows", {"windows": torch.randn(8, 9, 0)}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": (4,)}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": (4, 0)}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": (4, -5)}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": (2, 2, 2, 2)}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": 4}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": None}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": "ab"}),
+    ("window_reverse", "spatial_shape", {"spatial_shape": (4, 2**70)}),
+    # volumes of more elements than memory has addresses
+    ("window_reverse", "spatial_shape", {"windows": torch.empty(0, 1, 1), "window_size": 1, "shift_size": 0,
+                                         "spatial_shape": (2**30,) * 3}),
+    ("window_reverse", "spatial_shape", {"windows": torch.empty(0, 1, 1), "window_size": 1, "shift_size": 0,
+                                         "spatial_shape": (2**62, 4)}),
+    # dtypes, layouts and types
+    *(("window_attention", "qkv", {"qkv": torch.zeros(2, 4, 5, 12, dtype=dtype)})
+      for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)),
+    ("window_attention", "bias_table", {"bias_table": torch.zeros(25, 2, dtype=torch.float64)}),
+    ("window_attention", "bias_table", {"bias_table": torch.zeros(25, 2, dtype=torch.bfloat16)}),
+    ("window_attention", "bias_table", {"bias_table": torch.zeros(25, 2, dtype=torch.int64)}),
+    ("window_attention", "pad_qkv", {"pad_qkv": torch.zeros(12, dtype=torch.float64)}),
+    ("window_attention", "pad_qkv", {"pad_qkv": torch.zeros(12, dtype=torch.bfloat16)}),
+    *(("window_attention", "qkv", {"qkv": value})
+      for value in (None, [[1.0]], 3.0, "qkv", np.zeros((2, 4, 5, 12)), sparse)),
+    *(("window_attention", "bias_table", {"bias_table": value}) for value in (None, [[1.0]], 3.0, sparse)),
+    *(("window_attention", "pad_qkv", {"pad_qkv": value}) for value in ([0.0] * 12, 3.0, False, sparse)),
+    *(("window_partition", "x", {"x": value}) for value in (None, [[1.0]], sparse)),
+    *(("window_reverse", "windows", {"windows": value}) for value in (None, [[1.0]], sparse)),
+    # devices
+    ("window_attention", "bias_table", {"bias_table": torch.zeros(25, 2, device=meta)}),
+    ("window_attention", "pad_qkv", {"pad_qkv": torch.zeros(12, device=meta)}),
+    ("window_attention", "qkv", {"qkv": torch.zeros(2, 4, 5, 12, device=meta)}),
+    # windows and shifts
+    *((operator, "window_size", {"window_size": value})
+      for operator in CALLS
+      for value in (0, -1, (3, 0), (3,), (3, 3, 3), (), 3.0, "33", None, True, (3, None), (3, True), [[3], [3]],
+                    torch.tensor(3), {3, 4}, math.inf, 2**63, 2**70)),
+    *((operator, "shift_size", {"shift_size": value})
+      for operator in CALLS
+      for value in (-1, 3, (0, 3), (1,), (1, 1, 1), (), 1.0, "11", None, False, (1, None), 2**70, -(2**70))),
+    # scalars
+    *(("window_attention", "scale", {"scale": value}) for value in ("a", [1.0], 1j, torch.ones(2))),
+    *(("window_attention", "dropout_p", {"dropout_p": value})
+      for value in (-0.1, 1.0, 1.5, math.nan, math.inf, "a", None, [0.5], 0.5j, torch.ones(2))),
+    *((operator, "backend", {"backend": value}) for operator in CALLS for value in ("", "gpu", 3, ["cpu"], b"cpu")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operator", "argument", "changes"), BAD, ids=lambda value: str(value)[:60].split("\n")[0])
+def test_error_names_the_argument(backend, operator, argument, changes):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        CALLS[operator](**({"backend": backend} | changes))
+    assert_named(caught.value, operator)
+    assert argument in str(caught.value)
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_the_calls_that_are_changed_are_good(backend, operator):
+    CALLS[operator](backend=backend)
+
+
+def test_empty_batch(backend):
+    qkv = torch.randn(0, 4, 5, 12, requires_grad=True)
+    bias_table = torch.randn(25, 2, requires_grad=True)
+    pad_qkv = torch.randn(12, requires_grad=True)
+    out = attention(backend, qkv=qkv, bias_table=bias_table, pad_qkv=pad_qkv)
+    assert out.shape == (0, 4, 5, 4)
+    grads = torch.autograd.grad(out.sum(), [qkv, bias_table, pad_qkv])
+    assert grads[0].shape == qkv.shape
+    assert torch.equal(grads[1], torch.zeros(25, 2))
+    assert torch.equal(grads[2], torch.zeros(12))
+
+
+def test_meta_tensors_give_shapes():
+    arguments = {"qkv": (2, 4, 5, 12), "bias_table": (25, 2), "pad_qkv": (12,)}
+    out = attention(**{name: torch.zeros(shape, device=meta) for name, shape in arguments.items()})
+    assert out.device == meta
+    assert out.shape == (2, 4, 5, 4)
+    assert partition(x=torch.zeros(2, 4, 5, 3, device=meta)).shape == (8, 9, 3)
+    assert reverse(windows=torch.zeros(8, 9, 3, device=meta)).shape == (2, 4, 5, 3)
+
+
+def test_windows_beyond_the_volume_are_clipped(backend):
+    x = torch.randn(2, 4, 5, 3)
+    for window in (5, 10**6, 2**31, 2**62, 2**63 - 1):
+        windows = window_partition(x, window, 1, backend=backend)
+        assert torch.equal(windows, x.flatten(1, 2))
+        assert torch.equal(window_reverse(windows, window, 1, (4, 5), backend=backend), x)
+    bias_table = torch.randn((2 * 1000 - 1) * 9, 2)
+    out = attention(backend, bias_table=bias_table, window_size=(1000, 5), shift_size=0)
+    assert out.isfinite().all()
+
+
+def test_an_automatic_choice_never_fails_on_size():
+    """What the C++ kernels have no room for, the reference takes."""
+    x = torch.randn(1, 260, 260, 1)
+    assert window_partition(x, 260).shape == (1, 260 * 260, 1)
+    x = torch.randn(1, 1, 2**16 + 1, 1)
+    assert window_partition(x, (1, 2**16), 0).shape == (2, 2**16, 1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_non_finite_values_stay_in_their_window(backend, part, value):
+    """A NaN or infinity reaches the windows that hold it, forward and backward, and no other."""
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 6, 6, 12)
+    qkv[0, 1, 1, 4 * part] = value  # head 0 of q, k or v
+    qkv.requires_grad_()
+    out = window_attention(qkv, torch.randn(25, 2), 3, backend=backend)
+    out.sum().backward()
+    for result in (out.detach(), qkv.grad):
+        outside = result.clone()
+        outside[:, :3, :3] = 0
+        assert outside.isfinite().all()
+    inside = out[0, :3, :3, :2].detach()  # head 0
+    assert out[0, :3, :3, 2:].isfinite().all()
+    if math.isnan(value):
+        expected = {0: inside[1, 1], 1: inside, 2: inside[..., 0]}[part]  # a query's row, every row, every value
+        assert expected.isnan().all()
+
+
+def test_nan_in_the_padding_reaches_padded_windows_only(backend):
+    qkv = torch.randn(1, 4, 3, 12)
+    out = window_attention(qkv, torch.randn(25, 2), 3, pad_qkv=torch.full((12,), math.nan), backend=backend)
+    assert out[:, :3].isfinite().all()
+    assert out[:, 3:].isnan().all()
+
+
+@pytest.mark.parametrize("magnitude", [1e4, 1e18, 1e38])
+def test_scores_that_overflow(backend, magnitude):
+    """Scores up to the largest float32 and beyond: the weights are 0, 1 or NaN, nothing crashes."""
+    qkv = torch.randn(1, 4, 4, 12) * magnitude
+    out = window_attention(qkv.requires_grad_(), torch.randn(25, 2), 3, 1, backend=backend)
+    if magnitude < 1e18:
+        assert out.isfinite().all()
+    out.sum().backward()
+    assert qkv.grad is None or qkv.grad.shape == qkv.shape
+
+
+# Random calls: mostly good arguments, now and then a bad one.
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OTHERS = [torch.int64, torch.int8, torch.bool, torch.complex64]
+VALUES = st.sampled_from([0.0, 1.0, -1.0, 1e4, 1e30, math.nan, math.inf, -math.inf])
+SENSELESS = st.sampled_from(
+    [None, True, "a", 1.5, math.nan, (), (1,), [[1]], {}, -1, 0, 2**31, 2**63, -(2**63), 2**70, object()]
+)
+
+
+def now_and_then(good: st.SearchStrategy, bad: st.SearchStrategy) -> st.SearchStrategy:
+    return st.integers(0, 7).flatmap(lambda i: bad if i == 7 else good)
+
+
+@st.composite
+def tensors(draw, *shape: int) -> torch.Tensor:
+    """A tensor of `shape`; sometimes of another shape, dtype, device, layout, with odd values or strides."""
+    shape = list(shape)
+    if draw(st.integers(0, 7)) == 7:
+        for _ in range(draw(st.integers(1, 2))):
+            at = draw(st.integers(0, len(shape)))
+            edit = draw(st.sampled_from(["insert", "delete", "change"]))
+            if edit == "insert":
+                shape.insert(at, draw(st.integers(0, 3)))
+            elif shape[at : at + 1]:
+                shape[at : at + 1] = [] if edit == "delete" else [draw(st.integers(0, 9))]
+    dtype = draw(now_and_then(st.just(torch.float32), st.sampled_from(FLOATS + OTHERS)))
+    device = draw(now_and_then(st.just("cpu"), st.sampled_from(["cpu", "meta"])))
+    x = torch.randn(shape).to(dtype).to(device)
+    kind = draw(st.sampled_from(["plain"] * 5 + ["value", "strided", "expanded", "sparse", "overlapping", "grad"]))
+    if kind == "value" and x.numel() and x.device.type == "cpu" and dtype.is_floating_point:
+        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = draw(VALUES)
+    elif kind == "strided" and x.dim():
+        x = torch.stack([x, x], -1)[..., 0]
+    elif kind == "expanded" and x.dim() and x.shape[0]:
+        x = x[:1].expand(x.shape)
+    elif kind == "sparse" and x.device.type == "cpu":
+        x = x.to_sparse()
+    elif kind == "overlapping" and x.device.type == "cpu":
+        x = torch.zeros(max(1, x.numel()), dtype=dtype).as_strided(shape, [0] * len(shape))
+    elif kind == "grad" and dtype.is_floating_point:
+        x.requires_grad_()
+    return x
+
+
+@st.composite
+def calls(draw):
+    """Operator, arguments, backend."""
+    operator = draw(st.sampled_from(list(ARGUMENTS)))
+    axes = draw(st.sampled_from([2, 3]))
+    spatial = [draw(st.integers(1, 7)) for _ in range(axes)]
+    window = [draw(st.integers(1, 5)) for _ in range(axes)]
+    shift = [draw(st.integers(0, w - 1)) for w in window]
+    batch = draw(st.integers(0, 2))
+    heads, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    channels = heads * head_dim
+    grid = WindowGrid.of(spatial, window, shift)
+
+    def ints(good: list[int]) -> st.SearchStrategy:
+        edited = st.lists(st.one_of(st.integers(-1, 9), SENSELESS), max_size=4)
+        return now_and_then(st.just(good), st.one_of(SENSELESS, edited, st.integers(-1, 9)))
+
+    def tensor(*shape: int) -> st.SearchStrategy:
+        return st.one_of(*[tensors(*shape)] * 9, SENSELESS)
+
+    arguments = {"window_size": draw(ints(window)), "shift_size": draw(ints(shift))}
+    if operator == "window_attention":
+        arguments |= {
+            "qkv": draw(tensor(batch, *spatial, 3 * channels)),
+            "bias_table": draw(tensor(math.prod(2 * w - 1 for w in window), heads)),
+            "pad_qkv": draw(st.one_of(st.none(), tensor(3 * channels))),
+            "scale": draw(now_and_then(st.none(), st.one_of(SENSELESS, VALUES))),
+            "dropout_p": draw(now_and_then(st.sampled_from([0.0, 0.0, 0.3]), st.one_of(SENSELESS, VALUES))),
+        }
+    elif operator == "window_partition":
+        arguments["x"] = draw(tensor(batch, *spatial, channels))
+    else:
+        arguments["windows"] = draw(tensor(batch * grid.num_windows, grid.tokens, channels))
+        arguments["spatial_shape"] = draw(ints(spatial))
+    return operator, arguments, draw(st.sampled_from([None, "reference", "cpu"]))
+
+
+def expected_shape(operator: str, arguments: dict) -> tuple[int, ...]:
+    if operator == "window_attention":
+        qkv = arguments["qkv"]
+        return (*qkv.shape[:-1], qkv.shape[-1] // 3)
+    x = arguments["x" if operator == "window_partition" else "windows"]
+    spatial = x.shape[1:-1] if operator == "window_partition" else arguments["spatial_shape"]
+
+    def axes(value) -> list[int]:
+        return [value] * len(spatial) if isinstance(value, int) else value
+
+    grid = WindowGrid.of(spatial, axes(arguments["window_size"]), axes(arguments["shift_size"]))
+    if operator == "window_partition":
+        return (x.shape[0] * grid.num_windows, grid.tokens, x.shape[-1])
+    return (x.shape[0] // grid.num_windows, *spatial, x.shape[-1])
+
+
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(call=calls())
+def test_any_call_gives_a_result_or_a_named_error(call):
+    operator, arguments, backend = call
+    if backend == "cpu" and backends.load("cpu").unavailable():
+        backend = None
+    try:
+        out = ARGUMENTS[operator][1](**arguments, backend=backend)
+    except (TypeError, ValueError) as error:
+        assert_named(error, operator)
+        return
+    except RuntimeError as error:
+        if not str(error).startswith(f"{operator}: backend {backend!r} cannot run this call: "):
+            raise
+        return
+    assert out.shape == expected_shape(operator, arguments)
+    leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor)]
+    assert out.dtype == leaves[0].dtype
+    if out.device.type == "cpu" and all(t.isfinite().all() and t.abs().max() < 1e5 for t in leaves if t.numel()):
+        scale = arguments.get("scale")
+        if scale is None or abs(scale) < 1e5:
+            assert out.isfinite().all()
+    if out.requires_grad and out.device.type == "cpu":
+        for grad, leaf in zip(
+            torch.autograd.grad(out.sum(), wanted := [t for t in leaves if t.requires_grad]), wanted, strict=True
+        ):
+            assert grad.shape == leaf.shape
+
+
+# The operators below the public functions check for themselves what would make them read or write out of bounds.
+
+
+@st.composite
+def raw_calls(draw):
+    """An operator of the C++ library and arguments that fit its schema, good or bad."""
+    operator = draw(
+        st.sampled_from(
+            ["window_attention_forward", "window_attention_backward", "window_partition", "window_reverse",
+             "window_tokens", "bias_index", "dropout_keep"]
+        )
+    )  # fmt: skip
+    axes = draw(st.sampled_from([2, 3]))
+    spatial = [draw(st.integers(1, 6)) for _ in range(axes)]
+    window = [draw(st.integers(1, s)) for s in spatial]
+    shift = [draw(st.integers(0, w - 1)) for w in window]
+    grid = WindowGrid(tuple(spatial), tuple(window), tuple(window), tuple(shift))
+    batch, heads, head_dim = draw(st.integers(0, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    channels = heads * head_dim
+    # Nothing between some dozen and 2³¹, where a good call would fill the memory of the machine.
+    odd = st.sampled_from([-(2**63), -(2**31), -1, 0, 1, 7, 2**31, 2**40, 2**62, 2**63 - 1])
+
+    def ints(good: list[int]) -> list[int]:
+        return draw(now_and_then(st.just(good), st.lists(st.one_of(st.integers(-1, 9), odd), max_size=4)))
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return draw(tensors(*shape))
+
+    dropout_p = draw(now_and_then(st.sampled_from([0.0, 0.3]), st.one_of(VALUES, st.just(0.5))))
+    seed = draw(st.sampled_from([torch.tensor([5]), torch.tensor([-1]), None, torch.zeros(0), torch.tensor(3)]))
+    nominal = ints(window)
+    if operator == "window_partition":
+        return operator, (tensor(batch, *spatial, channels), ints(window), ints(shift))
+    if operator == "window_reverse":
+        windows = tensor(batch * grid.num_windows, grid.tokens, channels)
+        return operator, (windows, ints(window), ints(shift), ints(spatial))
+    if operator == "window_tokens":
+        return operator, (ints(spatial), ints(window), ints(shift))
+    if operator == "bias_index":
+        return operator, (nominal, draw(now_and_then(st.just(grid.tokens), odd)))
+    if operator == "dropout_keep":
+        rows = draw(
+            st.sampled_from([torch.arange(6).view(2, 3), torch.arange(0), torch.zeros(2), torch.arange(6)[::2]])
+        )
+        return operator, (seed, rows, draw(now_and_then(st.just(5), odd)), dropout_p)
+    tensors_ = [
+        tensor(batch, *spatial, 3 * channels),
+        tensor(math.prod(2 * w - 1 for w in window), heads),
+        draw(st.one_of(st.none(), tensors(3 * channels))),
+        seed,
+    ]
+    settings_ = (nominal, ints(window), ints(shift), draw(st.one_of(st.just(0.5), VALUES)), dropout_p)
+    if operator == "window_attention_forward":
+        return operator, (*tensors_, *settings_)
+    out, lse = (tensor(batch, *spatial, c) for c in (channels, heads))
+    return operator, (tensor(batch, *spatial, channels), *tensors_, out, lse, *settings_)
+
+
+@pytest.fixture(scope="module")
+def raw():
+    if reason := backends.load("cpu").unavailable():
+        pytest.skip(f"the operators of the C++ library: {reason}")
+    return torch.ops.swin_kernels_cpu
+
+
+@settings(max_examples=800, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@example(call=("window_reverse", (torch.empty(0, 1, 1), [1] * 3, [0] * 3, [2**30] * 3)))
+@example(call=("window_tokens", ([2**30] * 3, [1] * 3, [0] * 3)))
+@example(call=("dropout_keep", (torch.tensor([5]), torch.arange(3), 4, math.nan)))
+@example(call=("dropout_keep", (torch.tensor([5]), torch.arange(3), 4, -1.0)))
+@given(call=raw_calls())
+def test_raw_operators_raise_or_return(raw, call):
+    operator, arguments = call
+    # An error of any wording will do; what may not happen is a crash.
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        getattr(raw, operator)(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
