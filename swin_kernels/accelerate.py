@@ -19,8 +19,8 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     ``print(model)`` starts with "Fused". Calling `accelerate` again changes nothing.
 
     What cannot be taken over (subclasses, replaced ``forward`` methods, other attention, Hyena stages)
-    keeps running on MONAI's code and is named in a warning. Call before `torch.compile` and before
-    `torch.jit.trace`; `torch.jit.script` does not support the fused modules. Dropout draws other random
+    keeps running on MONAI's code and is named in a warning. Call it before
+    `torch.compile`; `torch.jit.script` does not support the fused modules. Dropout draws other random
     numbers than MONAI's; ``use_flash_attention`` no longer matters.
 
     Args:

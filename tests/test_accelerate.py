@@ -1,0 +1,247 @@
+"""`accelerate` and `restore`: what changes in a model, what must not, and what is left."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+from monai.networks.nets import swin_unetr as monai
+
+import swin_unetr
+from swin_kernels import accelerate, modules, restore
+
+
+def monai_encoder(**options) -> monai.SwinTransformer:
+    torch.manual_seed(0)
+    return monai.SwinTransformer(
+        **{
+            "in_chans": 1,
+            "embed_dim": 12,
+            "window_size": (3, 3),
+            "patch_size": (2, 2),
+            "depths": (2, 2, 1, 1),
+            "num_heads": (3, 3, 3, 3),
+            "spatial_dims": 2,
+        }
+        | options
+    )
+
+
+def image() -> torch.Tensor:
+    return torch.randn(1, 1, 32, 48, generator=torch.Generator().manual_seed(1))
+
+
+def types(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+FUSED = (modules.WindowAttention, modules.SwinTransformerBlock, modules.BasicLayer, modules.SwinTransformer)
+
+
+def fused_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, FUSED)}
+
+
+class Wrapper(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.inside = nn.ModuleDict({"encoder": encoder})
+
+    def forward(self, x):
+        return self.inside["encoder"](x)[-1].mean()
+
+
+def test_returns_the_same_model_and_swaps_classes_only():
+    model = monai_encoder()
+    before = {name: id(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    states = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert accelerate(model) is model
+    assert {name: id(value) for name, value in [*model.named_parameters(), *model.named_buffers()]} == before
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == states
+    swapped = {name for name, module in model.named_modules() if type(module).__name__.startswith("Fused")}
+    assert swapped == fused_names(model)
+    assert len(swapped) == 1 + 4 + 2 * 6
+    assert isinstance(model, monai.SwinTransformer)
+    assert isinstance(model.layers1[0].blocks[1], monai.SwinTransformerBlock)
+    assert isinstance(model.layers1[0].blocks[1].attn, monai.WindowAttention)
+
+
+def test_idempotent_and_undone():
+    model = monai_encoder()
+    before = types(model)
+    fused = types(accelerate(model))
+    assert fused != before
+    assert types(accelerate(model)) == fused
+    assert restore(model) is model
+    assert types(model) == before
+    assert types(restore(model)) == before
+
+
+def test_restored_model_runs_monais_code():
+    model = monai_encoder(use_checkpoint=True).eval()
+    x = image()
+    before = model(x)
+    fused = accelerate(model)(x)
+    after = restore(model)(x)
+    for a, b, c in zip(before, after, fused, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+
+
+def test_monai_does_not_run_its_own_attention(monkeypatch):
+    """Nothing of the slow path is reached any more: not the mask, not the partition."""
+    model = accelerate(monai_encoder())
+    for name in ("compute_mask", "window_partition", "window_reverse"):
+        monkeypatch.setattr(monai, name, None)
+    model(image())
+    with pytest.raises(TypeError, match="not callable"):
+        restore(model)(image())
+
+
+@pytest.mark.parametrize("part", ["layers2.0", "layers2.0.blocks.1"])
+def test_parts_alone(part):
+    model = monai_encoder().get_submodule(part)
+    accelerate(model)
+    assert isinstance(model, FUSED)
+
+
+def test_hooks_and_optimizer_keep_working():
+    model = Wrapper(monai_encoder())
+    calls = []
+    model.inside["encoder"].layers1[0].blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+    model.inside["encoder"].layers1[0].blocks[0].attn.register_forward_pre_hook(lambda *_: calls.append("attention"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accelerate(model)
+    before = copy.deepcopy(model.state_dict())
+    model(image()).backward()
+    optimizer.step()
+    assert calls == ["attention", "block"]
+    table = "inside.encoder.layers1.0.blocks.0.attn.relative_position_bias_table"
+    assert not torch.equal(model.state_dict()[table], before[table])
+
+
+def test_state_dicts_move_between_fused_and_plain():
+    plain, fused = monai_encoder(), accelerate(monai_encoder(embed_dim=12))
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    fused.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(fused.state_dict(), strict=True)
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copy_of",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "save"],
+)
+def test_copies_are_fused(copy_of):
+    model = accelerate(monai_encoder())
+    other = copy_of(model)
+    assert types(other) == types(model)
+    assert all(torch.equal(a, b) for a, b in zip(other(image()), model(image()), strict=True))
+    assert not fused_names(restore(other))
+    assert fused_names(model)
+
+
+def test_data_parallel_and_compiled_wrappers():
+    model = torch.compile(accelerate(nn.DataParallel(monai_encoder())), backend="eager")
+    assert fused_names(model)
+    torch.testing.assert_close(model(image()), monai_encoder()(image()))
+
+
+def test_compiles_in_one_graph():
+    model = accelerate(monai_encoder())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(image()), model(image()))
+
+
+def test_own_model_is_already_fused():
+    model = swin_unetr.SwinUNETR(1, 2, feature_size=12, spatial_dims=2)
+    before = types(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(model, strict=True)
+        restore(model)
+    assert types(model) == before
+
+
+class OtherBlock(monai.SwinTransformerBlock):
+    """Overrides the attention branch: needs the mask, and windows for its attention."""
+
+    def forward_part1(self, x, mask_matrix):
+        assert mask_matrix is not None
+        return 2 * super().forward_part1(x, mask_matrix)
+
+
+class OtherAttention(monai.WindowAttention):
+    def forward(self, x, mask):
+        return super().forward(x, mask) + 1
+
+
+class OtherLayer(monai.BasicLayer):
+    def forward(self, x):
+        b, c, *_ = x.shape
+        return super().forward(x) + x.view(b, c, -1).mean()
+
+
+def with_other_block(model):
+    model.layers2[0].blocks[1].__class__ = OtherBlock
+    return {"layers2.0.blocks.1": "OtherBlock is a subclass", "layers2.0": "OtherBlock"}
+
+
+def with_other_attention(model):
+    model.layers1[0].blocks[0].attn.__class__ = OtherAttention
+    return {"layers1.0.blocks.0": "OtherAttention", "layers1.0": "SwinTransformerBlock"}
+
+
+def with_replaced_forward(model):
+    block = model.layers1[0].blocks[1]
+    block.forward = lambda x, mask: x + block.forward_part2(x)
+    return {"layers1.0.blocks.1": "forward of this SwinTransformerBlock was replaced", "layers1.0": "Block"}
+
+
+def with_other_layer(model):
+    model.layers3[0].__class__ = OtherLayer
+    return {"layers3.0": "OtherLayer is a subclass of MONAI's BasicLayer", "model": "OtherLayer"}
+
+
+@pytest.mark.parametrize("change", [with_other_block, with_other_attention, with_replaced_forward, with_other_layer])
+def test_what_is_left_is_named_and_computes_the_same(change):
+    model = monai_encoder()
+    left = change(model)
+    before = types(model)
+    expected = model(image())
+    with pytest.raises(ValueError, match="left on MONAI's code"):
+        accelerate(model, strict=True)
+    assert types(model) == before
+    with pytest.warns(UserWarning, match="left on MONAI's code") as record:
+        accelerate(model)
+    reasons = dict(part.split(": ", 1) for part in str(record[0].message).split("code: ")[1].split("; "))
+    assert reasons.keys() == left.keys()
+    assert all(left[name] in reasons[name] for name in left), reasons
+    assert len(fused_names(model)) == 1 + 4 + 2 * 6 - len(left) - any(".blocks." in name for name in left)
+    torch.testing.assert_close(model(image()), expected)
+    assert types(restore(model)) == before
+
+
+def test_nothing_to_take_over():
+    with pytest.raises(ValueError, match="model is a Sequential without a Swin Transformer"):
+        accelerate(nn.Sequential(nn.Linear(2, 2)))
+    model = nn.Linear(2, 2)
+    assert restore(model) is model
+
+
+@pytest.mark.parametrize("function", [accelerate, restore])
+def test_not_a_module(function):
+    with pytest.raises(TypeError, match=r"model is a dict; accepted is a torch\.nn\.Module"):
+        function({})

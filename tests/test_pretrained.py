@@ -1,0 +1,217 @@
+"""`load_pretrained`: every known layout, what it reports, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
+from monai.networks.nets.swin_unetr import filter_swinunetr
+
+import swin_unetr
+from swin_kernels import accelerate
+from swin_unetr import load_pretrained
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def own(**options) -> nn.Module:
+    return swin_unetr.SwinUNETR(**{"in_channels": 1, "out_channels": 2, "feature_size": 12} | options)
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, torch.Tensor]:
+    """The state dict of a model with parameters unlike any initial values."""
+    torch.manual_seed(5)
+    model = own()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model.state_dict()
+
+
+ENCODER = "swinViT."
+
+
+def encoder_of(state: dict) -> dict:
+    return {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)}
+
+
+def with_fc(state: dict) -> dict:
+    return {key.replace(".mlp.linear", ".mlp.fc"): value for key, value in state.items()}
+
+
+def prefixed(prefix: str, state: dict) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def disruptive_autoencoder(state: dict) -> dict:
+    """The ``encoder.`` layout: each stage one list deeper, extra entries of the pretraining."""
+    result = {"encoder.mask_token": torch.zeros(1), "encoder.norm.weight": torch.zeros(1)}
+    for key, value in encoder_of(state).items():
+        result["encoder." + (key.replace(".0.", ".0.0.", 1) if key.startswith("layers") else key)] = value
+    return result
+
+
+HEADS = {"rotation_head.weight": torch.zeros(4, 192), "contrastive_head.weight": torch.zeros(8, 192)}
+
+# Layout, whether it has the decoder, entries the model lacks, whether it shows its age.
+LAYOUTS = {
+    "whole model": (lambda s: s, True, 0, False),
+    "checkpoint": (lambda s: {"epoch": 3, "state_dict": s, "optimizer": {"state": {}}}, True, 0, False),
+    "data parallel": (lambda s: {"state_dict": prefixed("module.", s)}, True, 0, False),
+    "compiled": (lambda s: prefixed("_orig_mod.module.", s), True, 0, False),
+    "encoder alone": (encoder_of, False, 0, False),
+    "model_swinvit.pt": (
+        lambda s: {"state_dict": prefixed("module.", with_fc(encoder_of(s)) | HEADS)},
+        False,
+        2,
+        True,
+    ),
+    "pretraining model": (lambda s: {"state_dict": prefixed("swinViT.", encoder_of(s)) | HEADS}, False, 2, False),
+    "swin_vit": (lambda s: prefixed("module.swin_vit.", with_fc(encoder_of(s))), False, 0, True),
+    "disruptive autoencoder": (lambda s: {"model": disruptive_autoencoder(s)}, False, 2, True),
+}
+TARGETS = {
+    "own": lambda: own(downsample="merging_legacy"),
+    "compiled": lambda: torch.compile(own(downsample="merging_legacy"), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(layout, target, trained, capsys, tmp_path):
+    write, has_decoder, unexpected, old = layout
+    torch.save(write(trained), tmp_path / "weights.pt")
+    model = target()
+    initial = copy.deepcopy(model.state_dict())
+    report = load_pretrained(model, tmp_path / "weights.pt")
+
+    after = model.state_dict()
+    expected = {key for key in trained if has_decoder or key.startswith(ENCODER)}
+    assert len(report.loaded) == len(expected) == (159 if has_decoder else 126)
+    for key, value in after.items():
+        name = key.removeprefix("_orig_mod.")
+        assert torch.equal(value, trained[name] if name in expected else initial[key]), key
+    assert set(report.loaded) | set(report.missing) == set(after)
+    assert len(report.unexpected) == unexpected
+    assert not report.mismatched
+    assert report.before_merging_change == old
+
+    printed = capsys.readouterr().out
+    assert printed == f"{report}\n"
+    assert "weights.pt" in printed
+    assert f"loaded      {len(expected):4d} of 159: swinViT (126)" in printed
+    assert ("made for downsample='merging_legacy'" in printed) == old
+    for name in report.unexpected:
+        assert name.removeprefix("module.").split(".")[0] in printed
+
+
+def test_encoder_layout_agrees_with_monais_filter(trained):
+    layout = disruptive_autoencoder(trained)
+    pairs = [filter_swinunetr(key, value) for key, value in layout.items()]
+    expected = {pair[0] for pair in pairs if pair is not None}
+    assert set(load_pretrained(own(downsample="merging_legacy"), layout, verbose=False).loaded) == expected
+
+
+@pytest.mark.parametrize("make", [MonaiSwinUNETR, lambda *a, **o: accelerate(MonaiSwinUNETR(*a, **o))])
+def test_monais_models(make, trained):
+    model = make(1, 2, feature_size=12)
+    load_pretrained(model, trained)
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+
+
+def test_bare_encoder(trained):
+    model = own().swinViT
+    report = load_pretrained(model, trained, verbose=False)
+    assert len(report.loaded) == 126
+    assert not report.missing
+    assert len(report.unexpected) == 33
+    assert torch.equal(
+        model.state_dict()["layers1.0.blocks.0.norm1.bias"], trained["swinViT.layers1.0.blocks.0.norm1.bias"]
+    )
+
+
+@pytest.mark.parametrize("order", ["merging", "mergingv2", "monai"])
+def test_old_weights_in_a_model_of_the_new_order_warn(order, trained):
+    model = MonaiSwinUNETR(1, 2, feature_size=12) if order == "monai" else own(downsample=order)
+    old = prefixed("module.", with_fc(encoder_of(trained)))
+    with pytest.warns(UserWarning, match=r"older than MONAI 1\.5.*PatchMerging.*downsample='merging_legacy'"):
+        load_pretrained(model, old, verbose=False)
+
+
+def test_old_weights_in_2d_do_not_warn():
+    """The order in 2D never changed."""
+    old = prefixed("module.", with_fc(encoder_of(own(spatial_dims=2).state_dict())))
+    assert load_pretrained(own(spatial_dims=2), old, verbose=False).before_merging_change
+
+
+def test_other_number_of_classes(trained, capsys):
+    model = own(out_channels=5)
+    initial = copy.deepcopy(model.state_dict())
+    report = load_pretrained(model, trained)
+    assert report.mismatched == {
+        "out.conv.conv.weight": ((2, 12, 1, 1, 1), (5, 12, 1, 1, 1)),
+        "out.conv.conv.bias": ((2,), (5,)),
+    }
+    assert torch.equal(model.out.conv.conv.bias, initial["out.conv.conv.bias"])
+    assert len(report.loaded) == 157
+    assert "out.conv.conv.bias (2,) for (5,)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda s: {"a.weight": torch.zeros(2)}, "no entry of a state dict is one of SwinUNETR's; it has a.weight"),
+        (lambda s: {}, "no entry"),
+        (lambda s: {"state_dict": [1]}, "no entry of a state dict is one of SwinUNETR's; it has state_dict"),
+        (lambda s: s | prefixed("module.", s), "mean the same parameter"),
+    ],
+    ids=["other model", "empty", "not a state", "twice"],
+)
+def test_refused_and_untouched(state, message, trained):
+    model = own()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(model, state(trained))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_other_feature_size_is_refused(trained):
+    """Bias tables fit any feature_size: some entries agree, the model would still be nonsense."""
+    model = own(feature_size=24)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"differ from the model's and 17 agree; was it made with another feature_size"
+    ):
+        load_pretrained(model, trained)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class Opaque:
+    pass
+
+
+def test_files_that_run_code_are_refused(tmp_path):
+    torch.save({"state_dict": Opaque()}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="does not load with weights_only=True"):
+        load_pretrained(own(), tmp_path / "weights.pt")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_pretrained(own(), str(tmp_path / "weights.pt"))
+
+
+def test_wrong_type():
+    with pytest.raises(TypeError, match="path_or_state is a list"):
+        load_pretrained(own(), [1])
+
+
+def test_same_layout_gives_no_warning(trained):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_pretrained(own(), trained, verbose=False)
