@@ -57,8 +57,8 @@ def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         demo.choose_backend(recipe, device, args.backend)
     except ValueError as error:
         parser.error(f"argument --backend: {error}")
-    demo.run(args.out, recipe=recipe, seed=args.seed, device=device, backend=args.backend)
-    return 0
+    results = demo.run(args.out, recipe=recipe, seed=args.seed, device=device, backend=args.backend)
+    return 0 if results["doctor_passed"] else 1
 
 
 def _device(text: str, parser: argparse.ArgumentParser):

@@ -78,11 +78,19 @@ def test_terminal_states_dice_labels_conditions_and_files(finished):
     assert data.LABEL_NOTE in terminal
     for organ, score in results["dice"].items():
         assert any(organ in line and f"{score:.3f}" in line for line in terminal.splitlines())
-    for stated in (f"{torch.get_num_threads()} threads", torch.__version__, "MONAI", "seed 0", "s/step", "speed-up"):
+    for stated in (torch.__version__, "MONAI", "threads", "every check passed", "seed 0", "s/step", "speed-up"):
         assert stated in terminal
     for name in demo.FILES.values():
         assert f"{out / name}\n" in terminal
     assert "nan" not in terminal.lower()
+
+
+def test_results_name_machine_and_settings(finished):
+    _, results, _ = finished
+    assert results["doctor_passed"] is True
+    assert results["machine"]["torch"] == torch.__version__
+    assert results["machine"]["threads"].startswith(f"{torch.get_num_threads()} of")
+    assert set(results["settings"]) == {"device", "model", "training", "date"}
 
 
 def test_training_is_reproducible_on_the_cpu():
@@ -192,11 +200,17 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
     assert demo.choose_backend(demo.Recipe(), torch.device("cpu")) == "slow"
 
 
-def test_arguments_reach_the_demo(monkeypatch, tmp_path):
+@pytest.mark.parametrize("doctor_passed", [True, False])
+def test_arguments_reach_the_demo_and_the_doctor_sets_the_status(doctor_passed, monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
+
+    def run(*args, **kwargs):
+        calls.append((args, kwargs))
+        return {"doctor_passed": doctor_passed}
+
+    monkeypatch.setattr(demo, "run", run)
     arguments = ["--out", str(tmp_path / "new"), "--steps", "7", "--seed", "5", "--device", "cpu"]
-    assert cli.main(["demo", *arguments, "--backend", "reference"]) == 0
+    assert cli.main(["demo", *arguments, "--backend", "reference"]) == (0 if doctor_passed else 1)
     ((args, kwargs),) = calls
     assert args == (tmp_path / "new",)
     assert kwargs["recipe"] == demo.Recipe(steps=7)

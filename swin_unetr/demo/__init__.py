@@ -14,6 +14,7 @@ from monai.utils import set_determinism
 from rich.console import Console
 
 import swin_kernels
+from swin_kernels import doctor
 
 from . import report
 from .comparison import compare, timed_runs
@@ -86,7 +87,7 @@ def run(
         rounds: timed runs of each piece of work.
 
     Returns:
-        What ``results.json`` holds.
+        What ``results.json`` holds; ``doctor_passed`` says whether the doctor's checks passed.
 
     Raises:
         OSError: `out` cannot be written to.
@@ -95,13 +96,18 @@ def run(
     recipe, device, console = recipe or Recipe(), device or default_device(), console or Console()
     check_writable(out)
     backend = choose_backend(recipe, device, backend)
-    set_determinism(seed)
-    learner, unseen = load_patient(2), load_patient(1)
     results: dict[str, object] = {"settings": report.settings(recipe, seed, device, backend)}
-    report.settings_table(console, results["settings"])
 
+    report.heading(console, "Doctor")
+    examination = doctor.run(quick=True)
+    doctor.show(examination, console)
+    results |= {"machine": examination.machine, "doctor_passed": examination.passed}
+
+    learner, unseen = load_patient(2), load_patient(1)
+    set_determinism(seed)
     with swin_kernels.use_backend(backend):
         report.heading(console, "Training on patient 2")
+        report.settings_table(console, results["settings"])
         with report.TrainingBar(console, recipe.steps) as bar:
             model = train(learner, recipe, device, seed, on_step=bar.step)
         results["training"] = {"final_loss": bar.loss, "seconds_per_step": bar.seconds}

@@ -14,7 +14,7 @@ from monai.transforms import ResizeWithPadOrCrop
 from torch import nn
 
 from .data import Patient
-from .training import Recipe, Trainer, predict
+from .training import Recipe, Trainer, loss_function, predict
 
 TOLERANCE = 1e-4
 """Largest difference of outputs over the largest output, and of gradients over their norm, that counts as equal."""
@@ -52,7 +52,7 @@ def compare(
 
     Args:
         model: a trained `recipe.model()`; it is left as it is.
-        patient: the prediction takes the whole CT, the training step its middle window.
+        patient: the prediction takes the whole CT, the training step a batch of its middle window.
         rounds: runs that count, of each piece of work and each model.
         on_run: called after each of the `timed_runs(rounds)` runs.
     """
@@ -62,7 +62,11 @@ def compare(
     pair = (copy.deepcopy(model), monai)
     image = patient.image().to(device)
     label = torch.from_numpy(patient.labels[None]).to(device)
-    window, window_label = (ResizeWithPadOrCrop(recipe.window)(v).as_tensor()[None] for v in (image, label))
+    batch = (
+        ResizeWithPadOrCrop(recipe.window)(volume).as_tensor().expand(recipe.batch_size, -1, -1, -1, -1).contiguous()
+        for volume in (image, label)
+    )
+    window, window_label = batch  # (B, 1, *window)
     # Differences first, while the weights still are the same.
     prediction_difference = _prediction_difference(pair, window)
     step_difference = _gradient_difference(pair, window, window_label)
@@ -87,7 +91,7 @@ def _gradient_difference(pair: tuple[nn.Module, nn.Module], image: torch.Tensor,
     gradients = []
     for model in pair:
         model.train().zero_grad()
-        Trainer(model, Recipe()).loss(model(image), label).backward()
+        loss_function()(model(image), label).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     fused, monai = gradients
     return ((fused - monai).norm() / monai.norm()).item()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,30 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import swin_kernels
-
 from .comparison import TOLERANCE, Timing
 from .data import LABEL_NOTE
 from .training import Recipe
 
 
 def settings(recipe: Recipe, seed: int, device: torch.device, backend: str) -> dict[str, str]:
-    """What a number needs beside it: device, versions, sizes, date."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    """What a number needs beside the machine's facts: device, backend, sizes, date."""
     return {
-        "device": f"{device}: {hardware}, {torch.get_num_threads()} threads",
-        "backend": backend,
-        "versions": f"swin-kernels {swin_kernels.__version__}, torch {torch.__version__}, MONAI {monai.__version__}",
+        "device": f"{device}, backend {backend}",
         "model": f"Swin UNETR, feature_size {recipe.feature_size}, depths {recipe.depths}, float32",
         "training": f"{recipe.steps} steps of {recipe.batch_size} × {recipe.window} voxels, seed {seed}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return models[0].split(":", 1)[1].strip() if models else platform.processor() or platform.machine()
 
 
 def heading(console: Console, text: str) -> None:
@@ -49,7 +37,6 @@ def heading(console: Console, text: str) -> None:
 
 
 def settings_table(console: Console, values: Mapping[str, str]) -> None:
-    heading(console, "Swin UNETR on two chest CTs")
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
