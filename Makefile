@@ -43,13 +43,16 @@ $(STAMP): requirements/lock.txt pyproject.toml setup.py
 
 # The tests of operators and of bad input on kernels built with AddressSanitizer, in a copy that leaves the library in use alone.
 # Python and PyTorch do not free everything at exit: leaks are not looked for.
-ASAN_LIBRARY = $$($${CXX:-c++} -print-file-name=libasan.so)
+# libstdc++ is named too: ASan looks for __cxa_throw when Python starts, and dies of the first exception without it.
+# Fresh memory is filled with 0xff, NaN in every floating dtype, so that reading what nobody wrote shows.
+ASAN_LIBRARIES = "$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"
+ASAN_OPTIONS = detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255
 asan: $(STAMP)
 	mkdir -p build/asan
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --target-directory=build/asan
 	cd build/asan && SWIN_KERNELS_SANITIZE=address $(CURDIR)/$(BIN)/python setup.py -q build_cpp --inplace
-	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0 \
-		$(CURDIR)/$(BIN)/python -m pytest --quiet tests/ops tests/test_bad_input.py
+	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARIES) ASAN_OPTIONS=$(ASAN_OPTIONS) \
+		$(CURDIR)/$(BIN)/python -m pytest --quiet --capture=no tests/ops tests/test_bad_input.py
 
 clean:
 	rm -rf build dist *.egg-info swin_kernels/lib
