@@ -16,7 +16,7 @@ from rich.console import Console
 from swin_unetr import cli, demo
 from swin_unetr.demo import comparison, data, figure, report, training
 
-TINY = demo.Recipe(steps=2, window=(64, 32, 32), depths=(1, 1, 1, 1))
+TINY = demo.Recipe(steps=2, batch_size=1, window=(64, 32, 32), depths=(1, 1, 1, 1))
 CROP = (slice(20, 84), slice(30, 66), slice(8, 40))
 
 
