@@ -45,8 +45,8 @@ class Shape:
 
 SHAPES = (
     Shape("2D, padded, shifted", (10, 9), (7, 7), (3, 3), heads=2, head_dim=8),
-    Shape("3D, padded, shifted", (9, 8, 7), (7, 7, 7), (3, 3, 3), heads=3, head_dim=16),
-    Shape("3D, clipped", (6, 6, 6), (7, 7, 7), (3, 3, 3), heads=2, head_dim=16),
+    Shape("3D, padded, shifted", (9, 8, 7), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16),
+    Shape("3D, clipped", (6, 6, 6), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16),
     Shape("3D, pads one axis, clips one", (3, 9, 8), (4, 4, 4), (2, 2, 2), heads=2, head_dim=32),
     Shape("3D, odd head_dim", (5, 4, 6), (3, 2, 3), (1, 1, 0), heads=3, head_dim=5),
     Shape("3D, dropout", (5, 8, 4), (4, 4, 4), (2, 2, 2), heads=2, head_dim=16, dropout_p=0.2),
