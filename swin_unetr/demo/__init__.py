@@ -95,6 +95,7 @@ def run(
     """
     recipe, device, console = recipe or Recipe(), device or default_device(), console or Console()
     check_writable(out)
+    paths = {kind: out / name for kind, name in FILES.items()}
     backend = choose_backend(recipe, device, backend)
     results: dict[str, object] = {"settings": report.settings(recipe, seed, device, backend)}
 
@@ -117,6 +118,8 @@ def run(
         prediction = logits.argmax(dim=0).to(torch.uint8).cpu().numpy()  # (X, Y, Z)
         results |= _judge(prediction, unseen)
         report.organ_table(console, results)
+        _save_labels(prediction, unseen, paths["prediction"])
+        overlay(unseen, prediction, results["dice"], paths["overlay"], "Trained on patient 2, segments patient 1")
 
         report.heading(console, "Beside MONAI")
         with report.timing_bar(console, timed_runs(rounds)) as advance:
@@ -124,9 +127,6 @@ def run(
         results["timings"] = [asdict(t) | {"speedup": t.speedup, "rounds": rounds} for t in timings]
         report.timing_table(console, timings, rounds)
 
-    paths = {kind: out / name for kind, name in FILES.items()}
-    _save_labels(prediction, unseen, paths["prediction"])
-    overlay(unseen, prediction, results["dice"], paths["overlay"], "Trained on patient 2, segments patient 1")
     report.write_json(results, paths["results"])
     report.files(console, paths)
     return results
