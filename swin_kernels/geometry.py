@@ -83,7 +83,7 @@ class WindowGrid:
 
 def bias_table_length(nominal: Sequence[int]) -> int:
     """Rows of the relative position bias table of a nominal window: ``prod(2w - 1)``."""
-    return math.prod(2 * w - 1 for w in nominal)
+    return math.prod([2 * w - 1 for w in nominal])
 
 
 def _axis_positions(grid: WindowGrid, axis: int) -> torch.Tensor:

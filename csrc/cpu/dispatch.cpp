@@ -36,10 +36,11 @@ const Build* builds(int* count) {
 #ifdef SWIN_HAVE_AVX512
       {&avx512::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+                             __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("f16c")},
 #endif
 #ifdef SWIN_HAVE_AVX2
-      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
       {&baseline::kernels, true},
   };

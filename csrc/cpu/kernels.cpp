@@ -45,18 +45,20 @@ struct Scratch {
 
 struct Forward {
   const ForwardCall& call;
+  const WindowChunk* chunks;
+  int64_t count;
   void* scratch;
   WorkCounter& next;
   template <class T, int kHeadDim>
   void operator()() const {
     Arena arena(scratch);
-    ForwardWorker<T, kHeadDim>(call, arena).run(next);
+    ForwardWorker<T, kHeadDim>(call, arena).run(chunks, count, next);
   }
 };
 
 struct Backward {
   const BackwardCall& call;
-  const GradientChunk* chunks;
+  const WindowChunk* chunks;
   int64_t count;
   void* scratch;
   WorkCounter& next;
@@ -69,63 +71,45 @@ struct Backward {
 
 size_t attention_scratch(const AttentionCall& call, bool backward) { return dispatch(call, Scratch{call, backward}); }
 
-void attention_forward(const ForwardCall& call, void* scratch, WorkCounter& next) {
-  dispatch(call, Forward{call, scratch, next});
+void attention_forward(const ForwardCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
+                       WorkCounter& next) {
+  dispatch(call, Forward{call, chunks, count, scratch, next});
 }
 
-void attention_backward(const BackwardCall& call, const GradientChunk* chunks, int64_t count, void* scratch,
+void attention_backward(const BackwardCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
                         WorkCounter& next) {
   dispatch(call, Backward{call, chunks, count, scratch, next});
 }
 
-// An item is one head of the table; a second round of items is one (pattern, head) tile.
+// One item is one head: its column of the bias table as window_attention.h describes it.
 template <class T>
-void fill_bias_columns(const AttentionCall& call, int64_t head) {
+void fill_bias_column(const AttentionCall& call, int64_t head) {
   const int64_t length = bias_table_length(call.plan->grid);
-  T* column = static_cast<T*>(call.bias_columns) + head * (length + 1);
-  T largest = -static_cast<T>(INFINITY), total = 0;
+  T* column = bias_column<T>(call, head);
+  T largest = -static_cast<T>(INFINITY), not_finite = 0;
   for (int64_t i = 0; i < length; ++i) {
-    load_row(at(call.bias_table, call.bias_type, i * call.heads + head), call.bias_type, 1, column + i);
-    column[i] *= static_cast<T>(kLog2E);
-    largest = column[i] > largest ? column[i] : largest;
-    total += column[i] * 0;
+    T* entry = column + length - 1 - i;
+    load_row(at(call.bias_table, call.bias_type, i * call.heads + head), call.bias_type, 1, entry);
+    *entry *= static_cast<T>(kLog2E);
+    largest = *entry > largest ? *entry : largest;
+    not_finite += *entry * 0;
   }
-  column[length] = largest + total;
+  for (int64_t i = length; i < call.bias_stride; ++i) column[i] = 0;
+  column[call.bias_stride - 1] = largest + not_finite;
 }
 
-template <class T>
-void fill_bias_tile(const AttentionCall& call, int64_t pattern_index, int64_t head) {
-  const WindowPattern& pattern = call.patterns[pattern_index];
-  T* tile = bias_tile<T>(call, pattern_index, head);
-  for (int64_t i = 0; i < pattern.region_count; ++i) {
-    const Region region = region_of<T>(pattern, i);
-    for (int64_t q = region.first; q < region.last; ++q)
-      fill_bias_row(call, pattern, bias_column<T>(call, head), q, region.begin, region.end,
-                    tile + q * call.plan->padded_tokens);
-  }
-}
-
-template <class T>
-void prepare_bias_as(const AttentionCall& call, bool tiles, WorkCounter& next) {
-  const int64_t items = call.heads * (tiles ? call.pattern_count : 1);
-  for (int64_t i; (i = next.fetch_add(1)) < items;) {
-    if (tiles)
-      fill_bias_tile<T>(call, i / call.heads, i % call.heads);
+void prepare_bias(const AttentionCall& call, WorkCounter& next) {
+  for (int64_t head; (head = next.fetch_add(1)) < call.heads;) {
+    if (call.type == ElementType::kFloat64)
+      fill_bias_column<double>(call, head);
     else
-      fill_bias_columns<T>(call, i);
+      fill_bias_column<float>(call, head);
   }
-}
-
-void prepare_bias(const AttentionCall& call, bool tiles, WorkCounter& next) {
-  if (call.type == ElementType::kFloat64)
-    prepare_bias_as<double>(call, tiles, next);
-  else
-    prepare_bias_as<float>(call, tiles, next);
 }
 
 // One item is one head: partial sums of its chunks, in their order, onto the outputs.
 template <class T>
-void reduce_head(const BackwardCall& call, const GradientChunk* chunks, int64_t count, int64_t head) {
+void reduce_head(const BackwardCall& call, const WindowChunk* chunks, int64_t count, int64_t head) {
   const int64_t length = bias_table_length(call.plan->grid), head_dim = call.head_dim;
   T* sums = static_cast<T*>(call.bias_sums) + head * length;
   for (int64_t i = 0; i < length; ++i) sums[i] = 0;
@@ -153,7 +137,7 @@ void reduce_head(const BackwardCall& call, const GradientChunk* chunks, int64_t 
   }
 }
 
-void reduce_gradients(const BackwardCall& call, const GradientChunk* chunks, int64_t count, WorkCounter& next) {
+void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64_t count, WorkCounter& next) {
   for (int64_t head; (head = next.fetch_add(1)) < call.heads;) {
     if (call.type == ElementType::kFloat64)
       reduce_head<double>(call, chunks, count, head);

@@ -27,9 +27,12 @@ struct AttentionCall {
   const void* pad_qkv;     // (3C,) or null for zeros
   double dropout_p;
   int64_t seed;
-  void* bias_columns;      // (heads, prod(2w - 1) + 1) accumulate: see window_attention.h
-  void* bias_tiles;        // (patterns, heads, n, padded n) accumulate, own regions only
+  void* bias_columns;      // (heads, bias_stride) accumulate: see window_attention.h
+  int64_t bias_stride;
 };
+
+// Elements of one head's bias column: the table, a vector that copies may touch, its largest entry.
+SWIN_INLINE int64_t bias_stride(const WindowGrid& grid) { return (bias_table_length(grid) + 15) / 16 * 16 + 32; }
 
 struct ForwardCall : AttentionCall {
   void* out;  // (B, *S, C)
@@ -58,20 +61,19 @@ struct PartitionCall {
 // Work is handed out one item at a time; which thread takes an item never changes a result.
 using WorkCounter = std::atomic<int64_t>;
 
-// A group of windows of one pattern for one head: the unit that owns a partial bias gradient. The
-// grouping depends on the call alone, so that sums have one order for any number of threads.
-struct GradientChunk {
+// Windows of one pattern for one head: an item of work. For the backward it owns a partial bias gradient,
+// so its size depends on the call alone: sums then have one order for any number of threads.
+struct WindowChunk {
   int64_t pattern, head, begin, end;  // [begin, end) of batch × windows of the pattern
 };
-constexpr int64_t kChunkWindows = 24;
 
 struct KernelTable {
   const char* isa;
   size_t (*attention_scratch)(const AttentionCall&, bool backward);  // bytes per thread
-  void (*prepare_bias)(const AttentionCall&, bool tiles, WorkCounter&);  // first columns, then tiles
-  void (*attention_forward)(const ForwardCall&, void* scratch, WorkCounter&);
-  void (*attention_backward)(const BackwardCall&, const GradientChunk*, int64_t chunks, void* scratch, WorkCounter&);
-  void (*reduce_gradients)(const BackwardCall&, const GradientChunk*, int64_t chunks, WorkCounter&);
+  void (*prepare_bias)(const AttentionCall&, WorkCounter&);
+  void (*attention_forward)(const ForwardCall&, const WindowChunk*, int64_t chunks, void* scratch, WorkCounter&);
+  void (*attention_backward)(const BackwardCall&, const WindowChunk*, int64_t chunks, void* scratch, WorkCounter&);
+  void (*reduce_gradients)(const BackwardCall&, const WindowChunk*, int64_t chunks, WorkCounter&);
 };
 
 // The widest build this processor runs, or the one SWIN_KERNELS_ISA names; null and a message if it

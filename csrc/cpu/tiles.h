@@ -1,8 +1,12 @@
 // The three matrix products of attention on a tile of kRows query rows, and the softmax row pass.
-// Rows of scores are padded to whole vectors; every function works on columns [begin, end), multiples
-// of the vector's lanes.
+// Rows of a tile are padded to whole vectors; every function works on columns [begin, end), multiples of
+// the vector's lanes. Keys (and values, for the backward) that are multiplied column by column lie in
+// panels of kPanel tokens, (panels, head_dim, kPanel), so that they are read in one forward stream.
 #pragma once
 
+#include <cstring>
+
+#include "kernels.h"
 #include "vec.h"
 
 namespace swin {
@@ -12,25 +16,40 @@ constexpr int kRows = 6;  // with kColumnVectors accumulators each: as many as t
 template <class T>
 constexpr int kColumnVectors = SWIN_VECTOR_BYTES == 64 ? 4 : 2;
 
-// finish(row, column, Σ_d rows[d][row] · columns[d][column], init(row, column) included) for a block.
-template <class T, int kWidth, class Init, class Finish>
-SWIN_ALWAYS_INLINE void product_block(const T* rows, const T* columns, int64_t stride, int64_t depth, int64_t column,
-                                      const Init& init, const Finish& finish) {
+constexpr int kPanel = kTokenAlignment;
+
+// For a block of columns (kDepth is depth where it is known to the compiler, or 0): finish(row, column, init(row, column) + Σ_d rows[row][d] · panels[d][column]).
+template <int kDepth, int kWidth, class T, class Init, class Finish>
+SWIN_ALWAYS_INLINE void product_block(const T* rows, int64_t row_stride, const T* panels, int64_t depth,
+                                      int64_t column, const Init& init, const Finish& finish) {
+  const T* b_column[kWidth];
+#pragma GCC unroll 4
+  for (int c = 0; c < kWidth; ++c) {
+    const int64_t at = column + c * kLanes<T>;
+    b_column[c] = panels + at / kPanel * kPanel * depth + at % kPanel;
+  }
   Vec<T> acc[kRows][kWidth];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < kWidth; ++c) acc[r][c] = init(r, column + c * kLanes<T>);
-  for (int64_t d = 0; d < depth; ++d) {
+  const auto accumulate = [&](int64_t d) __attribute__((always_inline)) {
     Vec<T> b[kWidth];
 #pragma GCC unroll 4
-    for (int c = 0; c < kWidth; ++c) b[c] = load(columns + d * stride + column + c * kLanes<T>);
+    for (int c = 0; c < kWidth; ++c) b[c] = load(b_column[c] + d * kPanel);
+    __builtin_prefetch(b_column[0] + (depth + d) * kPanel);  // the next panel
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> a = broadcast(rows[d * kRows + r]);
+      const Vec<T> a = broadcast(rows[r * row_stride + d]);
 #pragma GCC unroll 4
       for (int c = 0; c < kWidth; ++c) acc[r][c] += a * b[c];
     }
+  };
+  if constexpr (kDepth > 0) {
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < kDepth; ++d) accumulate(d);
+  } else {
+    for (int64_t d = 0; d < depth; ++d) accumulate(d);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -38,16 +57,44 @@ SWIN_ALWAYS_INLINE void product_block(const T* rows, const T* columns, int64_t s
     for (int c = 0; c < kWidth; ++c) finish(r, column + c * kLanes<T>, acc[r][c]);
 }
 
-// rows (depth, kRows)ᵀ · columns (depth, stride) over columns [begin, end).
-template <class T, class Init, class Finish>
-SWIN_ALWAYS_INLINE void product_rows(const T* rows, const T* columns, int64_t stride, int64_t depth, int64_t begin,
+// rows (kRows, depth) · panels (depth, columns) over columns [begin, end).
+template <int kDepth, class T, class Init, class Finish>
+SWIN_ALWAYS_INLINE void product_rows(const T* rows, int64_t row_stride, const T* panels, int64_t depth, int64_t begin,
                                      int64_t end, const Init& init, const Finish& finish) {
   constexpr int kWide = kColumnVectors<T>;
   int64_t column = begin;
+  for (; column < end && column % (kWide * kLanes<T>) != 0; column += kLanes<T>)
+    product_block<kDepth, 1>(rows, row_stride, panels, depth, column, init, finish);
   for (; column + kWide * kLanes<T> <= end; column += kWide * kLanes<T>)
-    product_block<T, kWide>(rows, columns, stride, depth, column, init, finish);
+    product_block<kDepth, kWide>(rows, row_stride, panels, depth, column, init, finish);
   for (; column < end; column += kLanes<T>)
-    product_block<T, 1>(rows, columns, stride, depth, column, init, finish);
+    product_block<kDepth, 1>(rows, row_stride, panels, depth, column, init, finish);
+}
+
+// kPanel rows of `depth` to one panel (depth, kPanel), in blocks of four by four.
+template <class T>
+SWIN_ALWAYS_INLINE void transpose_to_panel(const T* const* rows, int64_t depth, T* panel) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  int64_t d = 0;
+  for (; d + 4 <= depth; d += 4) {
+    for (int i = 0; i < kPanel; i += 4) {
+      Four a, b, c, e;
+      std::memcpy(&a, rows[i] + d, sizeof a);
+      std::memcpy(&b, rows[i + 1] + d, sizeof b);
+      std::memcpy(&c, rows[i + 2] + d, sizeof c);
+      std::memcpy(&e, rows[i + 3] + d, sizeof e);
+      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5), ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
+      const Four column[4] = {__builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5),
+                              __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7),
+                              __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5),
+                              __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7)};
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) std::memcpy(panel + (d + j) * kPanel + i, &column[j], sizeof(Four));
+    }
+  }
+  for (; d < depth; ++d)
+    for (int i = 0; i < kPanel; ++i) panel[d * kPanel + i] = rows[i][d];
 }
 
 // sums (kRows, width) = Σ_k weights[row][k] · values[k] over keys [begin, end); width in whole vectors.
@@ -125,15 +172,28 @@ SWIN_ALWAYS_INLINE void scatter_rows(const T* weights, int64_t stride, const T* 
 // row[k] = 2^(row[k] - offset) over [begin, end); returns the sum.
 template <class T>
 SWIN_ALWAYS_INLINE T exp2_row(T* row, T offset, int64_t begin, int64_t end) {
+  constexpr int kCount = 4;
   const Vec<T> o = broadcast(offset);
-  Vec<T> sum = {};
+  Vec<T> sums[2] = {};
+  int64_t k = begin;
+  for (; k + kCount * kLanes<T> <= end; k += kCount * kLanes<T>) {
+    Vec<T> x[kCount];
 #pragma GCC unroll 4
-  for (int64_t k = begin; k < end; k += kLanes<T>) {
-    const Vec<T> e = exp2_nonpositive<T>(load(row + k) - o);
-    store(row + k, e);
-    sum += e;
+    for (int i = 0; i < kCount; ++i) x[i] = load(row + k + i * kLanes<T>) - o;
+    exp2_nonpositive<kCount, T>(x);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      store(row + k + i * kLanes<T>, x[i]);
+      sums[i % 2] += x[i];
+    }
   }
-  return sum_lanes<T>(sum);
+  for (; k < end; k += kLanes<T>) {
+    Vec<T> x[1] = {load(row + k) - o};
+    exp2_nonpositive<1, T>(x);
+    store(row + k, x[0]);
+    sums[0] += x[0];
+  }
+  return sum_lanes<T>(sums[0] + sums[1]);
 }
 
 }  // namespace SWIN_ISA

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define SWIN_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -62,34 +66,59 @@ SWIN_ALWAYS_INLINE Vec<T> broadcast(T x) {
   return broadcast_lanes<T>(x, std::make_index_sequence<kLanes<T>>());
 }
 
+// combine over all lanes, halving the vector at each step.
+template <class T, int kCount, class Combine>
+SWIN_ALWAYS_INLINE T reduce_lanes(const T* lanes, const Combine& combine) {
+  if constexpr (kCount == 1) {
+    return lanes[0];
+  } else {
+    T half[kCount / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) half[i] = combine(lanes[i], lanes[i + kCount / 2]);
+    return reduce_lanes<T, kCount / 2>(half, combine);
+  }
+}
+
 template <class T>
 SWIN_ALWAYS_INLINE T sum_lanes(Vec<T> v) {
-  T s = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) s += v[i];
-  return s;
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &v, sizeof v);
+  return reduce_lanes<T, kLanes<T>>(lanes, [](T a, T b) { return a + b; });
 }
 
 template <class T>
 SWIN_ALWAYS_INLINE T max_lanes(Vec<T> v) {
-  T m = v[0];
-  for (int i = 1; i < kLanes<T>; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  T lanes[kLanes<T>];
+  std::memcpy(lanes, &v, sizeof v);
+  return reduce_lanes<T, kLanes<T>>(lanes, [](T a, T b) { return a > b ? a : b; });
 }
 
+// The larger of each lane; b where either is NaN. (GCC makes a comparison and a blend of the conditional.)
 template <class T>
 SWIN_ALWAYS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_max_ps(a, 0xFFFF, a, b);  // _mm512_max_ps warns in GCC 12
+  if constexpr (sizeof(T) == 8) return _mm512_mask_max_pd(a, 0xFF, a, b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_max_ps(a, b);
+  if constexpr (sizeof(T) == 8) return _mm256_max_pd(a, b);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return _mm_max_ps(a, b);
+  if constexpr (sizeof(T) == 8) return _mm_max_pd(a, b);
+#else
   return a > b ? a : b;
+#endif
 }
 
-// Constants of exp2_nonpositive. kRounder = 1.5 · 2^(mantissa bits): adding it rounds to an integer and
-// leaves that integer in the low bits. The polynomials minimise the relative error of 2^f on
+// Constants of exp2_nonpositive. kRounder = 1.5 · 2^(mantissa bits) + kBias: adding it rounds to an integer
+// and leaves that integer, biased as an exponent is, in the low bits. The polynomials minimise the relative error of 2^f on
 // [-1/2, 1/2] (Remez exchange): 7.5e-8 for float, 3.1e-18 for double.
 template <class T>
 struct Exp2;
 template <>
 struct Exp2<float> {
   static constexpr int kMantissaBits = 23, kBias = 127, kDegree = 5;
-  static constexpr float kRounder = 12582912.0f;
+  static constexpr float kRounder = 12582912.0f + kBias;
   static constexpr float kCoefficients[kDegree + 1] = {1.00000007165471414f,     0.693146967065035214f,
                                                        0.240221197237107196f,    0.055507132718556442f,
                                                        0.00967554134312132739f, 0.00132764726319508761f};
@@ -97,27 +126,41 @@ struct Exp2<float> {
 template <>
 struct Exp2<double> {
   static constexpr int kMantissaBits = 52, kBias = 1023, kDegree = 11;
-  static constexpr double kRounder = 6755399441055744.0;
+  static constexpr double kRounder = 6755399441055744.0 + kBias;
   static constexpr double kCoefficients[kDegree + 1] = {
       0.999999999999999997,     0.69314718055994533,      0.240226506959101562,     0.0555041086648199216,
       0.00961812910758833524,   0.00133335581467899217,   0.000154035304625144321,  0.0000152527334899885256,
       1.32154330896763992e-6,   1.01781980216719308e-7,   7.0741056135081428e-9,    4.43528270695727715e-10};
 };
 
-// 2^x for x ≤ 0: about one unit in the last place; 0 below the smallest normal number; NaN for NaN.
-// 2^x = 2^n · 2^f with n = round(x) and |f| ≤ 1/2.
-template <class T>
-SWIN_ALWAYS_INLINE Vec<T> exp2_nonpositive(Vec<T> x) {
+// x[i] = 2^x[i] for x ≤ 0: about one unit in the last place; 0 below the smallest normal number; NaN for
+// NaN. 2^x = 2^n · 2^f with n = round(x) and |f| ≤ 1/2. Several vectors step by step side by side: each
+// step waits for the one before, and side by side they fill the wait.
+template <int kCount, class T>
+SWIN_ALWAYS_INLINE void exp2_nonpositive(Vec<T> (&x)[kCount]) {
   using C = Exp2<T>;
   const Vec<T> lowest = broadcast(static_cast<T>(-C::kBias)), rounder = broadcast(C::kRounder);
-  x = lowest > x ? lowest : x;  // this way round a NaN stays
-  const Vec<T> rounded = x + rounder;
-  const Vec<T> f = x - (rounded - rounder);
-  Vec<T> p = broadcast(C::kCoefficients[C::kDegree]);
+  Vec<T> rounded[kCount], p[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = max<T>(lowest, x[i]);  // this way round a NaN stays
+    rounded[i] = x[i] + rounder;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    x[i] -= rounded[i] - rounder;
+    p[i] = broadcast(C::kCoefficients[C::kDegree]);
+  }
 #pragma GCC unroll 16
-  for (int i = C::kDegree - 1; i >= 0; --i) p = p * f + broadcast(C::kCoefficients[i]);
-  const IntVec<T> exponent = (reinterpret_cast<IntVec<T>>(rounded) + C::kBias) << C::kMantissaBits;
-  return p * reinterpret_cast<Vec<T>>(exponent);
+  for (int c = C::kDegree - 1; c >= 0; --c) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) p[i] = p[i] * x[i] + broadcast(C::kCoefficients[c]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    const IntVec<T> exponent = reinterpret_cast<IntVec<T>>(rounded[i]) << C::kMantissaBits;
+    x[i] = p[i] * reinterpret_cast<Vec<T>>(exponent);
+  }
 }
 
 }  // namespace SWIN_ISA

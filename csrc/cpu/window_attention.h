@@ -38,136 +38,225 @@ class Arena {
   uintptr_t base_, next_;
 };
 
-// The bias table by head in base 2; the entry after the last is the head's largest (NaN if any is).
+// One head of the bias table in base 2 and backwards: entry (query, key) lies at
+// origin - raster(query) + raster(key), so that a run of keys is read forwards. After it lie one vector
+// that copies may touch, and last the head's largest entry (NaN if any is).
 template <class T>
-const T* bias_column(const AttentionCall& call, int64_t head) {
-  return static_cast<const T*>(call.bias_columns) + head * (bias_table_length(call.plan->grid) + 1);
-}
-
-template <class T>
-T* bias_tile(const AttentionCall& call, int64_t pattern, int64_t head) {
-  const int64_t tile = call.plan->tokens * call.plan->padded_tokens;
-  return static_cast<T*>(call.bias_tiles) + (pattern * call.heads + head) * tile;
-}
-
-// Columns [begin, end) of the bias row of `query`; -inf beyond the window's tokens.
-template <class T>
-SWIN_ALWAYS_INLINE void fill_bias_row(const AttentionCall& call, const WindowPattern& pattern, const T* column,
-                                      int64_t query, int64_t begin, int64_t end, T* row) {
-  const T* entry = column + pattern.bias_raster[query] + bias_origin(call.plan->grid);
-  const int64_t real_end = end < call.plan->tokens ? end : call.plan->tokens;
-  for (int64_t k = begin; k < real_end; ++k) row[k] = entry[-pattern.bias_raster[k]];
-  for (int64_t k = real_end; k < end; ++k) row[k] = -static_cast<T>(INFINITY);
+T* bias_column(const AttentionCall& call, int64_t head) {
+  return static_cast<T*>(call.bias_columns) + head * call.bias_stride;
 }
 
 // One region of a pattern: its tokens, and the whole vectors of columns that hold them.
 struct Region {
-  int64_t first, last, begin, end;
+  int64_t index, first, last, begin, end;
 };
 
 template <class T>
 SWIN_ALWAYS_INLINE Region region_of(const WindowPattern& pattern, int64_t index) {
   const int64_t first = pattern.region_begin[index], last = pattern.region_begin[index + 1];
-  return {first, last, first / kLanes<T> * kLanes<T>, round_up(last, kLanes<T>)};
+  return {index, first, last, first / kLanes<T> * kLanes<T>, round_up(last, kLanes<T>)};
 }
 
-// Keys and values of one (window, head), and where its tokens lie.
+// Up to kGroup windows of one pattern and head: where their tokens lie and what they carry. The bias of a
+// block of queries is the same in all of them, so it is looked up once and stays in cache.
+constexpr int kGroup = 4;
+constexpr int64_t kBlock = 48;  // queries
+
+// A window of the group, with the keys (and, as the worker needs, the values) of its tokens.
+template <class T>
+struct GroupWindow {
+  int64_t index;    // over the batch
+  int64_t* token;   // (n) natural index over the batch, -1 for padding
+  T* keys;          // panels
+  T* values;        // the worker's layout
+  T max_key_norm;
+};
+
 template <class T, int kHeadDim>
-class WindowHead {
+class WindowGroup {
  public:
-  WindowHead(const AttentionCall& call, Arena& arena)
+  WindowGroup(const AttentionCall& call, Arena& arena)
       : call_(call),
         tokens_(call.plan->tokens),
         padded_tokens_(call.plan->padded_tokens),
-        width_(round_up(head_dim(), kLanes<T>)),
-        token_(arena.take<int64_t>(tokens_)),
-        label_(arena.take<T>(padded_tokens_)),
-        stage_(arena.take<T>(kTokenAlignment * head_dim())) {}
+        origin_(bias_origin(call.plan->grid)),
+        bias_(arena.take<T>(kBlock * padded_tokens_ + kTileSlack)),
+        whole_bias_(arena.take<T>(kRows * padded_tokens_ + kTileSlack)),
+        stage_(arena.take<T>(kPanel * head_dim())),
+        zero_(arena.take<T>(head_dim())) {
+    for (int axis = 0; axis < kAxes; ++axis) axis_token_[axis] = arena.take<int64_t>(call.plan->grid.window[axis]);
+    for (GroupWindow<T>& w : windows_) {
+      w.token = arena.take<int64_t>(tokens_);
+      w.keys = arena.take<T>(head_dim() * padded_tokens_);
+      w.values = arena.take<T>(width() * padded_tokens_);
+    }
+  }
 
   int64_t head_dim() const { return kHeadDim ? kHeadDim : call_.head_dim; }
+  int64_t width() const { return round_up(head_dim(), kLanes<T>); }  // head_dim in whole vectors
+  int64_t channels() const { return call_.heads * head_dim(); }      // C
   int64_t tokens() const { return tokens_; }
   int64_t padded_tokens() const { return padded_tokens_; }
-  int64_t width() const { return width_; }                      // head_dim in whole vectors
-  int64_t channels() const { return call_.heads * head_dim(); } // C
-  int64_t token(int64_t i) const { return token_[i]; }          // natural index over the batch, -1 for padding
-  const T* labels() const { return label_; }
+  int64_t head() const { return head_; }
+  const WindowPattern& pattern() const { return *pattern_; }
+  GroupWindow<T>& window(int g) { return windows_[g]; }
 
-  void enter(int64_t pattern, int64_t window, int64_t batch, int64_t head) {
+  void enter(int64_t pattern, int64_t head) {
     pattern_ = &call_.patterns[pattern];
     head_ = head;
-    batch_window_ = batch * product(call_.plan->grid.counts) + window;
-    locate(window, batch);
-    if (pattern_->region_count > 1)
-      for (int64_t i = 0; i < padded_tokens_; ++i) label_[i] = static_cast<T>(pattern_->label[i]);
+    column_ = bias_column<T>(call_, head);
+    for (int64_t d = 0; d < head_dim(); ++d) zero_[d] = 0;
   }
 
-  const WindowPattern& pattern() const { return *pattern_; }
-
-  // Row of `part` (0 q, 1 k, 2 v) of token i.
-  void load_part(int64_t i, int part, T* row) const {
-    const int64_t at_channel = part * channels() + head_ * head_dim();
-    if (token_[i] >= 0)
-      load_row(at(call_.qkv, call_.type, token_[i] * 3 * channels() + at_channel), call_.type, head_dim(), row);
-    else if (call_.pad_qkv)
-      load_row(at(call_.pad_qkv, call_.type, at_channel), call_.type, head_dim(), row);
-    else
-      for (int64_t d = 0; d < head_dim(); ++d) row[d] = 0;
-  }
-
-  // `part` of all tokens as columns (head_dim, padded n) and, if `rows` is given, as rows (padded n, width).
-  // The padding of both is zero.
-  void pack(int part, T* columns, T* rows) {
-    for (int64_t first = 0; first < padded_tokens_; first += kTokenAlignment) {
-      for (int64_t i = 0; i < kTokenAlignment; ++i) {
-        T* staged = stage_ + i * head_dim();
-        if (first + i < tokens_)
-          load_part(first + i, part, staged);
-        else
-          for (int64_t d = 0; d < head_dim(); ++d) staged[d] = 0;
-        if (rows) copy_padded(staged, rows + (first + i) * width_);
+  // Window g becomes number `i` of batch × windows of the pattern.
+  void place(int g, int64_t i) {
+    const WindowGrid& grid = call_.plan->grid;
+    const int64_t window = call_.windows[pattern_->window_begin + i / call_.batch], batch = i % call_.batch;
+    windows_[g].index = batch * product(grid.counts) + window;
+    int64_t index[kAxes];
+    decode(window, grid.counts, index);
+    int64_t stride = 1;
+    for (int axis = kAxes - 1; axis >= 0; --axis) {
+      for (int64_t local = 0; local < grid.window[axis]; ++local) {
+        const int64_t position = natural_position(grid, axis, index[axis], local);
+        axis_token_[axis][local] = position < 0 ? kNowhere : position * stride;
       }
-      if (columns)
-        for (int64_t d = 0; d < head_dim(); ++d)
-          for (int64_t i = 0; i < kTokenAlignment; ++i)
-            columns[d * padded_tokens_ + first + i] = stage_[i * head_dim() + d];
+      stride *= grid.spatial[axis];
+    }
+    for (int64_t t = 0; t < tokens_; ++t) {
+      int64_t token = batch * stride;
+      for (int axis = 0; axis < kAxes; ++axis) token += axis_token_[axis][pattern_->local[axis][t]];
+      windows_[g].token[t] = token < 0 ? -1 : token;
+    }
+  }
+
+  // `part` (0 q, 1 k, 2 v) of a token. May be overwritten by the next call with the same `stage`.
+  const T* part_row(int64_t token, int part, T* stage) const {
+    const int64_t channel = part * channels() + head_ * head_dim();
+    if (token >= 0) return row_of(call_.qkv, token * 3 * channels() + channel, stage);
+    return call_.pad_qkv ? row_of(call_.pad_qkv, channel, stage) : zero_;
+  }
+
+  // Rows of a window lie far apart in memory: asking for a block of them at once hides most of the wait.
+  void prefetch_part(int64_t token, int part) const {
+    if (token >= 0)
+      __builtin_prefetch(at(call_.qkv, call_.type, (token * 3 + part) * channels() + head_ * head_dim()));
+  }
+
+  // head_dim elements of an array of the call's type, in arithmetic precision.
+  const T* row_of(const void* array, int64_t index, T* stage) const {
+    const void* from = at(array, call_.type, index);
+    if (stored_as_computed()) return static_cast<const T*>(from);
+    load_row(from, call_.type, head_dim(), stage);
+    return stage;
+  }
+
+  // `part` of all tokens of a window, as panels and as rows (padded n, width), as far as they are given.
+  // Padding is zero.
+  void pack(const GroupWindow<T>& window, int part, T* panels, T* rows) {
+    for (int64_t i = 0; i < tokens_; ++i) prefetch_part(window.token[i], part);
+    for (int64_t first = 0; first < padded_tokens_; first += kPanel) {
+      const T* token_rows[kPanel];
+      for (int64_t i = 0; i < kPanel; ++i)
+        token_rows[i] =
+            first + i < tokens_ ? part_row(window.token[first + i], part, stage_ + i * head_dim()) : zero_;
+      if (rows)
+        for (int64_t i = 0; i < kPanel; ++i) copy_padded(token_rows[i], rows + (first + i) * width());
+      if (panels) transpose_to_panel(token_rows, head_dim(), panels + first * head_dim());
     }
   }
 
   // head_dim elements as a row of `width` with a zero tail.
   void copy_padded(const T* from, T* row) const {
     for (int64_t d = 0; d < head_dim(); ++d) row[d] = from[d];
-    for (int64_t d = head_dim(); d < width_; ++d) row[d] = 0;
+    for (int64_t d = head_dim(); d < width(); ++d) row[d] = 0;
   }
 
-  // What any score of another region can reach beyond |q| · max_key_norm: see the top of this file.
-  // NaN where a key, value or bias is not finite.
-  void bound_other_regions(const T* key_columns, const T* values) {
-    T largest = 0, total = 0;
-    for (int64_t k = 0; k < padded_tokens_; k += kLanes<T>) {
-      Vec<T> squares = {};
-      for (int64_t d = 0; d < head_dim(); ++d) {
-        const Vec<T> x = load(key_columns + d * padded_tokens_ + k);
-        squares += x * x;
+  // The query of a token as a row of `width`, times scale · log2(e).
+  void load_query(int64_t token, T* __restrict row) const {
+    const int64_t channel = token * 3 * channels() + head_ * head_dim();
+    load_row(at(call_.qkv, call_.type, channel), call_.type, head_dim(), row);
+    for (int64_t d = head_dim(); d < width(); ++d) row[d] = 0;
+    const Vec<T> factor = broadcast(static_cast<T>(call_.scale * kLog2E));
+    for (int64_t d = 0; d < width(); d += kLanes<T>) store(row + d, load(row + d) * factor);
+  }
+
+  // Prepares others_matter() from the keys and the first `value_count` values.
+  void bound_other_regions(GroupWindow<T>& window, int64_t value_count) const {
+    Vec<T> largest = {}, total = {};
+    for (int64_t k = 0; k < padded_tokens_; k += kPanel)
+      for (int64_t lane = 0; lane < kPanel; lane += kLanes<T>) {
+        Vec<T> squares = {};
+        for (int64_t d = 0; d < head_dim(); ++d) {
+          const Vec<T> x = load(window.keys + k * head_dim() + d * kPanel + lane);
+          squares += x * x;
+        }
+        largest = max<T>(squares, largest);
+        total += squares;
       }
-      largest = max_lanes<T>(max<T>(squares, broadcast(largest)));
-      total += sum_lanes<T>(squares);
-    }
-    for (int64_t i = 0; i < tokens_ * width_; ++i) total += values[i] * 0;
-    max_key_norm_ = std::sqrt(largest) + total * 0;
-    bias_and_mask_ = bias_column<T>(call_, head_)[bias_table_length(call_.plan->grid)] + mask();
+    for (int64_t i = 0; i < value_count; i += kLanes<T>) total += load(window.values + i) * 0;
+    const T not_finite = sum_lanes<T>(total) * 0;  // NaN where any key or value is not finite
+    window.max_key_norm = std::sqrt(max_lanes<T>(largest)) + not_finite;
   }
 
-  static T mask() { return static_cast<T>(kMaskValue * kLog2E); }
+  // Whether keys of other regions may matter to any of `rows` queries whose scores reach `score`.
+  bool others_matter(const GroupWindow<T>& window, const T* query_rows, int rows, const T* score) const {
+    if (pattern_->region_count == 1) return false;
+    const T bias_and_mask = column_[call_.bias_stride - 1] + mask();
+    bool matter = false;
+    for (int r = 0; r < rows; ++r) {
+      Vec<T> square = {};
+      for (int64_t d = 0; d < width(); d += kLanes<T>) {
+        const Vec<T> x = load(query_rows + r * width() + d);
+        square += x * x;
+      }
+      const T bound = std::sqrt(sum_lanes<T>(square)) * window.max_key_norm + bias_and_mask - score[r];
+      matter |= !(bound < static_cast<T>(kNegligible));
+    }
+    return matter;
+  }
 
-  // Whether keys of other regions may matter to a query of norm² `query_square` (in base 2 units) whose
-  // scores reach `score`.
-  bool others_matter(T query_square, T score) const {
-    return !(std::sqrt(query_square) * max_key_norm_ + bias_and_mask_ - score < static_cast<T>(kNegligible));
+  // Looks up the bias of queries [first, last) of a region, at most kBlock, for the keys of that region.
+  // Columns of its vectors that belong to no token of the region are -inf.
+  void look_up_bias(const Region& own, int64_t first, int64_t last) {
+    block_first_ = first;
+    for (int64_t q = first; q < last; ++q) {
+      T* row = bias_ + (q - first) * padded_tokens_;
+      copy_runs(q, pattern_->run_begin[own.index], pattern_->run_begin[own.index + 1], row);
+      for (int64_t k = own.begin; k < own.first; ++k) row[k] = kNothing;
+      for (int64_t k = own.last; k < own.end; ++k) row[k] = kNothing;
+    }
+  }
+
+  // Scores of a tile of query rows (kRows, width) of the block, in base 2, for the keys of their region.
+  // seen(row, scores) is told of each vector of them.
+  template <class Seen>
+  void score(const T* query_rows, const int64_t* queries, const Region& own, const T* keys, T* tile,
+             const Seen& seen) const {
+    const T* bias[kRows];
+    for (int r = 0; r < kRows; ++r) bias[r] = bias_ + (queries[r] - block_first_) * padded_tokens_;
+    score_columns(query_rows, bias, own.begin, own.end, keys, tile, seen);
+  }
+
+  // The same for the keys of all regions.
+  template <class Seen>
+  void score_all(const T* query_rows, const int64_t* queries, const Region& own, const T* keys, T* tile,
+                 const Seen& seen) {
+    const T* bias[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      T* row = whole_bias_ + r * padded_tokens_;
+      copy_runs(queries[r], 0, pattern_->run_begin[pattern_->region_count], row);
+      for (int64_t k = 0; k < tokens_; ++k)
+        if (k < own.first || k >= own.last) row[k] += mask();
+      for (int64_t k = tokens_; k < padded_tokens_; ++k) row[k] = kNothing;
+      bias[r] = row;
+    }
+    score_columns(query_rows, bias, 0, padded_tokens_, keys, tile, seen);
   }
 
   // Multiply columns [begin, end) of a row of weights by 0 or 1 / (1 - dropout_p).
-  void drop(int64_t query, int64_t begin, int64_t end, const T* from, T* to) const {
-    const int64_t row = (batch_window_ * call_.heads + head_) * tokens_ + pattern_->raster[query];
+  void drop(const GroupWindow<T>& window, int64_t query, int64_t begin, int64_t end, const T* from, T* to) const {
+    const int64_t row = (window.index * call_.heads + head_) * tokens_ + pattern_->raster[query];
     const uint32_t hash = dropout_row_hash(call_.seed, row), threshold = dropout_threshold(call_.dropout_p);
     const T kept = static_cast<T>(1 / (1 - call_.dropout_p));
     const int64_t real_end = end < tokens_ ? end : tokens_;
@@ -176,84 +265,75 @@ class WindowHead {
     for (int64_t k = real_end; k < end; ++k) to[k] = 0;
   }
 
-  // Bias rows of a tile's queries: from the pattern's tile for their own region's columns ...
-  void own_bias_rows(const int64_t* queries, const T** bias_rows) const {
-    const T* tile = bias_tile<T>(call_, pattern_ - call_.patterns, head_);
-    for (int r = 0; r < kRows; ++r) bias_rows[r] = tile + queries[r] * padded_tokens_;
-  }
-
-  // ... or written to `buffer` (kRows, padded n) for all columns.
-  void whole_bias_rows(const int64_t* queries, T* buffer, const T** bias_rows) const {
-    for (int r = 0; r < kRows; ++r) {
-      fill_bias_row(call_, *pattern_, bias_column<T>(call_, head_), queries[r], 0, padded_tokens_,
-                    buffer + r * padded_tokens_);
-      bias_rows[r] = buffer + r * padded_tokens_;
-    }
-  }
-
-  // Scores of a tile of queries (head_dim, kRows) of one region: tile (kRows, padded n), base 2.
-  void score(const T* queries, const T* key_columns, const T* const* bias_rows, T label, int64_t begin, int64_t end,
-             T* tile) const {
-    const auto init = [&](int r, int64_t column) { return load(bias_rows[r] + column); };
-    const auto keep = [&](int r, int64_t column, Vec<T> s) { store(tile + r * padded_tokens_ + column, s); };
-    if (pattern_->region_count == 1) {
-      product_rows(queries, key_columns, padded_tokens_, head_dim(), begin, end, init, keep);
-      return;
-    }
-    const Vec<T> own = broadcast(label), lowered = broadcast(mask()), zero = {};
-    const auto keep_masked = [&](int r, int64_t column, Vec<T> s) {
-      keep(r, column, s + (load(label_ + column) != own ? lowered : zero));
-    };
-    product_rows(queries, key_columns, padded_tokens_, head_dim(), begin, end, init, keep_masked);
-  }
-
-  // Calls visit(queries, count) for tiles of up to kRows real queries of `region`; missing rows repeat the first.
+  // Visits windows [0, count) of the group, block of queries by block: visit(window, region, queries, rows)
+  // for tiles of up to kRows real queries; missing ones repeat the first.
   template <class Visit>
-  void for_each_tile(const Region& region, const Visit& visit) const {
-    int64_t queries[kRows];
-    int count = 0;
-    for (int64_t i = region.first; i < region.last; ++i) {
-      if (token_[i] >= 0) queries[count++] = i;
-      if (count == 0 || (count < kRows && i + 1 < region.last)) continue;
-      for (int r = count; r < kRows; ++r) queries[r] = queries[0];
-      visit(queries, count);
-      count = 0;
+  void for_each_tile(int count, const Visit& visit) {
+    for (int64_t i = 0; i < pattern_->region_count; ++i) {
+      const Region region = region_of<T>(*pattern_, i);
+      for (int64_t first = region.first; first < region.last; first += kBlock) {
+        const int64_t last = first + kBlock < region.last ? first + kBlock : region.last;
+        look_up_bias(region, first, last);
+        for (int g = 0; g < count; ++g) {
+          for (int64_t q = first; q < last; ++q) prefetch_part(windows_[g].token[q], 0);
+          int64_t queries[kRows];
+          int rows = 0;
+          for (int64_t q = first; q < last; ++q) {
+            if (windows_[g].token[q] >= 0) queries[rows++] = q;
+            if (rows == 0 || (rows < kRows && q + 1 < last)) continue;
+            for (int r = rows; r < kRows; ++r) queries[r] = queries[0];
+            visit(windows_[g], region, queries, rows);
+            rows = 0;
+          }
+        }
+      }
     }
   }
 
  private:
-  void locate(int64_t window, int64_t batch) {
-    const WindowGrid& g = call_.plan->grid;
-    int64_t index[kAxes];
-    decode(window, g.counts, index);
-    for (int64_t i = 0; i < tokens_; ++i) {
-      int64_t token = batch;
-      bool real = true;
-      for (int axis = 0; axis < kAxes; ++axis) {
-        const int64_t position = natural_position(g, axis, index[axis], pattern_->local[axis][i]);
-        real &= position >= 0;
-        token = token * g.spatial[axis] + position;
-      }
-      token_[i] = real ? token : -1;
+  static constexpr int64_t kNowhere = INT64_MIN / 4;  // stays negative whatever other axes add
+  static constexpr int64_t kTileSlack = 16;  // a copied run may reach one vector beyond the last row
+  static constexpr T kNothing = -static_cast<T>(INFINITY);
+
+  static T mask() { return static_cast<T>(kMaskValue * kLog2E); }
+
+  bool stored_as_computed() const {
+    return call_.type == (sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
+  }
+
+  // Bias of `query` for the keys of runs [first, last). A run is copied in whole vectors: what is written
+  // beyond it is overwritten by the next run, by the caller, or by the next row.
+  void copy_runs(int64_t query, int64_t first, int64_t last, T* row) const {
+    const T* column = column_ + origin_ - pattern_->bias_raster[query];
+    const int32_t* begin = pattern_->run_token;
+    for (int64_t run = first; run < last; ++run) {
+      const T* from = column + pattern_->bias_raster[begin[run]] - begin[run];
+      for (int64_t k = begin[run]; k < begin[run + 1]; k += kLanes<T>) store(row + k, load(from + k));
     }
   }
 
-  const AttentionCall& call_;
-  const int64_t tokens_, padded_tokens_, width_;
-  int64_t* token_;
-  T* label_;
-  T* stage_;
-  const WindowPattern* pattern_ = nullptr;
-  int64_t head_ = 0, batch_window_ = 0;
-  T max_key_norm_ = 0, bias_and_mask_ = 0;
-};
+  template <class Seen>
+  void score_columns(const T* query_rows, const T* const* bias_rows, int64_t begin, int64_t end, const T* keys,
+                     T* tile, const Seen& seen) const {
+    const int64_t stride = padded_tokens_;
+    const auto bias = [&](int r, int64_t column) { return load(bias_rows[r] + column); };
+    const auto keep = [&, stride, tile](int r, int64_t column, Vec<T> s) {
+      store(tile + r * stride + column, s);
+      seen(r, s);
+    };
+    product_rows<kHeadDim>(query_rows, width(), keys, head_dim(), begin, end, bias, keep);
+  }
 
-// Rows of a tile's queries as columns (head_dim, kRows), times `factor`; rows beyond `count` are zero.
-template <class T>
-SWIN_ALWAYS_INLINE void transpose_rows(const T* rows, int64_t row_stride, int count, int64_t depth, T* columns) {
-  for (int64_t d = 0; d < depth; ++d)
-    for (int r = 0; r < kRows; ++r) columns[d * kRows + r] = r < count ? rows[r * row_stride + d] : T(0);
-}
+  const AttentionCall& call_;
+  const int64_t tokens_, padded_tokens_, origin_;
+  T *bias_, *whole_bias_;  // (kBlock, padded n), (kRows, padded n)
+  T *stage_, *zero_;
+  int64_t* axis_token_[kAxes];
+  GroupWindow<T> windows_[kGroup];
+  const WindowPattern* pattern_ = nullptr;
+  const T* column_ = nullptr;
+  int64_t head_ = 0, block_first_ = 0;
+};
 
 }  // namespace SWIN_ISA
 }  // namespace swin

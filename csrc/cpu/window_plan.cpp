@@ -40,7 +40,7 @@ WindowPlan::WindowPlan(const WindowGrid& g) : grid(g), tokens(product(g.window))
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return region[a] < region[b]; });
 
-    std::vector<int32_t> locals[kAxes], rasters(tokens), labels(padded_tokens);
+    std::vector<int32_t> locals[kAxes], rasters(tokens), runs;
     for (std::vector<int32_t>& l : locals) l.resize(tokens);
     WindowPattern pattern{};
     for (int64_t i = 0; i < tokens; ++i) {
@@ -48,18 +48,22 @@ WindowPlan::WindowPlan(const WindowGrid& g) : grid(g), tokens(product(g.window))
       decode(order[i], g.window, local);
       for (int axis = 0; axis < kAxes; ++axis) locals[axis][i] = static_cast<int32_t>(local[axis]);
       rasters[i] = static_cast<int32_t>(bias_raster(g, order[i]));
-      labels[i] = region[order[i]];
-      if (i == 0 || labels[i] != labels[i - 1])
-        pattern.region_begin[pattern.region_count++] = static_cast<int32_t>(i);
+      const bool new_region = i == 0 || region[order[i]] != region[order[i - 1]];
+      if (new_region) {
+        pattern.region_begin[pattern.region_count] = static_cast<int32_t>(i);
+        pattern.run_begin[pattern.region_count++] = static_cast<int32_t>(runs.size());
+      }
+      if (new_region || rasters[i] != rasters[i - 1] + 1) runs.push_back(static_cast<int32_t>(i));
     }
-    std::fill(labels.begin() + tokens, labels.end(), labels[tokens - 1]);
     pattern.region_begin[pattern.region_count] = static_cast<int32_t>(tokens);
+    pattern.run_begin[pattern.region_count] = static_cast<int32_t>(runs.size());
+    runs.push_back(static_cast<int32_t>(tokens));
 
     const auto keep = [this](std::vector<int32_t>& v) { return storage.emplace_back(std::move(v)).data(); };
+    pattern.run_token = keep(runs);
     pattern.raster = keep(order);
     for (int axis = 0; axis < kAxes; ++axis) pattern.local[axis] = keep(locals[axis]);
     pattern.bias_raster = keep(rasters);
-    pattern.label = keep(labels);
     pattern.window_begin = static_cast<int64_t>(windows.size());
     windows.insert(windows.end(), members.begin(), members.end());
     pattern.window_end = static_cast<int64_t>(windows.size());

@@ -12,12 +12,13 @@ namespace swin {
 // Its tokens are ordered by region, and within a region by raster.
 struct WindowPattern {
   int32_t region_count;
-  int32_t region_begin[9];     // first token of each region, and the end
-  const int32_t* raster;       // (n) raster of each token in the window
-  const int32_t* local[kAxes]; // (n) place of each token along each axis
-  const int32_t* bias_raster;  // (n) see geometry.h
-  const int32_t* label;        // (padded n) region of each token; padding repeats the last
-  int64_t window_begin;        // its windows are plan.windows[window_begin, window_end)
+  int32_t region_begin[9];      // first token of each region, and the end
+  int32_t run_begin[9];         // first run of each region, and the end
+  const int32_t* run_token;     // (runs + 1) first token of each run, and the end
+  const int32_t* raster;        // (n) raster of each token in the window
+  const int32_t* local[kAxes];  // (n) place of each token along each axis
+  const int32_t* bias_raster;   // (n) see geometry.h; consecutive within a run
+  int64_t window_begin;         // its windows are plan.windows[window_begin, window_end)
   int64_t window_end;
 };
 

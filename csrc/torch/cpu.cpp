@@ -5,7 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -23,7 +23,7 @@ using swin::AttentionCall;
 using swin::BackwardCall;
 using swin::ElementType;
 using swin::ForwardCall;
-using swin::GradientChunk;
+using swin::WindowChunk;
 using swin::kAxes;
 using swin::KernelTable;
 using swin::WindowGrid;
@@ -56,25 +56,30 @@ Ints shape(const Tensor& t) {
   return sizes;
 }
 
-// Extents beyond these are mistakes, and would overflow products of indices.
-constexpr int64_t kLargestExtent = int64_t{1} << 31, kLargestWindow = int64_t{1} << 15;
+// More tokens than any memory holds; below it no product of extents overflows.
+constexpr int64_t kLargestVolume = int64_t{1} << 40;
+
+constexpr int64_t kLargestWindow = int64_t{1} << 12;  // tokens that window_attention takes: 16³
 
 WindowGrid grid_of(const char* op, const Ints& spatial, const Ints& nominal, const Ints& window, const Ints& shift) {
   const size_t rank = spatial.size();
   require(rank == 2 || rank == 3, op, "spatial extents are ", text(spatial), "; accepted are 2 or 3");
   require(nominal.size() == rank && window.size() == rank && shift.size() == rank, op, "window_size ", text(window),
           " and shift_size ", text(shift), " must have one entry for each of ", rank, " axes");
-  int64_t tokens = 1;
+  int64_t padded_volume = 1, nominal_volume = 1;
   for (size_t i = 0; i < rank; ++i) {
-    require(spatial[i] >= 1 && spatial[i] < kLargestExtent, op, "spatial extents are ", text(spatial),
-            "; each must be at least 1");
+    require(spatial[i] >= 1 && spatial[i] <= kLargestVolume, op, "spatial extents are ", text(spatial),
+            "; each must be at least 1 and at most ", kLargestVolume);
     require(window[i] >= 1 && window[i] <= spatial[i] && window[i] <= nominal[i], op, "window_size is ", text(window),
             "; each entry must be at least 1 and at most the nominal window and the extent of ", text(spatial));
     require(shift[i] >= 0 && shift[i] < window[i], op, "shift_size is ", text(shift),
             "; each entry must be at least 0 and below window_size ", text(window));
-    require(nominal[i] < kLargestWindow, op, "window_size is ", text(nominal), "; too large");
-    tokens *= window[i];
-    require(tokens <= kLargestWindow, op, "window_size ", text(window), " holds more than ", kLargestWindow, " tokens");
+    const int64_t padded = (spatial[i] + window[i] - 1) / window[i] * window[i];
+    require(padded <= kLargestVolume / padded_volume, op, "spatial extents ", text(spatial),
+            " hold more tokens than the ", kLargestVolume, " accepted");
+    require(nominal[i] <= kLargestVolume / 8 / nominal_volume, op, "window_size ", text(nominal), " is too large");
+    padded_volume *= padded;
+    nominal_volume *= nominal[i];
   }
   return swin::make_grid(static_cast<int>(rank), spatial.data(), nominal.data(), window.data(), shift.data());
 }
@@ -137,12 +142,12 @@ struct Attention {
   size_t accumulate_bytes;
   ScalarType accumulate_type;
   int64_t workers;
-  Buffer bias_columns, bias_tiles;
+  Buffer bias_columns;
 
   Attention(const char* op, const Tensor& qkv, const Tensor& bias_table, const std::optional<Tensor>& pad_qkv,
             const std::optional<Tensor>& seed, const Ints& nominal, const Ints& window, const Ints& shift, double scale,
             double dropout_p, AttentionCall& call)
-      : plan(grid_of(op, spatial_of(op, qkv), nominal, window, shift)),
+      : plan(attention_grid(op, spatial_of(op, qkv), nominal, window, shift)),
         volume(shape(qkv)),
         workers(torch::stable::get_num_threads()) {
     volume.pop_back();
@@ -186,11 +191,18 @@ struct Attention {
     call.seed = seed ? *static_cast<const int64_t*>(seed->const_data_ptr()) : 0;
     accumulate_type = call.type == ElementType::kFloat64 ? ScalarType::Double : ScalarType::Float;
     accumulate_bytes = call.type == ElementType::kFloat64 ? 8 : 4;
-    bias_columns = allocate(accumulate_bytes * static_cast<size_t>(call.heads * (table_length + 1)));
-    bias_tiles = allocate(accumulate_bytes *
-                          static_cast<size_t>(call.pattern_count * call.heads * plan.tokens * plan.padded_tokens));
+    call.bias_stride = swin::bias_stride(plan.grid);
+    bias_columns = allocate(accumulate_bytes * static_cast<size_t>(call.heads * call.bias_stride));
     call.bias_columns = bias_columns.get();
-    call.bias_tiles = bias_tiles.get();
+  }
+
+  // A plan of the windows is only made for windows that this backend takes (backends/cpu/__init__.py).
+  static WindowGrid attention_grid(const char* op, const Ints& spatial, const Ints& nominal, const Ints& window,
+                                   const Ints& shift) {
+    const WindowGrid grid = grid_of(op, spatial, nominal, window, shift);
+    require(swin::product(grid.window) <= kLargestWindow, op, "window_size ", text(window), " holds more than ",
+            kLargestWindow, " tokens");
+    return grid;
   }
 
   static Ints spatial_of(const char* op, const Tensor& qkv) {
@@ -207,10 +219,8 @@ struct Attention {
   }
 
   void prepare_bias(const KernelTable& table, const AttentionCall& call) const {
-    for (const bool tiles : {false, true}) {
-      WorkCounter next{0};
-      run_workers(workers, [&](int64_t) { table.prepare_bias(call, tiles, next); });
-    }
+    WorkCounter next{0};
+    run_workers(workers, [&](int64_t) { table.prepare_bias(call, next); });
   }
 
   // One piece of scratch memory per worker.
@@ -219,6 +229,21 @@ struct Attention {
     return allocate(*bytes * static_cast<size_t>(workers));
   }
 };
+
+// Work items of at most `size` windows. The windows of the first pattern, in most volumes the most and the
+// dearest, come first.
+std::vector<WindowChunk> window_chunks(const AttentionCall& call, int64_t size) {
+  std::vector<WindowChunk> chunks;
+  for (int64_t p = 0; p < call.pattern_count; ++p) {
+    const int64_t windows = (call.patterns[p].window_end - call.patterns[p].window_begin) * call.batch;
+    for (int64_t begin = 0; begin < windows; begin += size)
+      for (int64_t head = 0; head < call.heads; ++head)
+        chunks.push_back({p, head, begin, std::min(begin + size, windows)});
+  }
+  return chunks;
+}
+
+constexpr int64_t kForwardChunk = 4, kBackwardChunk = 24;  // windows
 
 std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_table, std::optional<Tensor> pad_qkv,
                                                     std::optional<Tensor> seed, Ints nominal, Ints window, Ints shift,
@@ -235,24 +260,14 @@ std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_tabl
     size_t bytes;
     const Buffer scratch = attention.scratch(table, call, false, &bytes);
     attention.prepare_bias(table, call);
+    const std::vector<WindowChunk> chunks = window_chunks(call, kForwardChunk);
     WorkCounter next{0};
     run_workers(attention.workers, [&](int64_t i) {
-      table.attention_forward(call, static_cast<char*>(scratch.get()) + static_cast<size_t>(i) * bytes, next);
+      table.attention_forward(call, chunks.data(), static_cast<int64_t>(chunks.size()),
+                              static_cast<char*>(scratch.get()) + static_cast<size_t>(i) * bytes, next);
     });
   }
   return {out, lse};
-}
-
-// Groups of windows of one pattern and head. The largest patterns come first in the plan's order anyway.
-std::vector<GradientChunk> gradient_chunks(const AttentionCall& call) {
-  std::vector<GradientChunk> chunks;
-  for (int64_t p = 0; p < call.pattern_count; ++p) {
-    const int64_t windows = (call.patterns[p].window_end - call.patterns[p].window_begin) * call.batch;
-    for (int64_t begin = 0; begin < windows; begin += swin::kChunkWindows)
-      for (int64_t head = 0; head < call.heads; ++head)
-        chunks.push_back({p, head, begin, std::min(begin + swin::kChunkWindows, windows)});
-  }
-  return chunks;
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table,
@@ -273,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Te
   Tensor grad_qkv = torch::stable::empty(shape(qkv), qkv.scalar_type());
   Tensor grad_bias_table = torch::stable::empty(shape(bias_table), bias_table.scalar_type());
   Tensor grad_pad_qkv = torch::stable::empty(Ints{3 * attention.channels}, qkv.scalar_type());
-  const std::vector<GradientChunk> chunks = gradient_chunks(call);
+  const std::vector<WindowChunk> chunks = window_chunks(call, kBackwardChunk);
   const int64_t count = static_cast<int64_t>(chunks.size());
   const size_t table_bytes =
       attention.accumulate_bytes * static_cast<size_t>(swin::bias_table_length(attention.plan.grid));
@@ -387,6 +402,7 @@ Tensor dropout_keep(Tensor seed, Tensor rows, int64_t tokens, double dropout_p) 
   require(seed.scalar_type() == ScalarType::Long && rows.scalar_type() == ScalarType::Long, op,
           "seed and rows must be int64");
   require(tokens >= 0 && tokens <= kLargestWindow, op, "tokens is ", tokens, "; accepted is 0 to ", kLargestWindow);
+  require(dropout_p >= 0 && dropout_p < 1, op, "dropout_p is ", dropout_p, "; accepted is 0 <= dropout_p < 1");
   Ints sizes = shape(rows);
   sizes.push_back(tokens);
   Tensor keep = torch::stable::empty(sizes, ScalarType::Bool);

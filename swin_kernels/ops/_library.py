@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
 
 NAMESPACE = "swin_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
+
+LARGEST_INT = 2**63 - 1
+"""Integers of an operator's schema have 64 bits."""
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,11 +43,23 @@ def check_windows(
     """Nominal window and shift, one entry per axis, checked: windows ≥ 1 and 0 ≤ shift < window."""
     window = per_axis(window_size, axes, f"{operator}: window_size")
     shift = per_axis(shift_size, axes, f"{operator}: shift_size")
-    if any(w < 1 for w in window):
-        raise ValueError(f"{operator}: window_size is {window}; every entry must be at least 1")
+    if any(not 1 <= w <= LARGEST_INT for w in window):
+        raise ValueError(f"{operator}: window_size is {window}; every entry must be at least 1 and fit in 64 bits")
     if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise ValueError(f"{operator}: shift_size is {shift}; every entry must be ≥ 0 and below window_size {window}")
     return window, shift
+
+
+def check_number(operator: str, name: str, value: object) -> float:
+    """`value` as a float; raises `TypeError` unless it is a real number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{operator}: {name} is {value!r}; accepted is a real number")
+    return float(value)
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; some, as "meta", have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def check_tensor(operator: str, name: str, value: object, dtypes: Sequence[torch.dtype] = ()) -> None:

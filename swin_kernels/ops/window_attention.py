@@ -21,7 +21,17 @@ import torch
 
 from ..backends import IMPLEMENTED, Call, decline_reason, forced_name, select
 from ..geometry import WindowGrid, bias_table_length
-from ._library import FLOATING, NAMESPACE, check_tensor, check_volume, check_windows, define, library
+from ._library import (
+    FLOATING,
+    NAMESPACE,
+    autocast_is_on,
+    check_number,
+    check_tensor,
+    check_volume,
+    check_windows,
+    define,
+    library,
+)
 
 define(
     "window_attention(Tensor qkv, Tensor bias_table, Tensor? pad_qkv, Tensor? seed, int[] window_size, "
@@ -76,9 +86,10 @@ def window_attention(
     window, shift = _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p)
     if scale is None:
         scale = (qkv.shape[-1] // (3 * bias_table.shape[1])) ** -0.5
+    scale = check_number(_NAME, "scale", scale)
     seed = torch.randint(2**62, (1,), device=qkv.device) if dropout_p > 0 else None
     out, _ = torch.ops.swin_kernels.window_attention(
-        qkv, bias_table, pad_qkv, seed, window, shift, float(scale), float(dropout_p), forced_name(_NAME, backend)
+        qkv, bias_table, pad_qkv, seed, window, shift, scale, float(dropout_p), forced_name(_NAME, backend)
     )
     return out
 
@@ -109,13 +120,13 @@ def _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p) -> tupl
     _check_bias_table(qkv, bias_table, window)
     if pad_qkv is not None:
         _check_pad_qkv(qkv, pad_qkv)
-    if not 0 <= dropout_p < 1:
+    if not 0 <= check_number(_NAME, "dropout_p", dropout_p) < 1:
         raise ValueError(f"{_NAME}: dropout_p is {dropout_p}; accepted is 0 ≤ dropout_p < 1")
     return window, shift
 
 
 def _check_bias_table(qkv: torch.Tensor, bias_table: torch.Tensor, window: tuple[int, ...]) -> None:
-    autocast = torch.is_autocast_enabled(qkv.device.type)
+    autocast = autocast_is_on(qkv.device)
     check_tensor(_NAME, "bias_table", bias_table, FLOATING if autocast else (*{qkv.dtype: 0, torch.float32: 0},))
     if bias_table.dim() != 2 or bias_table.shape[0] != bias_table_length(window) or bias_table.shape[1] < 1:
         raise ValueError(
@@ -132,7 +143,7 @@ def _check_bias_table(qkv: torch.Tensor, bias_table: torch.Tensor, window: tuple
 
 
 def _check_pad_qkv(qkv: torch.Tensor, pad_qkv: torch.Tensor) -> None:
-    autocast = torch.is_autocast_enabled(qkv.device.type)
+    autocast = autocast_is_on(qkv.device)
     check_tensor(_NAME, "pad_qkv", pad_qkv, FLOATING if autocast else (qkv.dtype,))
     if pad_qkv.shape != qkv.shape[-1:]:
         raise ValueError(f"{_NAME}: pad_qkv has shape {tuple(pad_qkv.shape)}; accepted is ({qkv.shape[-1]},)")
@@ -203,6 +214,13 @@ def _autograd_backward(ctx, grad_out, grad_lse):
 torch.library.register_autograd(
     f"{NAMESPACE}::window_attention", _autograd_backward, setup_context=_setup_context, lib=library
 )
+
+
+def _second_backward(ctx, *grads):
+    raise RuntimeError(f"{_NAME}: differentiable once; a second derivative was asked for (create_graph=True)")
+
+
+torch.library.register_autograd(f"{NAMESPACE}::window_attention_backward", _second_backward, lib=library)
 
 
 def _autocast(device: str):

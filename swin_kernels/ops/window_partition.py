@@ -9,13 +9,14 @@ padding and clipping of MONAI's Swin UNETR.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from ..backends import Call, forced_name, select
 from ..geometry import WindowGrid
-from ._library import NAMESPACE, check_tensor, check_volume, check_windows, define, library, per_axis
+from ._library import LARGEST_INT, NAMESPACE, check_tensor, check_volume, check_windows, define, library, per_axis
 
 define("window_partition(Tensor x, int[] window_size, int[] shift_size, str backend) -> Tensor")
 define(
@@ -79,7 +80,7 @@ def window_reverse(
     """
     operator = "window_reverse"
     check_tensor(operator, "windows", windows)
-    if windows.dim() != 3:
+    if windows.dim() != 3 or windows.shape[2] < 1:
         raise ValueError(f"{operator}: windows has shape {tuple(windows.shape)}; accepted is (B·nW, n, C)")
     if not isinstance(spatial_shape, Sequence) or len(spatial_shape) not in (2, 3):
         raise ValueError(f"{operator}: spatial_shape is {spatial_shape!r}; accepted is (D, H, W) or (H, W)")
@@ -88,6 +89,8 @@ def window_reverse(
         raise ValueError(f"{operator}: spatial_shape is {spatial}; every entry must be at least 1")
     window, shift = check_windows(operator, len(spatial), window_size, shift_size)
     grid = WindowGrid.of(spatial, window, shift)
+    if math.prod(grid.padded) > LARGEST_INT:
+        raise ValueError(f"{operator}: spatial_shape is {spatial}; its tokens, padding included, must fit in 64 bits")
     if windows.shape[0] % grid.num_windows or windows.shape[1] != grid.tokens:
         raise ValueError(
             f"{operator}: windows has shape {tuple(windows.shape)}; spatial_shape {spatial} with window_size {window} "

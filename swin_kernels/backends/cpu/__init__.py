@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import Call
@@ -11,6 +13,8 @@ from .library import unavailable
 __all__ = ["supports", "unavailable", "window_attention", "window_partition"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST_WINDOW = 4096
+"""Tokens in a window (16³); `kLargestWindow` of csrc/torch/cpu.cpp."""
 
 
 def supports(call: Call) -> str | None:
@@ -18,4 +22,6 @@ def supports(call: Call) -> str | None:
         return f"the volume is on {call.device}, this backend runs on the CPU"
     if call.operator == "window_attention" and call.dtype not in DTYPES:
         return f"dtype {call.dtype} has no kernel"
+    if call.operator == "window_attention" and math.prod(call.window) > LARGEST_WINDOW:
+        return f"a window of {math.prod(call.window)} tokens is larger than the {LARGEST_WINDOW} that fit in cache"
     return None
