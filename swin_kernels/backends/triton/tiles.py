@@ -51,7 +51,7 @@ class Key:
         architecture: compute capability, ``10 · major + minor``.
         element_size: bytes of an element; 4 also means that float32 products are exact.
         channels: head_dim rounded up to a power of two, at least 16.
-        tokens: tokens of a window, rounded up to a multiple of 64.
+        tokens: tokens of a window, rounded up to a multiple of 16.
     """
 
     step: str
@@ -70,24 +70,22 @@ class Key:
 TABLE: tuple[tuple[Key, Tile], ...] = (
     (Key("forward", element_size=4), Tile(rows=32, columns=32, warps=4)),
     (Key("backward", element_size=4), Tile(rows=32, columns=32, warps=4)),
-    (Key("forward", channels=128), Tile(rows=64, columns=32, warps=4)),
-    (Key("backward", channels=128), Tile(rows=64, columns=32, warps=4)),
-    (Key("forward"), Tile(rows=64, columns=64, warps=4)),
-    (Key("backward"), Tile(rows=64, columns=64, warps=4)),
+    (Key("forward"), Tile(rows=64, columns=64, warps=4, stages=1)),
+    (Key("backward"), Tile(rows=64, columns=32, warps=4, stages=1)),
 )
-
-_INTERPRETED_TILE = Tile(rows=16, columns=16, warps=1, stages=1, programs=16)  # small windows still need several tiles
 
 
 def tile_for(key: Key) -> Tile:
     """The tile of the first matching entry: of the user's table, then of `TABLE`."""
-    if INTERPRETED:
-        return _INTERPRETED_TILE
-    return _choose(key, os.environ.get("SWIN_KERNELS_TILES", ""))
+    if INTERPRETED:  # small windows still need several tiles; more than one warp's fragments; several programs
+        rows = 16 if key.tokens <= 16 else 32 if key.tokens <= 64 else 64
+        return Tile(rows, rows, warps=rows // 16, stages=1, programs=24)
+    return choose(key, os.environ.get("SWIN_KERNELS_TILES", ""))
 
 
 @functools.cache
-def _choose(key: Key, table_path: str) -> Tile:
+def choose(key: Key, table_path: str = "") -> Tile:
+    """As `tile_for`, with the user's table at `table_path` ("" for none)."""
     table = (*load(Path(table_path)), *TABLE) if table_path else TABLE
     return next(tile for pattern, tile in table if pattern.matches(key))
 
@@ -121,7 +119,7 @@ def _architecture(device: torch.device) -> tuple[int, int]:
 def key_of(step: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> Key:
     """The key of a call."""
     channels = max(16, triton.next_power_of_2(head_dim))
-    return Key(step, _architecture(device)[0], dtype.itemsize, channels, 64 * triton.cdiv(tokens, 64))
+    return Key(step, _architecture(device)[0], dtype.itemsize, channels, 16 * triton.cdiv(tokens, 16))
 
 
 def parts(tile: Tile, owners: int, windows: int, device: torch.device) -> int:

@@ -1,9 +1,9 @@
 """Shifted-window attention on the GPU; scores never leave the chip.
 
 With ``s = q·k + (bias + mask) / scale`` and ``c = scale · log2(e)``, the weight of a key for a query is
-``p = 2^(c s - lse)``: one multiply-add and one exponential a score, as the bias enters where the tensor
-cores accumulate. The forward keeps a running maximum and sum over blocks of keys; the backward computes
-``p`` again from the stored log-sum-exp::
+``p = 2^(c (s - lse / scale))``: one multiply-add and one exponential a score, as the bias enters where the
+tensor cores accumulate. The forward keeps a running maximum and sum over blocks of keys; the backward
+computes ``p`` again from the stored log-sum-exp (a natural logarithm, as in every backend)::
 
     out = Σ p v                          delta = Σ_channels grad_out · out
     dp  = grad_out · v                   ds = p (dp - delta)
@@ -118,13 +118,21 @@ def _bias_tile(
 @triton.jit
 def _scores(a, b, bias_tile, bits, row, column, factor, seam, SHIFTED: tl.constexpr, PRECISION: tl.constexpr):
     """``a bᵀ + factor · (bias + mask)``, ``(ROWS, COLUMNS)``, of the tokens `row` and `column` of a window."""
-    scores = tl.dot(a, tl.trans(b), bias_tile, input_precision=PRECISION)
     if SHIFTED:  # noqa: SIM102 - decided at compile time
         if seam != 0:  # windows away from every seam pay nothing
             row_region = tl.load(bits + row) & seam
             column_region = tl.load(bits + column) & seam
-            scores += tl.where(row_region[:, None] != column_region[None, :], _MASK * factor, 0.0)
-    return scores
+            bias_tile += tl.where(row_region[:, None] != column_region[None, :], _MASK * factor, 0.0)
+    return tl.dot(a, tl.trans(b), bias_tile, input_precision=PRECISION)
+
+
+@triton.jit
+def _weights(s, reference, c, dtype: tl.constexpr):
+    """``2^(c (s - reference))``; `reference` has one value a query, already broadcastable to `s`."""
+    if dtype == tl.float32:
+        return tl.exp2((s - reference) * c)  # of large scores only the difference is exact
+    else:
+        return tl.exp2(s * c - reference * c)  # one multiply-add a score
 
 
 @triton.jit(do_not_specialize=["heads", "windows", "threshold"])
@@ -165,7 +173,7 @@ def attend(
                 )  # fmt: skip
                 s = _scores(q, k, bias_tile, bits, query, key, factor, seam, SHIFTED, PRECISION)
                 new_maximum = tl.maximum(maximum, tl.max(s, 1))
-                p = tl.exp2(s * c - (new_maximum * c)[:, None])
+                p = _weights(s, new_maximum[:, None], c, q.dtype)
                 shrink = tl.exp2((maximum - new_maximum) * c)
                 maximum = new_maximum
                 total = total * shrink + tl.sum(p, 1)
@@ -175,7 +183,7 @@ def attend(
             values = values / total[:, None]
             at = _at(out, first, row, width, head * HEAD_DIM, channel)
             tl.store(at, values.to(out.dtype.element_ty), mask=exists[:, None] & (channel < HEAD_DIM))
-            tl.store(lse + (first + row) * heads + head, (maximum * c + tl.log2(total)) * _LN2, mask=exists)
+            tl.store(lse + (first + row) * heads + head, maximum / factor + tl.log2(total) * _LN2, mask=exists)
 
 
 @triton.jit(do_not_specialize=["heads", "windows", "threshold"])
@@ -188,8 +196,8 @@ def differentiate_queries(
 ):  # fmt: skip
     """The q part of `grad_qkv`; ownership as in `attend`. It also writes what the other two passes read.
 
-    `rows` is float32 ``(2, windows, heads, padded)``: the log-sum-exp in base 2 and delta of each query, by window. A
-    query that does not exist has no output: its infinite log-sum-exp makes its weights zero.
+    `rows` is float32 ``(2, windows, heads, padded)``: log-sum-exp (times `factor`, as `s`) and delta of each query,
+    by window. A query that does not exist has no output: its infinite log-sum-exp makes its weights zero.
     """
     w = unpack(w)
     n = w.window_d * w.window_h * w.window_w
@@ -209,7 +217,7 @@ def differentiate_queries(
             grad = _load(grad_out, first, row, width, head * HEAD_DIM, channel, exists, HEAD_DIM)
             o = _load(out, first, row, width, head * HEAD_DIM, channel, exists, HEAD_DIM)
             row_delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
-            row_lse = tl.load(lse + (first + row) * heads + head, mask=exists, other=float("inf")) * _LOG2E
+            row_lse = tl.load(lse + (first + row) * heads + head, mask=exists, other=float("inf")) * factor
             tl.store(stored, row_lse)
             tl.store(stored + windows.to(tl.int64) * heads * padded, row_delta)
             if DROPOUT:
@@ -226,7 +234,7 @@ def differentiate_queries(
                     ROWS, COLUMNS, WARPS, PAIR, EXPANDED,
                 )  # fmt: skip
                 s = _scores(q, k, bias_tile, bits, query, key, factor, seam, SHIFTED, PRECISION)
-                p = tl.exp2(s * c - row_lse[:, None])
+                p = _weights(s, row_lse[:, None], c, q.dtype)
                 dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
                 if DROPOUT:
                     dp = _dropout(dp, row_hash[:, None], key[None, :], threshold, keep_scale)
@@ -287,7 +295,7 @@ def differentiate_keys(
                 ROWS, COLUMNS, WARPS, PAIR, EXPANDED,
             )  # fmt: skip
             s = _scores(k, q, bias_tile, bits, key, query, factor, seam, SHIFTED, PRECISION)
-            p = tl.exp2(s * c - query_lse[None, :])  # (ROWS, COLUMNS): keys × queries
+            p = _weights(s, query_lse[None, :], c, q.dtype)  # (ROWS, COLUMNS): keys × queries
             dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             kept = p
             if DROPOUT:
@@ -355,7 +363,7 @@ def differentiate_bias(
         row_lse = tl.load(stored)
         row_delta = tl.load(stored + windows.to(tl.int64) * heads * padded)
         s = _scores(q, k, bias_tile, bits, query, key, factor, seam, SHIFTED, PRECISION)
-        p = tl.exp2(s * c - row_lse[:, None])
+        p = _weights(s, row_lse[:, None], c, q.dtype)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             row_hash = _row_hashes(tl.load(seed), (tl.cast(window, tl.int64) * heads + head) * n + query)
@@ -497,7 +505,7 @@ def backward(
     return grad_qkv, grad_bias_table, grad_pad.to(qkv.dtype)
 
 
-_ENTRIES, _QUERIES = 16, 64  # tile of `reduce_to_table`
+ENTRIES, QUERIES = 16, 64  # tile of `reduce_to_table`
 
 
 def _differentiate_bias(plan: _Plan, inputs, rows, scalars, bias_table) -> torch.Tensor:
@@ -513,7 +521,7 @@ def _differentiate_bias(plan: _Plan, inputs, rows, scalars, bias_table) -> torch
         differentiate_bias[(tiles, heads, parts)](
             *inputs, rows, grad_bias, plan.heads, first, *scalars, **plan.compiled
         )
-        bias.reduce_to_table[(triton.cdiv(grad_table.shape[0], _ENTRIES), heads)](
-            grad_bias, grad_table, plan.heads, first, parts, plan.padded, plan.w, _ENTRIES, _QUERIES
+        bias.reduce_to_table[(triton.cdiv(grad_table.shape[0], ENTRIES), heads)](
+            grad_bias, grad_table, plan.heads, first, parts, plan.padded, plan.w, ENTRIES, QUERIES
         )
     return grad_table

@@ -9,8 +9,8 @@ import triton.language as tl
 from ...geometry import WindowGrid
 from .windows import arguments, first_row, locate, unpack
 
-_TOKENS = 64
-_MAX_CHANNELS = 128
+TOKENS = 32
+MAX_CHANNELS = 64
 _ELEMENTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -60,9 +60,9 @@ def _launch(kernel, source: torch.Tensor, target: torch.Tensor, batch: int, grid
         return target
     source, flat = _as_integers(source), _as_integers(target)
     channels = flat.shape[-1]
-    block = min(triton.next_power_of_2(channels), _MAX_CHANNELS)
-    programs = (batch * grid.num_windows, triton.cdiv(grid.tokens, _TOKENS))
-    kernel[programs](source, flat, channels, grid.tokens, arguments(grid), _TOKENS, block)
+    block = min(triton.next_power_of_2(channels), MAX_CHANNELS)
+    programs = (batch * grid.num_windows, triton.cdiv(grid.tokens, TOKENS))
+    kernel[programs](source, flat, channels, grid.tokens, arguments(grid), TOKENS, block)
     return target
 
 

@@ -1,0 +1,258 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads the machine code.
+
+``python -m tests.triton.compile_gate`` compiles `SUBJECTS` and writes `instruction_mix.csv`: registers, shared memory,
+spills, and what the hot loop executes per 1,000 scores (in warp instructions; code of the seam branch counted in).
+`test_compiled.py` holds new code against that file, so that a change of the mix shows in review.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from swin_kernels.backends.triton import bias, window_attention, window_partition
+from swin_kernels.backends.triton.tiles import Key, Tile, choose
+from swin_kernels.backends.triton.windows import Windows
+
+TABLE = Path(__file__).with_name("instruction_mix.csv")
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes a block may have, per architecture (CUDA C++ Programming Guide, table of compute capabilities)."""
+
+SCORE_KERNELS = ("attend", "differentiate_queries", "differentiate_keys", "differentiate_bias")
+MODULES = {
+    **dict.fromkeys(SCORE_KERNELS, window_attention),
+    "prepare": bias,
+    "reduce_to_table": bias,
+    "partition": window_partition,
+    "reverse": window_partition,
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One compilation.
+
+    Heads, channels, extents, windows and shifts are run-time values: one binary serves every stage of a feature size
+    and every volume, so f48 at 96³ and 128³ is ``head_dim=16``, f24 is ``head_dim=8``.
+    """
+
+    kernel: str
+    architecture: int
+    dtype: str = "bf16"
+    head_dim: int = 16
+    shifted: bool = True
+    padded: bool = True
+    dropout: bool = False
+    expanded: bool = True
+    tokens: int = 343
+
+    @property
+    def tile(self) -> Tile:
+        size = 4 if self.dtype == "fp32" else 2
+        channels = max(16, triton.next_power_of_2(self.head_dim))
+        step = "forward" if self.kernel == "attend" else "backward"
+        return choose(Key(step, self.architecture, size, channels, 16 * triton.cdiv(self.tokens, 16)))
+
+
+def subjects() -> list[Subject]:
+    """Every kernel at production shapes, and every compile-time variant once."""
+    found = []
+    for architecture in (90, 80, 100):
+        for kernel in SCORE_KERNELS:
+            found += [Subject(kernel, architecture), Subject(kernel, architecture, head_dim=8)]
+        found += [Subject(kernel, architecture) for kernel in MODULES if kernel not in SCORE_KERNELS]
+    for kernel in SCORE_KERNELS:
+        found += [
+            Subject(kernel, 90, shifted=False, padded=False),
+            Subject(kernel, 90, dtype="fp16"),
+            Subject(kernel, 90, dtype="fp32"),
+            Subject(kernel, 90, dropout=True),
+            Subject(kernel, 90, expanded=False),
+        ]
+    return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of a `Subject` needs and does; `exp` to `all` per 1,000 scores, 0 without a score loop."""
+
+    kernel: str
+    architecture: int
+    variant: str
+    tile: str
+    registers: int
+    shared_bytes: int
+    spills: int
+    tensor: int
+    exp: int
+    fp32: int
+    shared: int
+    global_: int
+    all: int
+
+    @property
+    def key(self) -> tuple:
+        return self.kernel, self.architecture, self.variant
+
+
+KINDS = {
+    "tensor": r"HGMMA|HMMA|UTC\w*MMA",
+    "exp": r"MUFU\.EX2",
+    "fp32": r"FADD2?|FMUL2?|FFMA2?|FMNMX3?|FSEL|FSETP",
+    "shared": r"LDS|STS|LDSM|STSM",
+    "global_": r"LDG|STG|LDGSTS",
+}
+
+
+def compile_subject(subject: Subject):
+    """The kernel compiled by Triton for an architecture that need not be present."""
+    kernel = getattr(MODULES[subject.kernel], subject.kernel)
+    tile = subject.tile
+    elements = dict.fromkeys(
+        ("grad_out", "qkv", "pad_qkv", "out", "grad_qkv", "volume", "windows"), f"*{subject.dtype}"
+    )
+    if subject.kernel in SCORE_KERNELS:
+        elements["windows"] = "i32"
+    stored = "fp32" if subject.dtype == "fp32" else "fp16"
+    pointers = {
+        **{name: kind for name, kind in elements.items() if kind.startswith("*")},
+        **dict.fromkeys(("lse", "rows", "grad_pad_parts", "grad_bias", "table", "grad_table"), "*fp32"),
+        "bias_source": f"*{stored if subject.expanded else 'fp32'}",
+        "tiles": f"*{stored}",
+        "bits": "*i32",
+        "seed": "*i64",
+    }
+    scalars = {
+        **dict.fromkeys(("heads", "windows", "threshold", "first_head", "parts", "padded", "channels", "n"), "i32"),
+        **dict.fromkeys(("scale", "factor", "keep_scale"), "fp32"),
+        "w": Windows(*["fp32"] * len(Windows._fields)),
+    }
+    constants = {
+        "HEAD_DIM": subject.head_dim,
+        "CHANNELS": max(16, triton.next_power_of_2(subject.head_dim)),
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "WARPS": min(tile.warps, tile.rows // 16),
+        "PAIR": 0 if subject.dtype == "fp32" else 2,
+        "EXPANDED": subject.expanded,
+        "SHIFTED": subject.shifted,
+        "PADDED": subject.padded,
+        "DROPOUT": subject.dropout,
+        "PRECISION": "ieee",
+        "ENTRIES": window_attention.ENTRIES,
+        "QUERIES": window_attention.QUERIES,
+        "TOKENS": window_partition.TOKENS,
+    }
+    if MODULES[subject.kernel] is window_partition:
+        constants["CHANNELS"] = window_partition.MAX_CHANNELS
+    signature = {name: pointers.get(name) or scalars.get(name) or "constexpr" for name in kernel.arg_names}
+    aligned = {*pointers, "channels"}  # as at a launch: memory from PyTorch's allocator, channels a multiple of 16
+    source = ASTSource(
+        kernel,
+        signature,
+        {name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned},
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", subject.architecture, 32), options=options)
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[str], dict[str, int]]:
+    """Resource usage, instructions, and the index of the instruction each label stands before."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([BINARIES / tool, *options, file.name], check=True, capture_output=True, text=True).stdout
+            for tool, options in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
+        )
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    instructions, labels = [], {}
+    for line in map(str.strip, sass.splitlines()):
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S.*?);", line):
+            instructions.append(instruction[1])
+    return resources, instructions, labels
+
+
+def _hot_loop(instructions: list[str], labels: dict[str, int], exponentials: int) -> list[str]:
+    """The shortest loop that has at least `exponentials` in it; empty if none."""
+    loops = []
+    for end, instruction in enumerate(instructions):
+        target = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction)
+        if target and labels.get(target[1], end + 1) <= end:
+            loops.append(instructions[labels[target[1]] : end + 1])
+    hot = [body for body in loops if sum(i.startswith("MUFU.EX2") for i in body) >= exponentials]
+    return min(hot, key=len, default=[])
+
+
+def report(subject: Subject) -> Report:
+    """Compile `subject` and read its machine code."""
+    compiled = compile_subject(subject)
+    resources, instructions, labels = _disassemble(compiled.asm["cubin"])
+    spills = sum(i.startswith(("LDL", "STL")) for i in instructions)
+    tile = subject.tile
+    loop = _hot_loop(instructions, labels, tile.rows * tile.columns // (32 * tile.warps))
+    counts = {kind: sum(bool(re.match(rf"(?:{pattern})\b", i)) for i in loop) for kind, pattern in KINDS.items()}
+    # the rescaling of the forward adds an exponential or two a row; an unrolled loop has several tiles
+    tiles = max(1, counts["exp"] * 32 * tile.warps // (tile.rows * tile.columns))
+    scale = 1000 * tile.warps / (tile.rows * tile.columns * tiles)
+    flags = ("shifted", "padded", "dropout", "expanded")
+    names = [subject.dtype, f"head_dim {subject.head_dim}", *(flag for flag in flags if getattr(subject, flag))]
+    if subject.kernel not in SCORE_KERNELS:
+        names = [subject.dtype]
+    return Report(
+        kernel=subject.kernel,
+        architecture=subject.architecture,
+        variant=" ".join(names),
+        tile=f"{tile.rows}x{tile.columns} warps {tile.warps} stages {tile.stages}",
+        registers=resources["REG"],
+        shared_bytes=compiled.metadata.shared,
+        spills=spills,
+        **{kind: round(count * scale) for kind, count in counts.items()},
+        all=round(len(loop) * scale),
+    )
+
+
+def reports(chosen: Iterable[Subject]) -> list[Report]:
+    """Reports of all `chosen`, on every core."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(report, chosen))
+
+
+def store(found: list[Report], path: Path = TABLE) -> None:
+    with path.open("w", newline="") as file:
+        file.write(f"# Triton {triton.__version__}; written by: python -m tests.triton.compile_gate\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Report)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(one) for one in found)
+
+
+def load(path: Path = TABLE) -> tuple[str, dict[tuple, Report]]:
+    """The Triton version of the committed table, and its rows by `Report.key`."""
+    with path.open() as file:
+        version = file.readline().split()[2].rstrip(";")
+        rows = [
+            Report(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(Report)})
+            for row in csv.DictReader(file)
+        ]
+    return version, {row.key: row for row in rows}
+
+
+if __name__ == "__main__":
+    store(reports(subjects()))
+    sys.stdout.write(TABLE.read_text())

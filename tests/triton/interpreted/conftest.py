@@ -1,0 +1,40 @@
+"""Settings of the tests that run in Triton's interpreter, in a process of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from swin_kernels import use_backend
+from swin_kernels.backends import load
+
+torch.set_num_threads(1)
+
+# The interpreter checks every integer operation for overflow, which dropout's hash means to do, and prepares
+# `triton.language` again at every call of a helper, which the launch has done. Without both it is four times faster.
+interpreter.interpreter_builder.options = dataclasses.replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
+_call_helper = interpreter.InterpretedFunction.__call__
+
+
+def _call(self, *args, **kwargs):
+    if self.fn.__module__.startswith("swin_kernels."):
+        return self.rewrite()(*args, **kwargs)
+    return _call_helper(self, *args, **kwargs)
+
+
+interpreter.InterpretedFunction.__call__ = _call
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    """Every operator runs on the Triton kernels; memory that PyTorch allocates starts as NaN, so a gap shows."""
+    assert load("triton").unavailable() is None
+    torch.use_deterministic_algorithms(True)
+    with use_backend("triton"):
+        yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,144 @@
+"""The model trains through the Triton kernels: autocast, compile, checkpoint, data parallel; each as the reference."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from swin_kernels import modules, use_backend
+from swin_unetr import SwinUNETR
+
+
+def model(**options) -> SwinUNETR:
+    """A tiny 2D Swin UNETR: windows of 4², 32 of them at the first stage of a 32 × 64 image."""
+    torch.manual_seed(0)
+    return SwinUNETR(
+        1, 2, feature_size=12, num_heads=(1, 1, 1, 1), depths=(2, 1, 1, 1), window_size=4, spatial_dims=2, **options
+    )
+
+
+def image() -> torch.Tensor:
+    return torch.randn(1, 1, 32, 64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """Output of `net` and the gradients of its parameters after one backward."""
+    net.zero_grad()
+    out = net(x)
+    out.float().square().mean().backward()
+    return [out.detach().float(), *(p.grad.float() for p in net.parameters() if p.grad is not None)]
+
+
+def on_reference(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    with use_backend("reference"):
+        return gradients(net, x)
+
+
+def test_steps_reduce_the_loss():
+    net, x = model(), image()
+    target = (x > 0).long()[:, 0]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1]
+
+
+def test_checkpointed_model():
+    x = image()
+    for value, expected in zip(gradients(model(use_checkpoint=True), x), on_reference(model(), x), strict=True):
+        assert (value - expected).norm() <= 1e-4 * expected.norm().clamp(min=1e-3)
+
+
+def block(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return modules.SwinTransformerBlock(16, 2, (3, 2), (1, 1), qkv_bias=True, **options)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randn(1, 4, 5, 16, generator=torch.Generator().manual_seed(2))
+
+
+def test_autocast(tokens):
+    """float16 kernels under autocast, gradients in the float32 of the parameters."""
+    net = block()
+    with torch.autocast("cpu", dtype=torch.float16):
+        values = gradients(net, tokens)
+    for value, expected in zip(values, on_reference(net, tokens), strict=True):
+        assert (value - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_compiled(tokens):
+    net = block()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled, tokens), on_reference(net, tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_attention_with_dropout(tokens, reentrant):
+    """The recomputed forward draws the same dropout mask."""
+    net = block(attn_drop=0.5)
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(net, x, use_reentrant=reentrant)
+
+    results = []
+    for run in (net, checkpointed):
+        torch.manual_seed(3)
+        net.zero_grad()
+        x = tokens.clone().requires_grad_()
+        run(x).square().sum().backward()
+        results.append([x.grad, *(p.grad.clone() for p in net.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_distributed_data_parallel():
+    """Two processes, each half of the batch: their gradients are those of the whole batch in one."""
+    environment = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", __name__]
+    root = Path(__file__).parents[3]
+    processes = [
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank)}, cwd=root, text=True, stdout=-1, stderr=subprocess.STDOUT
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
+def _run_rank() -> None:
+    importlib.import_module("tests.triton.interpreted.conftest")  # its settings of the interpreter
+    torch.distributed.init_process_group("gloo")
+    batch = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(2))
+    net = block()
+    whole = on_reference(net, batch)[1:]
+    with use_backend("triton"):
+        parallel = DistributedDataParallel(net)
+        mine = gradients(parallel, batch[torch.distributed.get_rank()][None])[1:]
+    torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _run_rank()
