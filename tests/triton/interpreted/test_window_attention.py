@@ -11,7 +11,7 @@ import torch
 from swin_kernels import explain
 from swin_kernels.backends.reference import window_attention as reference
 from swin_kernels.backends.triton import window_attention as kernels
-from swin_kernels.backends.triton.tiles import Tile
+from swin_kernels.backends.triton.tiles import Tile, override
 from swin_kernels.geometry import WindowGrid
 from tests.ops.cases import CASES, Case, cases, check_forward_backward, gradients, make_inputs, run
 
@@ -54,9 +54,9 @@ WIDE = Case("several tiles", (5, 8), (4, 8), (2, 3), heads=1)  # pads, shifts; 3
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns", "warps"), [(16, 32, 1), (32, 16, 2), (32, 32, 1), (16, 16, 1)])
-def test_any_tile(monkeypatch, rows, columns, warps, dtype):
-    monkeypatch.setattr(kernels, "tile_for", lambda key: Tile(rows, columns, warps, programs=1))
-    check_forward_backward("triton", WIDE, dtype)
+def test_any_tile(rows, columns, warps, dtype):
+    with override(Tile(rows, columns, warps, programs=1)):
+        check_forward_backward("triton", WIDE, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
