@@ -40,7 +40,8 @@ const Build* builds(int* count) {
                              __builtin_cpu_supports("f16c")},
 #endif
 #ifdef SWIN_HAVE_AVX2
-      {&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {&avx2::kernels,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
       {&baseline::kernels, true},
   };

@@ -27,7 +27,7 @@ struct AttentionCall {
   const void* pad_qkv;     // (3C,) or null for zeros
   double dropout_p;
   int64_t seed;
-  void* bias_columns;      // (heads, bias_stride) accumulate: see window_attention.h
+  void* bias_columns;  // (heads, bias_stride) accumulate: see window_attention.h
   int64_t bias_stride;
 };
 
@@ -40,15 +40,15 @@ struct ForwardCall : AttentionCall {
 };
 
 struct BackwardCall : AttentionCall {
-  const void* grad_out;  // (B, *S, C)
-  const void* out;       // (B, *S, C)
-  const void* lse;       // (B, *S, heads) accumulate
-  void* grad_qkv;        // (B, *S, 3C)
-  void* grad_bias_table; // (prod(2w - 1), heads) in bias_type
-  void* grad_pad_qkv;    // (3C,)
-  void* bias_partials;   // (chunks, prod(2w - 1)) accumulate
-  void* bias_sums;       // (heads, prod(2w - 1)) accumulate
-  void* pad_partials;    // (chunks, 2, head_dim) accumulate: keys, values
+  const void* grad_out;   // (B, *S, C)
+  const void* out;        // (B, *S, C)
+  const void* lse;        // (B, *S, heads) accumulate
+  void* grad_qkv;         // (B, *S, 3C)
+  void* grad_bias_table;  // (prod(2w - 1), heads) in bias_type
+  void* grad_pad_qkv;     // (3C,)
+  void* bias_partials;    // (chunks, prod(2w - 1)) accumulate
+  void* bias_sums;        // (heads, prod(2w - 1)) accumulate
+  void* pad_partials;     // (chunks, 2, head_dim) accumulate: keys, values
 };
 
 struct PartitionCall {

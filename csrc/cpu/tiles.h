@@ -18,10 +18,11 @@ constexpr int kColumnVectors = SWIN_VECTOR_BYTES == 64 ? 4 : 2;
 
 constexpr int kPanel = kTokenAlignment;
 
-// For a block of columns (kDepth is depth where it is known to the compiler, or 0): finish(row, column, init(row, column) + Σ_d rows[row][d] · panels[d][column]).
+// For a block of columns (kDepth is depth where it is known to the compiler, or 0): finish(row, column, init(row,
+// column) + Σ_d rows[row][d] · panels[d][column]).
 template <int kDepth, int kWidth, class T, class Init, class Finish>
-SWIN_ALWAYS_INLINE void product_block(const T* rows, int64_t row_stride, const T* panels, int64_t depth,
-                                      int64_t column, const Init& init, const Finish& finish) {
+SWIN_ALWAYS_INLINE void product_block(const T* rows, int64_t row_stride, const T* panels, int64_t depth, int64_t column,
+                                      const Init& init, const Finish& finish) {
   const T* b_column[kWidth];
 #pragma GCC unroll 4
   for (int c = 0; c < kWidth; ++c) {
@@ -83,12 +84,13 @@ SWIN_ALWAYS_INLINE void transpose_to_panel(const T* const* rows, int64_t depth, 
       std::memcpy(&b, rows[i + 1] + d, sizeof b);
       std::memcpy(&c, rows[i + 2] + d, sizeof c);
       std::memcpy(&e, rows[i + 3] + d, sizeof e);
-      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Four ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5), ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-      const Four column[4] = {__builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5),
-                              __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7),
-                              __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5),
-                              __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7)};
+      const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+                 ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Four ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5),
+                 ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
+      const Four column[4] = {
+          __builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5), __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7),
+          __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5), __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7)};
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) std::memcpy(panel + (d + j) * kPanel + i, &column[j], sizeof(Four));
     }

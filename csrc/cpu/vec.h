@@ -111,7 +111,8 @@ SWIN_ALWAYS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 }
 
 // Constants of exp2_nonpositive. kRounder = 1.5 · 2^(mantissa bits) + kBias: adding it rounds to an integer
-// and leaves that integer, biased as an exponent is, in the low bits. The polynomials minimise the relative error of 2^f on
+// and leaves that integer, biased as an exponent is, in the low bits. The polynomials minimise the relative error of
+// 2^f on
 // [-1/2, 1/2] (Remez exchange): 7.5e-8 for float, 3.1e-18 for double.
 template <class T>
 struct Exp2;
@@ -119,8 +120,8 @@ template <>
 struct Exp2<float> {
   static constexpr int kMantissaBits = 23, kBias = 127, kDegree = 5;
   static constexpr float kRounder = 12582912.0f + kBias;
-  static constexpr float kCoefficients[kDegree + 1] = {1.00000007165471414f,     0.693146967065035214f,
-                                                       0.240221197237107196f,    0.055507132718556442f,
+  static constexpr float kCoefficients[kDegree + 1] = {1.00000007165471414f,    0.693146967065035214f,
+                                                       0.240221197237107196f,   0.055507132718556442f,
                                                        0.00967554134312132739f, 0.00132764726319508761f};
 };
 template <>
@@ -128,9 +129,9 @@ struct Exp2<double> {
   static constexpr int kMantissaBits = 52, kBias = 1023, kDegree = 11;
   static constexpr double kRounder = 6755399441055744.0 + kBias;
   static constexpr double kCoefficients[kDegree + 1] = {
-      0.999999999999999997,     0.69314718055994533,      0.240226506959101562,     0.0555041086648199216,
-      0.00961812910758833524,   0.00133335581467899217,   0.000154035304625144321,  0.0000152527334899885256,
-      1.32154330896763992e-6,   1.01781980216719308e-7,   7.0741056135081428e-9,    4.43528270695727715e-10};
+      0.999999999999999997,   0.69314718055994533,    0.240226506959101562,    0.0555041086648199216,
+      0.00961812910758833524, 0.00133335581467899217, 0.000154035304625144321, 0.0000152527334899885256,
+      1.32154330896763992e-6, 1.01781980216719308e-7, 7.0741056135081428e-9,   4.43528270695727715e-10};
 };
 
 // x[i] = 2^x[i] for x ≤ 0: about one unit in the last place; 0 below the smallest normal number; NaN for

@@ -65,10 +65,10 @@ constexpr int64_t kBlock = 48;  // queries
 // A window of the group, with the keys (and, as the worker needs, the values) of its tokens.
 template <class T>
 struct GroupWindow {
-  int64_t index;    // over the batch
-  int64_t* token;   // (n) natural index over the batch, -1 for padding
-  T* keys;          // panels
-  T* values;        // the worker's layout
+  int64_t index;   // over the batch
+  int64_t* token;  // (n) natural index over the batch, -1 for padding
+  T* keys;         // panels
+  T* values;       // the worker's layout
   T max_key_norm;
 };
 
@@ -139,8 +139,7 @@ class WindowGroup {
 
   // Rows of a window lie far apart in memory: asking for a block of them at once hides most of the wait.
   void prefetch_part(int64_t token, int part) const {
-    if (token >= 0)
-      __builtin_prefetch(at(call_.qkv, call_.type, (token * 3 + part) * channels() + head_ * head_dim()));
+    if (token >= 0) __builtin_prefetch(at(call_.qkv, call_.type, (token * 3 + part) * channels() + head_ * head_dim()));
   }
 
   // head_dim elements of an array of the call's type, in arithmetic precision.
@@ -158,8 +157,7 @@ class WindowGroup {
     for (int64_t first = 0; first < padded_tokens_; first += kPanel) {
       const T* token_rows[kPanel];
       for (int64_t i = 0; i < kPanel; ++i)
-        token_rows[i] =
-            first + i < tokens_ ? part_row(window.token[first + i], part, stage_ + i * head_dim()) : zero_;
+        token_rows[i] = first + i < tokens_ ? part_row(window.token[first + i], part, stage_ + i * head_dim()) : zero_;
       if (rows)
         for (int64_t i = 0; i < kPanel; ++i) copy_padded(token_rows[i], rows + (first + i) * width());
       if (panels) transpose_to_panel(token_rows, head_dim(), panels + first * head_dim());
@@ -292,7 +290,7 @@ class WindowGroup {
 
  private:
   static constexpr int64_t kNowhere = INT64_MIN / 4;  // stays negative whatever other axes add
-  static constexpr int64_t kTileSlack = 16;  // a copied run may reach one vector beyond the last row
+  static constexpr int64_t kTileSlack = 16;           // a copied run may reach one vector beyond the last row
   static constexpr T kNothing = -static_cast<T>(INFINITY);
 
   static T mask() { return static_cast<T>(kMaskValue * kLog2E); }
@@ -313,8 +311,8 @@ class WindowGroup {
   }
 
   template <class Seen>
-  void score_columns(const T* query_rows, const T* const* bias_rows, int64_t begin, int64_t end, const T* keys,
-                     T* tile, const Seen& seen) const {
+  void score_columns(const T* query_rows, const T* const* bias_rows, int64_t begin, int64_t end, const T* keys, T* tile,
+                     const Seen& seen) const {
     const int64_t stride = padded_tokens_;
     const auto bias = [&](int r, int64_t column) { return load(bias_rows[r] + column); };
     const auto keep = [&, stride, tile](int r, int64_t column, Vec<T> s) {

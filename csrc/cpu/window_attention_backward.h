@@ -99,9 +99,9 @@ class BackwardWorker {
     scatter_rows(grad_scores_, stride, query_rows_, width, begin, end, window_rows.grad_keys);
     weighted_sum(grad_scores_, stride, window_rows.keys, width, begin, end, sums_);
     for (int r = 0; r < rows; ++r)
-      store_row(sums_ + r * width, static_cast<T>(call_.scale), call_.type, head_dim,
-                at(call_.grad_qkv, call_.type,
-                   window.token[queries[r]] * 3 * group_.channels() + group_.head() * head_dim));
+      store_row(
+          sums_ + r * width, static_cast<T>(call_.scale), call_.type, head_dim,
+          at(call_.grad_qkv, call_.type, window.token[queries[r]] * 3 * group_.channels() + group_.head() * head_dim));
   }
 
   // Queries (times scale · log2 e) and output gradients of a tile, the log-sum-exp in base 2 and δ of each.
@@ -192,10 +192,10 @@ class BackwardWorker {
   const BackwardCall& call_;
   WindowGroup<T, kHeadDim> group_;
   WindowRows rows_[kGroup];
-  T *query_rows_, *grad_rows_, *out_row_;     // (kRows, width), the last one row
-  T *weights_, *dropped_, *grad_scores_;      // (kRows, padded n)
-  T* sums_;                                   // (kRows, width)
-  T* grad_bias_;                              // (n, padded n)
+  T *query_rows_, *grad_rows_, *out_row_;  // (kRows, width), the last one row
+  T *weights_, *dropped_, *grad_scores_;   // (kRows, padded n)
+  T* sums_;                                // (kRows, width)
+  T* grad_bias_;                           // (n, padded n)
 };
 
 }  // namespace SWIN_ISA

@@ -23,9 +23,9 @@ using swin::AttentionCall;
 using swin::BackwardCall;
 using swin::ElementType;
 using swin::ForwardCall;
-using swin::WindowChunk;
 using swin::kAxes;
 using swin::KernelTable;
+using swin::WindowChunk;
 using swin::WindowGrid;
 using swin::WindowPlan;
 using swin::WorkCounter;
@@ -348,8 +348,7 @@ Tensor window_reverse(Tensor windows, Ints window, Ints shift, Ints spatial) {
   Tensor result = torch::stable::empty(sizes, windows.scalar_type());
   const int64_t token_bytes = windows.size(2) * static_cast<int64_t>(windows.element_size());
   const swin::PartitionCall call{&grid, token_bytes, windows.const_data_ptr(), result.mutable_data_ptr()};
-  torch::stable::parallel_for(0, windows.size(0), 1,
-                              [&](int64_t b, int64_t e) { swin::reverse_windows(call, b, e); });
+  torch::stable::parallel_for(0, windows.size(0), 1, [&](int64_t b, int64_t e) { swin::reverse_windows(call, b, e); });
   return result;
 }
 
