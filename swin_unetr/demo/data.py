@@ -76,11 +76,12 @@ def random_views(patient: Patient, window: Sequence[int], count: int, seed: int)
     """`count` random views of `patient`, each ``{"image": (1, *window), "label": (1, *window)}``.
 
     A view is a window at a random place, rotated, scaled, flipped on each axis with probability 1/2, with
-    its intensities shifted and scaled and noise added. The flips matter: the two patients do not lie on
-    the same side.
+    a little noise. The flips matter: the two patients do not lie on the same side. Windows may reach beyond
+    the scan, because those of a prediction lie at its edges. Intensities hardly change: HU are absolute,
+    and little else tells lung from the air outside.
     """
     keys = ("image", "label")
-    room = [(extent - size) / 2 for extent, size in zip(patient.ct.shape, window, strict=True)]
+    room = [1.3 * (extent - size) / 2 for extent, size in zip(patient.ct.shape, window, strict=True)]
     view = transforms.Compose(
         [
             transforms.RandAffined(
@@ -91,12 +92,12 @@ def random_views(patient: Patient, window: Sequence[int], count: int, seed: int)
                 rotate_range=(0.1, 0.1, 0.3),
                 scale_range=(0.15, 0.15, 0.15),
                 mode=("bilinear", "nearest"),
-                padding_mode="zeros",
+                padding_mode="border",
             ),
             *[transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)],
-            transforms.RandScaleIntensityd("image", factors=0.1, prob=0.5),
-            transforms.RandShiftIntensityd("image", offsets=0.05, prob=0.5),
-            transforms.RandGaussianNoised("image", std=0.02, prob=0.5),
+            transforms.RandScaleIntensityd("image", factors=0.05, prob=0.5),
+            transforms.RandShiftIntensityd("image", offsets=0.01, prob=0.5),
+            transforms.RandGaussianNoised("image", std=0.01, prob=0.5),
             transforms.ToTensord(keys, track_meta=False),
         ]
     ).set_random_state(seed)
