@@ -80,7 +80,10 @@ def subjects() -> list[Subject]:
             Subject(kernel, 90, dtype="fp16"),
             Subject(kernel, 90, dtype="fp32"),
             Subject(kernel, 90, dropout=True),
-            Subject(kernel, 90, expanded=False),
+            Subject(kernel, 90, expanded=False, tokens=16**3),
+            Subject(kernel, 90, head_dim=32),
+            Subject(kernel, 90, head_dim=64),
+            Subject(kernel, 90, head_dim=128),
         ]
     return found
 

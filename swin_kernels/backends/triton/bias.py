@@ -27,7 +27,7 @@ def look_up(table, head, heads, row, column, sign, factor, w):
     n = w.window_d * w.window_h * w.window_w
     index = sign * (bias_raster(row, w)[:, None] - bias_raster(column, w)[None, :]) + bias_origin(w)
     inside = (row < n)[:, None] & (column < n)[None, :]
-    value = tl.load(table + index.to(tl.int64) * heads + head, mask=inside, other=0.0).to(tl.float32) * factor
+    value = tl.load(table + (index * heads + head), mask=inside, other=0.0).to(tl.float32) * factor
     return tl.where((column < n)[None, :], value, float("-inf"))
 
 

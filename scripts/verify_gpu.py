@@ -1,0 +1,589 @@
+"""Prove the GPU kernels on this machine, then time them: ``python scripts/verify_gpu.py OUT``.
+
+Needs PyTorch, Triton and pytest, nothing else and no network; MONAI's rows appear where MONAI can be imported,
+compute-sanitizer's where the tool is found. In order: the GPU tests, compute-sanitizer over one small call, then for
+every measure the error against float64 and, only where it is sound, the time beside the peers', variants in turn.
+
+``OUT/gpu.json`` and ``OUT/gpu.csv`` are written again after every row, so that a run that is cut off leaves what it
+found. A run ends within `BUDGET` seconds: what no longer fits is recorded as skipped. Exit status 0 means that
+everything ran and was correct. ``--dry-run`` walks the same plan with tiny shapes on the CPU, to test this script;
+its files say so and hold no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import swin_kernels  # noqa: E402
+from swin_kernels import geometry, window_partition, window_reverse  # noqa: E402
+from swin_kernels.backends import ORDER, Call, decline_reason  # noqa: E402
+
+BUDGET = 460  # seconds, of which `TESTS` at most for the tests and `SANITIZER` for each of its checks
+TESTS, SANITIZER = 180, 40
+GPU_TESTS = "tests/triton/test_gpu.py"
+PROCESSES = max(1, min(12, len(os.sched_getaffinity(0)) - 1))
+ROUNDS, FEWEST_ROUNDS = 30, 5
+WINDOW = (7, 7, 7)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A block of Swin UNETR: `extent` voxels an axis, stage 1 to 4."""
+
+    extent: int
+    stage: int
+    shifted: bool = True
+    feature_size: int = 48
+    window: tuple[int, ...] = WINDOW
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (self.extent // 2**self.stage,) * 3
+
+    @property
+    def channels(self) -> int:
+        return self.feature_size * 2 ** (self.stage - 1)
+
+    @property
+    def heads(self) -> int:
+        return 3 * 2 ** (self.stage - 1)
+
+    @property
+    def shift(self) -> tuple[int, ...]:
+        return tuple(w // 2 if self.shifted else 0 for w in self.window)
+
+    @property
+    def grid(self) -> geometry.WindowGrid:
+        return geometry.WindowGrid.of(self.tokens, self.window, self.shift)
+
+    def __str__(self) -> str:
+        return f"f{self.feature_size} {self.extent}³ stage {self.stage}{' shifted' if self.shifted else ''}"
+
+
+SHAPES = (
+    Shape(96, 1),
+    Shape(96, 1, shifted=False),
+    Shape(96, 2),
+    Shape(96, 3),
+    Shape(96, 4),
+    Shape(128, 1),
+    Shape(96, 1, feature_size=24),
+)
+DRY_SHAPES = (Shape(16, 1, feature_size=12, window=(3, 3, 3)),)
+
+
+@dataclass
+class Row:
+    """One line of the result. Times are of one call, in ms: 20th, 50th and 80th percentile of the rounds."""
+
+    measure: str
+    shape: str
+    variant: str
+    status: str  # "ok", "failed: why" or "skipped: why"
+    error: float | None = None  # against float64, relative, in the mean; the worst of outputs and gradients
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    ratio: float | None = None  # this variant's median over ours
+    extra_mib: float | None = None  # peak memory of a call beyond what was allocated before it
+
+
+@dataclass
+class Result:
+    """What this run found, and where it is kept."""
+
+    folder: Path
+    about: dict
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        self.write()
+        shown = "" if row.p50 is None else f" {row.p50:9.3f} ms  ×{row.ratio:.2f}"
+        wrong = "" if row.error is None else f" error {row.error:.1e}"
+        print(f"{row.measure:28} {row.shape:24} {row.variant:22} {row.status}{wrong}{shown}", flush=True)
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"about": self.about, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n"
+        (self.folder / "gpu.json").write_text(text)
+        with (self.folder / "gpu.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*self.about, *(f.name for f in fields(Row))], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.about | asdict(row) for row in self.rows)
+
+    @property
+    def sound(self) -> bool:
+        return bool(self.rows) and all(row.status == "ok" for row in self.rows if row.variant == "ours")
+
+
+def output_of(*command: str) -> str:
+    """First line that `command` prints; "unknown" if it cannot run."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
+
+
+def about(device: str) -> dict:
+    """What a result depends on."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    cuda = device == "cuda"
+    return {
+        "dry_run": not cuda,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "none",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "triton": triton_version,
+        "monai": monai_version(),
+        "python": platform.python_version(),
+        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def monai_version() -> str:
+    try:
+        import monai
+    except ImportError:
+        return "none"
+    return monai.__version__
+
+
+class Clock:
+    """The time left of the budget."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+
+# Correctness by the tests and the sanitizer
+
+
+def run_child(result: Result, measure: str, command: list[str], limit: float, environment: dict | None = None) -> None:
+    """Run `command`; its exit status is the row, its output a file beside the result."""
+    name = measure.replace(" ", "_")
+    if limit < 10:
+        return result.add(Row(measure, "", "ours", "skipped: no time left"))
+    with (result.folder / f"{name}.log").open("w") as log:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=os.environ | (environment or {}), stdout=log, stderr=log, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return result.add(Row(measure, "", "ours", f"failed: not done after {limit:.0f} s"))
+    status = "ok" if done.returncode == 0 else f"failed: exit status {done.returncode}, see {name}.log"
+    return result.add(Row(measure, "", "ours", status))
+
+
+def run_tests(result: Result, clock: Clock, dry: bool) -> None:
+    """The GPU tests, dealt out to processes: most of their time goes into compiling."""
+    pytest = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+    if dry:
+        return run_child(result, "tests", [*pytest, "--collect-only", GPU_TESTS], TESTS)
+    listed = subprocess.run([*pytest, "--collect-only", GPU_TESTS], cwd=ROOT, capture_output=True, text=True).stdout
+    tests = [line for line in listed.splitlines() if line.startswith(GPU_TESTS)]
+    shards = [tests[i::PROCESSES] for i in range(PROCESSES) if tests[i::PROCESSES]]
+    end = time.monotonic() + min(TESTS, clock.left)
+    running = []
+    for place, shard in enumerate(shards):
+        log = (result.folder / f"tests_{place}.log").open("w")
+        running.append(subprocess.Popen([*pytest, *shard], cwd=ROOT, stdout=log, stderr=log))
+    wrong = [] if tests else ["no test was found"]
+    for place, process in enumerate(running):
+        try:
+            if process.wait(max(1.0, end - time.monotonic())):
+                wrong.append(f"exit status {process.returncode}, see tests_{place}.log")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            wrong.append(f"tests_{place} not done after {TESTS} s")
+    result.add(Row("tests", f"{len(tests)} tests", "ours", f"failed: {'; '.join(wrong)}" if wrong else "ok"))
+
+
+def run_sanitizer(result: Result, clock: Clock, dry: bool) -> None:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    for check in ("memcheck", "racecheck"):
+        if tool is None or dry:
+            reason = "a dry run" if dry else "compute-sanitizer was not found"
+            result.add(Row(f"sanitizer {check}", "", "compute-sanitizer", f"skipped: {reason}"))
+            continue
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "--small-call", "unused"]
+        # PyTorch's allocator would hide accesses between its blocks
+        run_child(
+            result, f"sanitizer {check}", command, min(SANITIZER, clock.left), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        )
+
+
+def small_call() -> None:
+    """Forward and backward of one padded, shifted call: what the sanitizer watches."""
+    shape = Shape(32, 2, feature_size=24)
+    tensors = Inputs.of(shape, torch.bfloat16, "cuda")
+    gradients(lambda t: ours(shape, t), tensors)
+    torch.cuda.synchronize()
+
+
+# The attention core and its peers, all on tensors in natural layout
+
+
+@dataclass
+class Inputs:
+    """Leaves of one call and the gradient that enters it."""
+
+    qkv: torch.Tensor
+    table: torch.Tensor
+    pad: torch.Tensor
+    grad: torch.Tensor
+
+    @classmethod
+    def of(cls, shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+
+        def leaf(*size: int, to: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(size, generator=generator).to(device, to).requires_grad_()
+
+        rows = geometry.bias_table_length(shape.window)
+        return cls(
+            leaf(1, *shape.tokens, 3 * shape.channels),
+            leaf(rows, shape.heads, to=torch.float32),
+            leaf(3 * shape.channels),
+            leaf(1, *shape.tokens, shape.channels).detach(),
+        )
+
+    def double(self) -> Inputs:
+        wide = [t.detach().double().requires_grad_() for t in (self.qkv, self.table, self.pad)]
+        return Inputs(*wide, self.grad.double())
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return self.qkv, self.table, self.pad
+
+
+def ours(shape: Shape, t: Inputs) -> torch.Tensor:
+    return swin_kernels.window_attention(t.qkv, t.table, shape.window, shape.shift, pad_qkv=t.pad)
+
+
+def plain(shape: Shape, t: Inputs) -> torch.Tensor:
+    """MONAI's chain in plain PyTorch: partition, scores, softmax, values, reverse."""
+    q, k, v = _windows(shape, t)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + _bias_and_mask(shape, t)
+    return _natural(shape, torch.softmax(scores, dim=-1).to(v.dtype) @ v)
+
+
+def sdpa(shape: Shape, t: Inputs) -> torch.Tensor:
+    q, k, v = _windows(shape, t)
+    added = _bias_and_mask(shape, t).to(q.dtype).expand(q.shape[0], -1, -1, -1).contiguous()
+    return _natural(shape, F.scaled_dot_product_attention(q, k, v, attn_mask=added))
+
+
+def flex(shape: Shape, t: Inputs) -> torch.Tensor:
+    q, k, v = _windows(shape, t)
+    return _natural(shape, _compiled_flex()(q, k, v, score_mod=_score_mod(shape, t)))
+
+
+_cache: dict = {}
+
+
+def _compiled_flex() -> Callable:
+    if "flex" not in _cache:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _cache["flex"] = torch.compile(flex_attention, dynamic=False)
+    return _cache["flex"]
+
+
+def _constants(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bias index ``(n, n)`` and region labels ``(nW, n)``, built once as MONAI does."""
+    key = (shape, device)
+    if key not in _cache:
+        index = geometry.bias_index(shape.grid.nominal, shape.grid.tokens)
+        _cache[key] = index.to(device), geometry.region_labels(shape.grid).to(device)
+    return _cache[key]
+
+
+def _score_mod(shape: Shape, t: Inputs) -> Callable:
+    index, labels = _constants(shape, t.qkv.device)
+    windows, table, shifted = shape.grid.num_windows, t.table, shape.grid.is_shifted
+
+    def score_mod(score, b, h, i, j):
+        score = score + table[index[i, j], h]
+        if shifted:
+            score = score + torch.where(labels[b % windows, i] == labels[b % windows, j], 0.0, geometry.MASK_VALUE)
+        return score
+
+    return score_mod
+
+
+def _windows(shape: Shape, t: Inputs) -> tuple[torch.Tensor, ...]:
+    grid = shape.grid
+    windows = window_partition(t.qkv, shape.window, shape.shift)  # (nW, n, 3C)
+    if grid.is_padded:
+        real = window_partition(t.qkv.new_ones(*t.qkv.shape[:-1], 1), shape.window, shape.shift) > 0
+        windows = torch.where(real, windows, t.pad)
+    return windows.unflatten(-1, (3, shape.heads, -1)).permute(2, 0, 3, 1, 4).unbind()  # 3 × (nW, heads, n, head_dim)
+
+
+def _bias_and_mask(shape: Shape, t: Inputs) -> torch.Tensor:
+    """``(1 or nW, heads, n, n)``."""
+    index, labels = _constants(shape, t.qkv.device)
+    bias = t.table[index].permute(2, 0, 1)[None]
+    if not shape.grid.is_shifted:
+        return bias
+    return bias + geometry.MASK_VALUE * (labels[:, None, :, None] != labels[:, None, None, :]).to(bias)
+
+
+def _natural(shape: Shape, out: torch.Tensor) -> torch.Tensor:
+    return window_reverse(out.transpose(1, 2).flatten(2), shape.window, shape.shift, shape.tokens)
+
+
+def branch(core: Callable, weights: tuple[torch.Tensor, ...]) -> Callable:
+    """The attention branch of a block - norm, qkv projection, attention, projection - around a core."""
+
+    def run(shape: Shape, t: Inputs) -> torch.Tensor:
+        x = F.layer_norm(t.qkv[..., : shape.channels], (shape.channels,))
+        qkv = F.linear(x, weights[0].to(x.dtype), t.pad)  # a padding token carries the bias of the projection
+        return F.linear(core(shape, Inputs(qkv, t.table, t.pad, t.grad)), weights[1].to(x.dtype))
+
+    return run
+
+
+def gradients(call: Callable[[Inputs], torch.Tensor], t: Inputs) -> list[torch.Tensor]:
+    out = call(t)
+    return [out.detach(), *torch.autograd.grad(out, t.leaves, t.grad)]
+
+
+# Measuring
+
+
+def relative_error(values: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """The worst of ``‖value - truth‖ / ‖truth‖``; infinite for NaN."""
+    errors = [((v.double() - t).norm() / t.norm().clamp(min=1e-30)).item() for v, t in zip(values, truth, strict=True)]
+    return max(e if e == e else math.inf for e in errors)
+
+
+def times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call, in turn, by CUDA events; the second-level cache is overwritten before each."""
+    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    for call in calls.values():
+        call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.monotonic() + seconds
+    for round_ in range(ROUNDS):
+        if round_ >= FEWEST_ROUNDS and time.monotonic() > end:
+            break
+        for name, call in calls.items():
+            flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(stop))
+    return found
+
+
+def extra_memory(call: Callable[[], object]) -> float:
+    """MiB that a call needs beyond what is allocated."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def compare(
+    result: Result,
+    measure: str,
+    shape: str,
+    variants: dict[str, Callable[[], list[torch.Tensor]]],
+    truth: Callable[[], list[torch.Tensor]],
+    allowed: Callable[[dict[str, float]], float],
+    seconds: float,
+    dry: bool,
+) -> None:
+    """Hold every variant to `truth`, then time those that are sound; "ours" comes first, and no time without it.
+
+    `allowed` gives the largest error from the errors of the variants.
+    """
+    errors, reasons = {}, {}
+    expected = truth()
+    for name, call in variants.items():
+        try:
+            errors[name] = relative_error(call(), expected)
+        except Exception as error:  # a peer that cannot run is a row of the result, not the end of the run
+            reasons[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    del expected
+    limit = allowed(errors)
+    reasons |= {name: f"failed: error above {limit:.1e}" for name, e in errors.items() if not e <= limit}
+    sound = {name: call for name, call in variants.items() if name not in reasons}
+    if "ours" not in sound:
+        reasons |= dict.fromkeys(sound, "skipped: ours failed, nothing is timed")
+    timed = {} if dry or "ours" not in sound else times(sound, seconds)
+    ours = statistics.median(timed["ours"]) if timed else None
+    for name, call in variants.items():
+        row = Row(measure, shape, name, reasons.get(name, "ok"), errors.get(name))
+        if name in timed:
+            row.p20, row.p50, row.p80 = statistics.quantiles(timed[name], n=10)[1:8:3]
+            row.p50 = statistics.median(timed[name])
+            row.ratio, row.extra_mib = row.p50 / ours, extra_memory(call)
+        result.add(row)
+
+
+def attention_measures(result: Result, clock: Clock, device: str, dtype: torch.dtype, dry: bool) -> None:
+    """The core and the branch around it, forward and with backward, against peers in the same process."""
+    shapes = DRY_SHAPES if dry else SHAPES
+    for place, shape in enumerate(shapes):
+        peers = {"ours": ours, "plain PyTorch": plain, "SDPA": sdpa}
+        if shape == SHAPES[0]:  # it compiles for half a minute a shape and direction
+            peers["FlexAttention"] = flex
+        generator = torch.Generator().manual_seed(1)
+        weights = tuple(
+            (torch.randn(rows, shape.channels, generator=generator) * shape.channels**-0.5).to(device)
+            for rows in (3 * shape.channels, shape.channels)
+        )
+        t = Inputs.of(shape, dtype, device)
+        wide = t.double()
+        for part, wrap in (("core", lambda core: core), ("branch", lambda core, w=weights: branch(core, w))):
+            for direction in ("forward", "forward + backward"):
+                measure = f"attention {part}, {direction}"
+                if clock.left < 25:
+                    result.add(Row(measure, str(shape), "ours", "skipped: no time left"))
+                    continue
+
+                def call(core, inputs, direction=direction, shape=shape):
+                    if direction == "forward":
+                        with torch.no_grad():
+                            return [core(shape, inputs)]
+                    return gradients(lambda x: core(shape, x), inputs)
+
+                compare(
+                    result,
+                    measure,
+                    str(shape),
+                    {name: partial(call, wrap(core), t) for name, core in peers.items()},
+                    partial(call, wrap(plain), wide),
+                    lambda errors: max(2 * errors.get("plain PyTorch", 0.0), 2 * torch.finfo(dtype).eps),
+                    min(3.0, clock.left / (4 * (len(shapes) - place) + 8)),
+                    dry,
+                )
+
+
+def model_measures(result: Result, clock: Clock, device: str, dtype: torch.dtype, dry: bool) -> None:
+    """The whole model, inference and a training step, against MONAI's."""
+    measures = ("model, inference", "model, training step")
+    if result.about["monai"] == "none":
+        for measure in measures:
+            result.add(Row(measure, "", "MONAI", "skipped: MONAI cannot be imported"))
+        return
+    import copy
+
+    from monai.networks.nets import SwinUNETR
+
+    torch.manual_seed(0)
+    extent, feature_size = (64, 12) if dry else (96, 48)
+    eager = SwinUNETR(1, 14, feature_size=feature_size).to(device)
+    flash = SwinUNETR(1, 14, feature_size=feature_size, use_flash_attention=True).to(device)
+    flash.load_state_dict(eager.state_dict())
+    nets = {"ours": swin_kernels.accelerate(copy.deepcopy(eager)), "MONAI": eager, "MONAI flash": flash}
+    if not dry and clock.left > 150:  # compiling takes a minute or two
+        nets["MONAI compiled"] = torch.compile(copy.deepcopy(eager))
+    image = torch.randn(1, 1, extent, extent, extent, device=device)
+    target = torch.randint(14, (1, extent, extent, extent), device=device)
+
+    low_precision = dtype != torch.float32
+
+    def infer(net: torch.nn.Module, low: bool) -> list[torch.Tensor]:
+        with torch.no_grad(), torch.autocast(device, dtype if low else None, enabled=low):
+            return [net(image)]
+
+    def train(net: torch.nn.Module, low: bool) -> list[torch.Tensor]:
+        net.zero_grad()
+        with torch.autocast(device, dtype if low else None, enabled=low):
+            loss = F.cross_entropy(net(image).float(), target)
+        loss.backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None][-4:]
+
+    for measure, run in zip(measures, (infer, train), strict=True):
+        if clock.left < 60 and not dry:
+            result.add(Row(measure, f"{extent}³", "ours", "skipped: no time left"))
+            continue
+        compare(
+            result,
+            measure,
+            f"f{feature_size} {extent}³",
+            {name: partial(run, net, low_precision) for name, net in nets.items()},
+            lambda run=run: [value.double() for value in run(eager, False)],  # MONAI in float32
+            lambda errors: max(2 * errors.get("MONAI", 0.0), 1e-2),
+            min(8.0, clock.left / 8),
+            dry,
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder for the result")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, no times")
+    parser.add_argument("--small-call", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.dry_run and not torch.cuda.is_available():
+        print(f"verify_gpu: no CUDA device (torch {torch.__version__}); --dry-run walks the plan without one")
+        return 2
+    if arguments.small_call:
+        small_call()
+        return 0
+
+    dry = arguments.dry_run
+    device = "cpu" if dry else "cuda"
+    clock = Clock(BUDGET)
+    result = Result(arguments.out.resolve(), about(device))
+    result.write()
+    dtype = torch.float32 if dry else torch.bfloat16
+    call = Call("window_attention", device, dtype, 16, WINDOW)
+    for name in ORDER[device]:
+        reason = decline_reason(name, call)
+        result.add(Row("backend", "", name, "ok" if reason is None else f"declined: {reason}"))
+    run_tests(result, clock, dry)
+    run_sanitizer(result, clock, dry)
+    attention_measures(result, clock, device, dtype, dry)
+    model_measures(result, clock, device, dtype, dry)
+    verdict = "everything ran and was correct" if result.sound else "NOT everything ran and was correct"
+    print(f"{result.folder / 'gpu.json'}: {verdict}")
+    return 0 if result.sound else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
