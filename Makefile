@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench lint format wheel install asan clean
+.PHONY: demo test bench lint format wheel install asan verify-gpu clean
 
 demo: install
 	$(BIN)/swin-unetr demo
@@ -53,6 +53,11 @@ asan: $(STAMP)
 	cd build/asan && SWIN_KERNELS_SANITIZE=address $(CURDIR)/$(BIN)/python setup.py -q build_cpp --inplace
 	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARIES) ASAN_OPTIONS=$(ASAN_OPTIONS) \
 		$(CURDIR)/$(BIN)/python -m pytest --quiet --capture=no tests/ops tests/test_bad_input.py
+
+# Proves and times the GPU kernels; PYTHON needs torch, Triton and pytest, nothing is installed. `make verify-gpu OUT=dir`
+OUT ?= build/gpu
+verify-gpu:
+	$(PYTHON) scripts/verify_gpu.py $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info swin_kernels/lib

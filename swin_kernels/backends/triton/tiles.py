@@ -75,7 +75,8 @@ TABLE: tuple[tuple[Key, Tile], ...] = (
     (Key("forward", channels=128), Tile(rows=64, columns=32, warps=8, stages=1)),
     (Key("backward", channels=128), Tile(rows=64, columns=32, warps=8, stages=1)),
     (Key("backward", channels=64), Tile(rows=64, columns=32, warps=4, stages=1)),
-    (Key("forward", tokens=4096), Tile(rows=64, columns=32, warps=4, stages=1)),  # the bias is looked up
+    (Key("forward", tokens=4096), Tile(rows=64, columns=32, warps=4, stages=1)),  # the bias is looked up: registers
+    (Key("backward", tokens=4096), Tile(rows=64, columns=32, warps=4, stages=1)),
     (Key("forward"), Tile(rows=64, columns=64, warps=4, stages=1)),
     (Key("backward"), Tile(rows=64, columns=64, warps=4, stages=1)),
 )
