@@ -137,9 +137,14 @@ class WindowGroup {
     return call_.pad_qkv ? row_of(call_.pad_qkv, channel, stage) : zero_;
   }
 
-  // Rows of a window lie far apart in memory: asking for a block of them at once hides most of the wait.
+  // Rows of a window lie far apart in memory: asking for many of them at once hides most of the wait.
   void prefetch_part(int64_t token, int part) const {
-    if (token >= 0) __builtin_prefetch(at(call_.qkv, call_.type, (token * 3 + part) * channels() + head_ * head_dim()));
+    if (token >= 0) prefetch_row(call_.qkv, (token * 3 + part) * channels());
+  }
+
+  // This head's part of a token's row, `channel` elements into a volume of the call's type.
+  void prefetch_row(const void* volume, int64_t channel) const {
+    __builtin_prefetch(at(volume, call_.type, channel + head_ * head_dim()));
   }
 
   // head_dim elements of an array of the call's type, in arithmetic precision.
@@ -264,16 +269,20 @@ class WindowGroup {
   }
 
   // Visits windows [0, count) of the group, block of queries by block: visit(window, region, queries, rows)
-  // for tiles of up to kRows real queries; missing ones repeat the first.
-  template <class Visit>
-  void for_each_tile(int count, const Visit& visit) {
+  // for tiles of up to kRows real queries; missing ones repeat the first. Ahead of a block by one window or
+  // one block, prefetch(token) is called for its queries.
+  template <class Prefetch, class Visit>
+  void for_each_tile(int count, const Prefetch& prefetch, const Visit& visit) {
     for (int64_t i = 0; i < pattern_->region_count; ++i) {
       const Region region = region_of<T>(*pattern_, i);
       for (int64_t first = region.first; first < region.last; first += kBlock) {
         const int64_t last = first + kBlock < region.last ? first + kBlock : region.last;
         look_up_bias(region, first, last);
         for (int g = 0; g < count; ++g) {
-          for (int64_t q = first; q < last; ++q) prefetch_part(windows_[g].token[q], 0);
+          const int ahead = g + 1 < count ? g + 1 : 0;
+          const int64_t offset = g + 1 < count ? 0 : kBlock;
+          for (int64_t q = first + offset; q < last + offset && q < tokens_; ++q)
+            if (windows_[ahead].token[q] >= 0) prefetch(windows_[ahead].token[q]);
           int64_t queries[kRows];
           int rows = 0;
           for (int64_t q = first; q < last; ++q) {

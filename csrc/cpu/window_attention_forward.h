@@ -33,8 +33,15 @@ class ForwardWorker {
       if (group_.pattern().region_count > 1)
         group_.bound_other_regions(window, group_.padded_tokens() * group_.width());
     }
-    group_.for_each_tile(count, [&](const GroupWindow<T>& window, const Region& region, const int64_t* queries,
-                                    int rows) { attend_tile(window, region, queries, rows); });
+    const auto prefetch = [&](int64_t token) {
+      group_.prefetch_part(token, 0);
+      group_.prefetch_row(call_.out, token * group_.channels());
+      __builtin_prefetch(static_cast<T*>(call_.lse) + token * call_.heads);
+    };
+    group_.for_each_tile(count, prefetch,
+                         [&](const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
+                           attend_tile(window, region, queries, rows);
+                         });
   }
 
   void attend_tile(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
