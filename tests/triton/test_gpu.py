@@ -114,9 +114,10 @@ def test_memory():
     out = run("triton", case, inputs)
     kept = torch.cuda.memory_allocated() - before
     gradients(out, inputs)
-    peak = torch.cuda.max_memory_allocated() - before
+    results = 2 * (out.numel() + inputs.qkv.numel())
+    extra = torch.cuda.max_memory_allocated() - before - results
     assert kept <= out.numel() * 2 + out.numel() // 16 * 4 + (1 << 20)
-    assert peak <= 0.05 * case.scores * 2 * 4  # MONAI keeps scores, weights and two products of them in 16 bits
+    assert extra <= 0.05 * case.scores * 2 * 2  # 5 % of scores and weights in 16 bits, which eager attention keeps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.complex128], ids=str)

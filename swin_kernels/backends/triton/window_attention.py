@@ -14,6 +14,8 @@ With dropout, ``p`` becomes ``keep p / (1 - dropout_p)`` in `out` and `dv`, and 
 A scale that is negative or nearly zero cannot be divided by: q is multiplied by the part of it that is
 left over ``max(|scale|, 2^-6)`` (1 for any usual scale).
 
+Beside 16-bit tensors the tiles of the bias are float16: a bias beyond ``65504 · scale`` becomes infinite.
+
 The bias is the same in every window. A program therefore owns one tile of it - a head and a block of
 queries (or of keys, for dk and dv) - and walks over windows, so that the tile stays in its cache. The
 gradient of the bias is the sum of ``ds`` over windows: one more pass, whose programs own a tile of
@@ -34,7 +36,7 @@ import triton.language as tl
 from ...geometry import MASK_VALUE, WindowGrid, dropout_threshold
 from . import bias
 from .tiles import key_of, parts, tile_for
-from .windows import arguments, first_row, locate, seams, unpack
+from .windows import arguments, device_of, first_row, locate, seams, unpack
 
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -63,7 +65,7 @@ def _row_hashes(seed, rows):
 def _dropout(values, row_hash, key, threshold, keep_scale):
     """``keep · values / (1 - dropout_p)``; `row_hash` and `key` are shaped to broadcast to `values`."""
     hashes = _mix32(row_hash + key.to(tl.uint32) * tl.cast(_GOLDEN, tl.uint32))
-    return tl.where(hashes >= threshold, values * keep_scale, 0.0)
+    return tl.where(hashes >= threshold.to(tl.uint32), values * keep_scale, 0.0)
 
 
 @triton.jit
@@ -460,12 +462,13 @@ def forward(
     lse = qkv.new_empty((*qkv.shape[:-1], plan.heads), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    tiles, bits = plan.prepare(bias_table, orientations=1)
-    pad = _pad_source(qkv, pad_qkv, grid)
-    programs = (plan.row_tiles, plan.heads, plan.parts(plan.row_tiles * plan.heads))
-    attend[programs](
-        qkv, tiles, pad, bits, plan.seed, out, lse, plan.heads, plan.windows, *plan.scalars, **plan.compiled
-    )
+    with device_of(qkv):
+        tiles, bits = plan.prepare(bias_table, orientations=1)
+        pad = _pad_source(qkv, pad_qkv, grid)
+        programs = (plan.row_tiles, plan.heads, plan.parts(plan.row_tiles * plan.heads))
+        attend[programs](
+            qkv, tiles, pad, bits, plan.seed, out, lse, plan.heads, plan.windows, *plan.scalars, **plan.compiled
+        )
     return out, lse
 
 
@@ -486,19 +489,20 @@ def backward(
     grad_qkv = torch.empty_like(qkv)
     if qkv.numel() == 0:
         return grad_qkv, torch.zeros_like(bias_table), qkv.new_zeros(qkv.shape[-1])
-    tiles, bits = plan.prepare(bias_table, orientations=2)
-    pad = _pad_source(qkv, pad_qkv, grid)
-    rows = lse.new_empty(2 * plan.windows * plan.heads * plan.padded)
-    inputs = (grad_out, qkv, tiles, pad, bits, plan.seed)
-    scalars = (plan.windows, *plan.scalars)
+    with device_of(qkv):
+        tiles, bits = plan.prepare(bias_table, orientations=2)
+        pad = _pad_source(qkv, pad_qkv, grid)
+        rows = lse.new_empty(2 * plan.windows * plan.heads * plan.padded)
+        inputs = (grad_out, qkv, tiles, pad, bits, plan.seed)
+        scalars = (plan.windows, *plan.scalars)
 
-    parts = plan.parts(plan.row_tiles * plan.heads)
-    programs = (plan.row_tiles, plan.heads, parts)
-    differentiate_queries[programs](*inputs, out, lse, rows, grad_qkv, plan.heads, *scalars, **plan.compiled)
+        parts = plan.parts(plan.row_tiles * plan.heads)
+        programs = (plan.row_tiles, plan.heads, parts)
+        differentiate_queries[programs](*inputs, out, lse, rows, grad_qkv, plan.heads, *scalars, **plan.compiled)
 
-    pad_parts = qkv.new_empty((parts * plan.row_tiles, 2 * out.shape[-1]), dtype=torch.float32)
-    differentiate_keys[programs](*inputs, rows, grad_qkv, pad_parts, plan.heads, *scalars, **plan.compiled)
-    grad_bias_table = _differentiate_bias(plan, inputs, rows, scalars, bias_table)
+        pad_parts = qkv.new_empty((parts * plan.row_tiles, 2 * out.shape[-1]), dtype=torch.float32)
+        differentiate_keys[programs](*inputs, rows, grad_qkv, pad_parts, plan.heads, *scalars, **plan.compiled)
+        grad_bias_table = _differentiate_bias(plan, inputs, rows, scalars, bias_table)
     if not grid.is_padded:
         return grad_qkv, grad_bias_table, qkv.new_zeros(qkv.shape[-1])
     grad_pad = torch.nn.functional.pad(pad_parts.sum(0), (out.shape[-1], 0))  # (3C,); no gradient reaches a padding q

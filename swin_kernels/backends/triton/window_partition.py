@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...geometry import WindowGrid
-from .windows import arguments, first_row, locate, unpack
+from .windows import arguments, device_of, first_row, locate, unpack
 
 TOKENS = 32
 MAX_CHANNELS = 64
@@ -62,7 +62,8 @@ def _launch(kernel, source: torch.Tensor, target: torch.Tensor, batch: int, grid
     channels = flat.shape[-1]
     block = min(triton.next_power_of_2(channels), MAX_CHANNELS)
     programs = (batch * grid.num_windows, triton.cdiv(grid.tokens, TOKENS))
-    kernel[programs](source, flat, channels, grid.tokens, arguments(grid), TOKENS, block)
+    with device_of(source):
+        kernel[programs](source, flat, channels, grid.tokens, arguments(grid), TOKENS, block)
     return target
 
 

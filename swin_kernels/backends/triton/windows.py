@@ -6,8 +6,10 @@ A two-dimensional volume is one of depth 1. Nothing is looked up: kernels get th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -44,6 +46,11 @@ def arguments(grid: WindowGrid) -> Windows:
     for field, fill in ((grid.spatial, 1), (grid.window, 1), (grid.shift, 0), (grid.counts, 1), (grid.nominal, 1)):
         values += [float(fill)] * (3 - len(field)) + [float(value) for value in field]
     return Windows(*values)
+
+
+def device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Makes the GPU of `tensor` current: Triton launches there, wherever its arguments lie."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @triton.jit
