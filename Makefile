@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/swin-unetr demo
 
 test: install
-	$(BIN)/pytest --quiet --durations=10
+	$(BIN)/pytest --quiet --durations=10 --numprocesses auto --maxprocesses 4 --dist loadfile
 
 bench: install
 	$(BIN)/pytest --quiet benchmarks

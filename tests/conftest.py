@@ -1,7 +1,8 @@
 """Settings of the whole test session. There are no fixtures for tests to ask for here; `seeded` acts on every test.
 
 - random numbers: Python's, NumPy's and PyTorch's generators are seeded before each test,
-- threads: PyTorch computes on at most two, so that times and memory are alike on small and large machines,
+- threads: PyTorch computes on at most two, so that times and memory are alike on small and large machines; on one
+  where several processes share the tests (pytest-xdist), since threads that wait spin,
 - hypothesis: the profile "repeatable" draws the same examples in every run and has no deadline, since the machine may
   be busy; `pytest --hypothesis-profile=explore` draws new ones,
 - a backend forced from outside (`SWIN_KERNELS_BACKEND`) is forgotten: tests name the backends they mean.
@@ -21,7 +22,7 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 os.environ.pop("SWIN_KERNELS_BACKEND", None)
 
 
