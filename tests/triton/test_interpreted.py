@@ -18,25 +18,29 @@ HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_in_interpreter(name):
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """One process a file, all at once, their output in a file each; ended with the module."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--quiet",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            HERE / "interpreted" / name,
-        ],
-        cwd=HERE.parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    if result.returncode:
-        pytest.fail(f"in the interpreter:\n{result.stdout}", pytrace=False)
+    logs = tmp_path_factory.mktemp("interpreted")
+    running = {}
+    for name in FILES:
+        command = [sys.executable, "-m", "pytest", "--quiet", "--tb=short", "-p", "no:cacheprovider"]
+        with (logs / name).open("w") as log:
+            running[name] = subprocess.Popen(
+                [*command, HERE / "interpreted" / name],
+                cwd=HERE.parents[1],
+                env=os.environ | {"TRITON_INTERPRET": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+    yield running, logs
+    for process in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_in_interpreter(processes, name):
+    running, logs = processes
+    if running[name].wait():
+        pytest.fail(f"in the interpreter:\n{(logs / name).read_text()}", pytrace=False)
