@@ -73,7 +73,7 @@ TABLE: tuple[tuple[Key, Tile], ...] = (
     (Key("forward", element_size=4), Tile(rows=32, columns=32, warps=4)),
     (Key("backward", element_size=4), Tile(rows=32, columns=32, warps=4)),
     (Key("forward", channels=128), Tile(rows=64, columns=32, warps=8, stages=1)),
-    (Key("backward", channels=128), Tile(rows=64, columns=32, warps=8, stages=1)),
+    (Key("backward", channels=128), Tile(rows=32, columns=32, warps=8, stages=1)),
     (Key("backward", channels=64), Tile(rows=64, columns=32, warps=4, stages=1)),
     (Key("forward", tokens=4096), Tile(rows=64, columns=32, warps=4, stages=1)),  # the bias is looked up: registers
     (Key("backward", tokens=4096), Tile(rows=64, columns=32, warps=4, stages=1)),
