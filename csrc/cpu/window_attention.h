@@ -1,4 +1,4 @@
-// Shifted-window attention for one (window, head) at a time: what forward and backward share.
+// Shifted-window attention for one head of a few windows at a time: what forward and backward share.
 //
 // Scores live in base 2: queries carry scale · log2(e), the bias carries log2(e), so that
 // softmax(scores) = 2^(scores - max) / Σ. Tokens of a window are ordered by region (window_plan.h), and a

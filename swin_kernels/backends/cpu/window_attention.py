@@ -1,4 +1,4 @@
-"""Shifted-window attention on the processor: `csrc/cpu/window_attention.inl`."""
+"""Shifted-window attention on the processor: `csrc/cpu/window_attention.h`."""
 
 from __future__ import annotations
 
