@@ -1,0 +1,71 @@
+// What the CUDA backend offers to its callers: plain C functions on plain structs, no torch, no CUDA types.
+//
+// Every function that launches returns nullptr, or a text (valid for the life of the process) that says what is wrong;
+// it then launched nothing. Nothing is allocated and nothing waits for the GPU: the caller brings all memory, which
+// must stay alive until `stream` has passed the call. All pointers are device pointers on the current device, tensors
+// are contiguous and begin at a multiple of 16 bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "geometry.h"
+
+extern "C" {
+
+enum SwinElement : int32_t { kSwinFloat32 = 0, kSwinBFloat16 = 1, kSwinFloat16 = 2 };
+
+// One call of windowed attention: B = batch, *S = grid.spatial, C = heads * head_dim, L = prod(2 nominal - 1).
+struct SwinAttention {
+  SwinElement element;       // of qkv, pad_qkv, out and their gradients
+  SwinElement bias_element;  // of bias_table and its gradient: `element` or float32
+  int64_t batch;
+  int64_t heads;
+  int64_t head_dim;
+  swin::WindowGrid grid;  // 2D volumes carry a leading axis of extent 1
+  double scale;           // factor on q . k
+};
+
+struct SwinAttentionForward {
+  const void* qkv;         // (B, *S, 3C): q, k, v, then heads, then head_dim
+  const void* bias_table;  // (L, heads)
+  const void* pad_qkv;     // (3C), what a padding token carries; null for zeros
+  void* out;               // (B, *S, C)
+  float* lse;              // (B, *S, heads), log-sum-exp of each score row, natural logarithm
+};
+
+struct SwinAttentionBackward {
+  const void* grad_out;    // (B, *S, C)
+  const void* qkv;         // (B, *S, 3C)
+  const void* bias_table;  // (L, heads)
+  const void* pad_qkv;     // (3C) or null
+  const void* out;         // (B, *S, C), of the forward
+  const float* lse;        // (B, *S, heads), of the forward
+  void* grad_qkv;          // (B, *S, 3C)
+  void* grad_bias_table;   // (L, heads)
+  void* grad_pad_qkv;      // (3C); its q part is zero
+};
+
+// Why the current device cannot run this call forward (or backward), or nullptr where it can.
+const char* swin_cuda_attention_forward_declines(const SwinAttention* call);
+const char* swin_cuda_attention_backward_declines(const SwinAttention* call);
+
+// Bytes of scratch memory a call needs, 0 for a declined one. The workspace begins at a multiple of 16 bytes.
+int64_t swin_cuda_attention_forward_workspace_bytes(const SwinAttention* call);
+int64_t swin_cuda_attention_backward_workspace_bytes(const SwinAttention* call);
+
+const char* swin_cuda_attention_forward(const SwinAttention* call, const SwinAttentionForward* tensors, void* workspace,
+                                        void* stream);
+const char* swin_cuda_attention_backward(const SwinAttention* call, const SwinAttentionBackward* tensors,
+                                         void* workspace, void* stream);
+
+// Pad, shift and partition: volume (B, *S, channels) to windows (B * windows, n, channels), padding zero; and back.
+struct SwinPartition {
+  int64_t element_bytes;  // 1, 2, 4, 8 or 16
+  int64_t batch;
+  int64_t channels;
+  swin::WindowGrid grid;
+};
+
+const char* swin_cuda_window_partition(const SwinPartition* call, const void* volume, void* windows, void* stream);
+const char* swin_cuda_window_reverse(const SwinPartition* call, const void* windows, void* volume, void* stream);
+}
