@@ -133,7 +133,7 @@ template <class T>
 SWIN_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]);
 
 template <>
-SWIN_DEVICE void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                         const float (&c)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -143,7 +143,7 @@ SWIN_DEVICE void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], u
 }
 
 template <>
-SWIN_DEVICE void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+__device__ __forceinline__ void mma_m16n8k16<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                        const float (&c)[4]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -172,15 +172,15 @@ SWIN_DEVICE float to_float(Float16 x) { return __half2float(x); }
 template <class T>
 SWIN_DEVICE T from_float(float x);
 template <>
-SWIN_DEVICE float from_float<float>(float x) {
+__device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 template <>
-SWIN_DEVICE BFloat16 from_float<BFloat16>(float x) {
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 template <>
-SWIN_DEVICE Float16 from_float<Float16>(float x) {
+__device__ __forceinline__ Float16 from_float<Float16>(float x) {
   return __float2half_rn(x);
 }
 
@@ -189,14 +189,14 @@ template <class T>
 SWIN_DEVICE uint32_t pack(float lower, float upper);
 
 template <>
-SWIN_DEVICE uint32_t pack<BFloat16>(float lower, float upper) {
+__device__ __forceinline__ uint32_t pack<BFloat16>(float lower, float upper) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(upper), "f"(lower));
   return packed;
 }
 
 template <>
-SWIN_DEVICE uint32_t pack<Float16>(float lower, float upper) {
+__device__ __forceinline__ uint32_t pack<Float16>(float lower, float upper) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(upper), "f"(lower));
   return packed;
@@ -207,12 +207,12 @@ template <class T>
 SWIN_DEVICE float2 unpack(uint32_t packed);
 
 template <>
-SWIN_DEVICE float2 unpack<BFloat16>(uint32_t packed) {
+__device__ __forceinline__ float2 unpack<BFloat16>(uint32_t packed) {
   return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
 }
 
 template <>
-SWIN_DEVICE float2 unpack<Float16>(uint32_t packed) {
+__device__ __forceinline__ float2 unpack<Float16>(uint32_t packed) {
   return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(packed & 0xffffu))),
                      __half2float(__ushort_as_half(static_cast<unsigned short>(packed >> 16))));
 }
