@@ -100,8 +100,11 @@ const char* copy_all(const SwinPartition& call, const void* source, void* target
   if (windows == 0 || token_bytes == 0) return nullptr;
   if (windows > INT32_MAX) return "window_partition: more than 2^31 - 1 windows";
   if (window_bytes > INT32_MAX / 2) return "window_partition: a window of more than 1 GiB";
-  int64_t piece_bytes = 16;  // the widest access that divides a token
-  while (token_bytes % piece_bytes != 0) piece_bytes /= 2;
+  // The widest access that divides a token and both addresses: a view may begin anywhere in its storage.
+  const uint64_t steps =
+      static_cast<uint64_t>(token_bytes) | reinterpret_cast<uintptr_t>(source) | reinterpret_cast<uintptr_t>(target);
+  int64_t piece_bytes = 16;
+  while (steps % static_cast<uint64_t>(piece_bytes) != 0) piece_bytes /= 2;
   Copy copy{source, target, {}, {}, {}, {}, 0, 0};
   for (int axis = 0; axis < kAxes; ++axis) {
     if (call.grid.spatial[axis] > INT32_MAX / 2) return "window_partition: an axis of more than 2^30 tokens";

@@ -28,7 +28,7 @@ log = logging.getLogger("swin_kernels")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 """Every backend name that `backend=`, `use_backend` and ``SWIN_KERNELS_BACKEND`` accept."""
 
-ORDER = {"cuda": ("triton", "reference"), "cpu": ("cpu", "reference")}
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 """Preference per device type; any other device runs on the reference."""
 
 _forced: str | None = None

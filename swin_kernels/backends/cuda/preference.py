@@ -1,0 +1,53 @@
+"""Where another backend was measured to be faster: the calls that these kernels leave to it.
+
+`MEASURED` is empty until a GPU has shown such a call; `scripts/verify_gpu.py` times this backend beside Triton's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .. import Call
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A class of `window_attention` calls that runs faster elsewhere.
+
+    Attributes:
+        capability: compute capability of the GPU.
+        backward: the direction.
+        dtype_bytes: size of an element, 2 or 4.
+        head_dim: channels of a head.
+        tokens: tokens of a window, first and last of a closed range.
+        backend: who is faster.
+        ours_ms, theirs_ms: the medians that put the line here.
+        source: result file and commit they come from.
+    """
+
+    capability: tuple[int, int]
+    backward: bool
+    dtype_bytes: int
+    head_dim: int
+    tokens: tuple[int, int]
+    backend: str
+    ours_ms: float
+    theirs_ms: float
+    source: str
+
+    def covers(self, capability: tuple[int, int], call: Call) -> bool:
+        ours = (self.capability, self.backward, self.dtype_bytes, self.head_dim)
+        asked = (capability, call.backward, call.dtype.itemsize, call.head_dim)
+        return ours == asked and self.tokens[0] <= math.prod(call.window) <= self.tokens[1]
+
+
+MEASURED: tuple[Measured, ...] = ()
+
+
+def faster_elsewhere(capability: tuple[int, int], call: Call) -> str | None:
+    """Why a `window_attention` call is left to another backend, or None."""
+    for line in MEASURED:
+        if line.covers(capability, call):
+            return f"{line.backend} took {line.theirs_ms} ms where this took {line.ours_ms} ms ({line.source})"
+    return None
