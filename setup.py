@@ -1,18 +1,25 @@
-"""Builds the C++ kernels with ninja; everything else about the package is in pyproject.toml.
+"""Builds the C++ and CUDA kernels with ninja; everything else about the package is in pyproject.toml.
 
-``python setup.py build_cpp --inplace`` (re)builds ``swin_kernels/lib/libswin_kernels_cpu.so`` in the source tree;
+``python setup.py build_cpp --inplace`` (re)builds ``libswin_kernels_cpu.so`` and, where nvcc is found,
+``libswin_kernels_cuda.so`` in the source tree's ``swin_kernels/lib``; neither a GPU nor a torch for CUDA is needed.
 ``pip install .``, ``pip install -e .`` and the wheel run the same command. The environment decides:
 
 - ``SWIN_KERNELS_CXX``, else ``CXX``, else the first of c++, g++, clang++ is the compiler (arguments are allowed, as in
   ``ccache g++``); with none found the kernels are skipped and the package runs on its PyTorch reference,
 - ``CXXFLAGS`` and ``LDFLAGS`` are appended, ``MAX_JOBS`` bounds the parallel compilations,
-- ``SWIN_KERNELS_SANITIZE=address`` (or another list for ``-fsanitize``) builds with a sanitizer.
+- ``SWIN_KERNELS_SANITIZE=address`` (or another list for ``-fsanitize``) builds the C++ kernels with a sanitizer, the
+  CUDA kernels not at all,
+- ``SWIN_KERNELS_CUDA`` is ``auto`` (the default: CUDA kernels are built where nvcc is), ``device`` (the same, if this
+  machine has an NVIDIA device), ``0`` (never) or ``1`` (a missing nvcc is an error),
+- ``CUDACXX`` is the nvcc, else that of ``CUDA_HOME``, of the PATH, of ``/usr/local/cuda``,
+- ``TORCH_CUDA_ARCH_LIST`` lists the architectures, as in ``8.0;9.0a+PTX``; `CUDA_ARCHITECTURES` is the default.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +31,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 LIBRARY = Path("swin_kernels", "lib", "libswin_kernels_cpu.so")
+CUDA_LIBRARY = LIBRARY.with_name("libswin_kernels_cuda.so")
 
 COMPILE_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
@@ -37,6 +45,13 @@ ISA_FLAGS = {
         "avx2": "-mavx2 -mfma -mf16c",
     }
 }
+# A further build, of the kernels that use Intel's matrix unit: AVX-512's flags, and an assembler that knows the unit.
+AMX_PROBE = 'void probe() { asm volatile("tilerelease"); }'
+
+# Machine code for A100, Hopper and Blackwell; whatever else is 8.0 or later compiles the PTX when it is first used.
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0a"
+OLDEST_ARCHITECTURE = 80  # the kernels need cp.async and bfloat16 on tensor cores
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
 
 
 def find_compiler() -> tuple[list[str] | None, str]:
@@ -64,6 +79,42 @@ def find_compiler() -> tuple[list[str] | None, str]:
 COMPILER, SKIPPED = find_compiler()
 
 
+def find_nvcc() -> tuple[str | None, str]:
+    """The path of nvcc and "", or None and the reason why the CUDA kernels are not built.
+
+    Raises:
+        SystemExit: ``SWIN_KERNELS_CUDA`` has an unknown value, or is 1 and there is no nvcc.
+    """
+    wanted = os.environ.get("SWIN_KERNELS_CUDA") or "auto"
+    if wanted not in ("auto", "device", "0", "1"):
+        raise SystemExit(f"SWIN_KERNELS_CUDA is {wanted!r}; accepted are auto, device, 0 and 1")
+    if wanted == "0":
+        return None, "SWIN_KERNELS_CUDA is 0"
+    if os.environ.get("SWIN_KERNELS_SANITIZE"):
+        return None, "SWIN_KERNELS_SANITIZE is for the C++ kernels"
+    if wanted == "device" and not any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg"))):
+        return None, "this machine has no NVIDIA device (SWIN_KERNELS_CUDA=device)"
+    if COMPILER is None:
+        return None, SKIPPED
+    candidates = [os.environ.get("CUDACXX")]
+    if home := os.environ.get("CUDA_HOME"):
+        candidates.append(os.path.join(home, "bin", "nvcc"))
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in filter(None, candidates):
+        if found := shutil.which(candidate):
+            return found, ""
+        if candidate == os.environ.get("CUDACXX"):
+            raise SystemExit(f"CUDACXX names {candidate!r}, which is not an executable program")
+    if wanted == "1":
+        raise SystemExit(
+            "SWIN_KERNELS_CUDA is 1, but nvcc was not found (tried CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
+        )
+    return None, "nvcc was not found (tried CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
+
+
+NVCC, CUDA_SKIPPED = find_nvcc()
+
+
 def target_machine(compiler: list[str]) -> str:
     """What the compiler compiles for, as in ``x86_64``."""
     answer = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
@@ -72,6 +123,12 @@ def target_machine(compiler: list[str]) -> str:
             f"{shlex.join(compiler)} -dumpmachine failed, this needs GCC or Clang: {answer.stderr.strip()}"
         )
     return answer.stdout.split("-")[0]
+
+
+def assembles(compiler: list[str], source: str) -> bool:
+    """Whether the compiler makes an object of ``source``."""
+    command = [*compiler, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
 
 
 def torch_folder() -> Path:
@@ -107,6 +164,7 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
     Paths are relative to the source tree, so that a copy of the tree has nothing to compile again.
     """
     isas = ISA_FLAGS.get(target_machine(compiler), {})
+    has_amx = "avx512" in isas and assembles(compiler, AMX_PROBE)
     torch = torch_folder()
     sanitizers = os.environ.get("SWIN_KERNELS_SANITIZE", "")
     sanitize = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
@@ -118,15 +176,20 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
 
     objects: list[tuple[Path, Path, list[str]]] = []  # source, object, flags
     for source in sorted(Path("csrc", "cpu").glob("*.cpp")):
-        if source.name == "kernels.cpp":
+        if source.name in ("kernels.cpp", "decoder_kernels.cpp"):
             for isa, flags in {**isas, "baseline": ""}.items():
-                objects.append((source, folder / f"kernels.{isa}.o", [*flags.split(), f"-DSWIN_ISA={isa}"]))
-        elif source.name == "dispatch.cpp":
-            objects.append((source, folder / "dispatch.o", [f"-DSWIN_HAVE_{isa.upper()}" for isa in isas]))
+                objects.append((source, folder / f"{source.stem}.{isa}.o", [*flags.split(), f"-DSWIN_ISA={isa}"]))
+        elif source.name == "kernels_amx.cpp":
+            if has_amx:
+                objects.append((source, folder / "kernels.amx.o", [*isas["avx512"].split(), "-DSWIN_ISA=amx"]))
+        elif source.name in ("dispatch.cpp", "decoder_dispatch.cpp"):
+            builds = [*isas, *(["amx"] if has_amx else [])]
+            objects.append((source, folder / f"{source.stem}.o", [f"-DSWIN_HAVE_{isa.upper()}" for isa in builds]))
         else:
             objects.append((source, folder / f"{source.stem}.o", []))
     torch_flags = [TORCH_FLAGS, "-isystem", str(torch / "include")]
-    objects.append((Path("csrc", "torch", "cpu.cpp"), folder / "torch_cpu.o", torch_flags))
+    for name in ("cpu", "decoder"):
+        objects.append((Path("csrc", "torch", f"{name}.cpp"), folder / f"torch_{name}.o", torch_flags))
 
     library = folder / LIBRARY.name
     lines = [
@@ -151,10 +214,77 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
     return "\n".join(lines), library
 
 
+def architecture_flags(nvcc: str, wanted: str) -> list[str]:
+    """nvcc's options for a list of architectures as in ``TORCH_CUDA_ARCH_LIST``; the default one for "".
+
+    Of the default list, what this nvcc does not know is left out. Of the user's, what is older than the kernels need.
+
+    Raises:
+        SystemExit: the list cannot be read, or nothing of it is left.
+    """
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    flags = []
+    for word in (wanted or CUDA_ARCHITECTURES).replace(";", " ").replace(",", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        if match is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: {word!r} is not an architecture; accepted are such as 8.0, 9.0a+PTX"
+            )
+        major, minor, family, ptx = match.groups()
+        name = f"{major}{minor}{family}"
+        if int(f"{major}{minor}") < OLDEST_ARCHITECTURE:
+            print(f"TORCH_CUDA_ARCH_LIST: {word} is left out, the CUDA kernels need 8.0 or later", file=sys.stderr)
+        elif wanted or f"sm_{major}{minor}" in known:
+            code = f"[compute_{name},sm_{name}]" if ptx else f"sm_{name}"
+            flags.append(f"-gencode=arch=compute_{name},code={code}")
+    if not flags:
+        raise SystemExit(
+            f"no architecture is left of {wanted or CUDA_ARCHITECTURES!r} (TORCH_CUDA_ARCH_LIST) for {nvcc}"
+        )
+    return flags
+
+
+def cuda_ninja_rules(nvcc: str, compiler: list[str], folder: Path) -> tuple[str, Path]:
+    """As `ninja_rules`, for the CUDA kernels. The runtime is linked in: no version of libcudart is asked for."""
+    torch = torch_folder()
+    host = [f"-ccbin={compiler[0]}"] if len(compiler) == 1 else []  # nvcc takes no arguments there
+    flags = architecture_flags(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    library = folder / CUDA_LIBRARY.name
+    registration = folder / "torch_cuda.o"
+    kernels = {folder / f"{source.stem}.o": source for source in sorted(Path("csrc", "cuda").glob("*.cu"))}
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {path(folder)}",
+        f"nvcc = {quote([nvcc, *host])}",
+        f"cxx = {quote(compiler)}",
+        f"flags = {quote([*CUDA_FLAGS.split(), *flags, '-Icsrc'])}",
+        f"hostflags = {quote([*COMPILE_FLAGS.split(), TORCH_FLAGS, '-isystem', str(torch / 'include'), '-Icsrc'])}",
+        f"libraries = {quote([f'-L{torch}/lib', '-ltorch_cpu', '-ldl'])}",
+        "rule compile",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule register",
+        "  command = $cxx $hostflags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        "  command = $nvcc -shared -cudart=static -Xlinker=-z,defs $in $libraries -o $out",
+        "  description = link $out",
+        *(f"build {path(compiled)}: compile {path(source)}" for compiled, source in kernels.items()),
+        f"build {path(registration)}: register {path(Path('csrc', 'torch', 'cuda.cpp'))}",
+        f"build {path(library)}: link {' '.join(map(path, [*kernels, registration]))}",
+        "",
+    ]
+    return "\n".join(lines), library
+
+
 class BuildCpp(Command):
     """Compiles ``csrc`` into ``swin_kernels/lib``."""
 
-    description = "build the C++ kernels"
+    description = "build the C++ and CUDA kernels"
     user_options = [  # noqa: RUF012  (setuptools reads a plain list)
         ("inplace", "i", "put the library into the source tree"),
         ("build-lib=", "b", "folder of the built package"),
@@ -169,37 +299,52 @@ class BuildCpp(Command):
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
-    @property
-    def target(self) -> Path:
-        return LIBRARY if self.inplace or self.editable_mode else Path(self.build_lib) / LIBRARY
+    def target(self, library: Path) -> Path:
+        return library if self.inplace or self.editable_mode else Path(self.build_lib) / library
 
     def run(self) -> None:
         if COMPILER is None:
-            # A library left by an earlier build would contradict what is said here.
-            self.target.unlink(missing_ok=True)
-            self.warn(f"the C++ kernels are SKIPPED: {SKIPPED}. Everything runs, slower, on the PyTorch reference.")
-            return
-        folder = Path("build", "cpp")
-        if sanitizers := os.environ.get("SWIN_KERNELS_SANITIZE"):
-            folder = folder / sanitizers.replace(",", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        text, library = ninja_rules(COMPILER, folder)
-        (folder / "build.ninja").write_text(text)
+            self.skip(
+                LIBRARY, f"the C++ kernels are SKIPPED: {SKIPPED}. Everything runs, slower, on the PyTorch reference."
+            )
+        else:
+            folder = Path("build", "cpp")
+            if sanitizers := os.environ.get("SWIN_KERNELS_SANITIZE"):
+                folder = folder / sanitizers.replace(",", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.compile(LIBRARY, folder, *ninja_rules(COMPILER, folder), "C++ kernels", shlex.join(COMPILER))
+        if NVCC is None:
+            self.skip(CUDA_LIBRARY, f"the CUDA kernels are SKIPPED: {CUDA_SKIPPED}. GPUs run on the Triton kernels.")
+        else:
+            folder = Path("build", "cuda")
+            folder.mkdir(parents=True, exist_ok=True)
+            self.compile(CUDA_LIBRARY, folder, *cuda_ninja_rules(NVCC, COMPILER, folder), "CUDA kernels", NVCC)
+
+    def skip(self, library: Path, reason: str) -> None:
+        # A library left by an earlier build would contradict what is said here.
+        self.target(library).unlink(missing_ok=True)
+        self.warn(reason)
+
+    def compile(self, library: Path, folder: Path, rules: str, compiled: Path, what: str, compiler: str) -> None:
+        """Run ninja on `rules` in `folder` and put what it `compiled` where `library` belongs."""
+        (folder / "build.ninja").write_text(rules)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         ninja = [ninja_program(), "-f", str(folder / "build.ninja"), "-j", jobs]
         if subprocess.run(ninja).returncode:
-            raise SystemExit(f"{shlex.join(COMPILER)} is there but did not compile the C++ kernels, see above")
+            raise SystemExit(f"{compiler} is there but did not compile the {what}, see above")
         # A process may have the old library mapped: replace the file, never write into it.
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.target.with_suffix(".new")
-        shutil.copy2(library, fresh)
-        fresh.replace(self.target)
+        target = self.target(library)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(".new")
+        shutil.copy2(compiled, fresh)
+        fresh.replace(target)
 
     def get_source_files(self) -> list[str]:
         return [str(file) for file in sorted(Path("csrc").rglob("*.*"))]
 
     def get_outputs(self) -> list[str]:
-        return [] if COMPILER is None else [str(self.target)]
+        built = {LIBRARY: COMPILER, CUDA_LIBRARY: NVCC}
+        return [str(self.target(library)) for library, compiler in built.items() if compiler is not None]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
