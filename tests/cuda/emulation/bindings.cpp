@@ -1,0 +1,155 @@
+// The launchers of csrc/cuda and the planted kernels, for numpy arrays. Each array is copied to guarded memory of its
+// exact size and back, outputs begin as poison, and whatever the emulator reports is raised as RuntimeError.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/launchers.h"
+#include "emulator.h"
+
+namespace py = pybind11;
+
+const char* run_planted(const std::string& kernel, const std::string& fault, const void* input, void* output);
+
+namespace {
+
+constexpr size_t kSkew = 16;  // tensors are promised to begin at a multiple of 16 bytes, of no more
+
+// An array in the memory of the device.
+class Tensor {
+ public:
+  enum Role { kInput, kOutput };
+  Tensor(const char* name, std::optional<py::array> host, Role role) : name_(name), host_(host), role_(role) {
+    if (!host) return;
+    if (!(host->flags() & py::array::c_style)) throw std::invalid_argument(name_ + " is not contiguous");
+    memory_ = std::make_unique<emulation::Guarded>(host->nbytes(), kSkew);
+    if (role == kInput) std::memcpy(memory_->data(), host->data(), host->nbytes());
+  }
+  template <class T = void>
+  T* data() const {
+    return memory_ ? reinterpret_cast<T*>(memory_->data()) : nullptr;
+  }
+  // After the launch: nothing around the tensor was written, an input is as before, an output goes to its array.
+  void finish() {
+    if (!memory_) return;
+    if (!memory_->intact()) throw std::runtime_error("something was written just before or behind " + name_);
+    if (role_ == kOutput) {
+      std::memcpy(host_->mutable_data(), memory_->data(), host_->nbytes());
+    } else if (std::memcmp(host_->data(), memory_->data(), host_->nbytes()) != 0) {
+      throw std::runtime_error(name_ + " is an input and was written");
+    }
+  }
+
+ private:
+  std::string name_;
+  std::optional<py::array> host_;
+  Role role_;
+  std::unique_ptr<emulation::Guarded> memory_;
+};
+
+template <class... Tensors>
+void finish(const char* problem, Tensors&... tensors) {
+  if (problem) throw std::runtime_error(problem);
+  (tensors.finish(), ...);
+}
+
+using Extents = std::vector<int64_t>;
+
+swin::WindowGrid make_grid(const Extents& spatial, const Extents& nominal, const Extents& window,
+                           const Extents& shift) {
+  return swin::make_grid(static_cast<int>(spatial.size()), spatial.data(), nominal.data(), window.data(), shift.data());
+}
+
+#ifdef SWIN_HAVE_FORWARD
+void forward(const SwinAttention& call, py::array qkv, py::array bias_table, std::optional<py::array> pad_qkv,
+             py::array out, py::array lse) {
+  Tensor in[] = {
+      {"qkv", qkv, Tensor::kInput}, {"bias_table", bias_table, Tensor::kInput}, {"pad_qkv", pad_qkv, Tensor::kInput}};
+  Tensor made[] = {{"out", out, Tensor::kOutput}, {"lse", lse, Tensor::kOutput}};
+  const SwinAttentionForward tensors{in[0].data(), in[1].data(), in[2].data(), made[0].data(), made[1].data<float>()};
+  emulation::Guarded workspace(swin_cuda_attention_forward_workspace_bytes(&call), kSkew);
+  const char* problem = swin_cuda_attention_forward(&call, &tensors, workspace.data(), nullptr);
+  if (!problem && !workspace.intact()) problem = "something was written just before or behind the workspace";
+  finish(problem, in[0], in[1], in[2], made[0], made[1]);
+}
+
+#endif
+
+#ifdef SWIN_HAVE_BACKWARD
+void backward(const SwinAttention& call, py::array grad_out, py::array qkv, py::array bias_table,
+              std::optional<py::array> pad_qkv, py::array out, py::array lse, py::array grad_qkv,
+              py::array grad_bias_table, py::array grad_pad_qkv) {
+  Tensor in[] = {
+      {"grad_out", grad_out, Tensor::kInput}, {"qkv", qkv, Tensor::kInput}, {"bias_table", bias_table, Tensor::kInput},
+      {"pad_qkv", pad_qkv, Tensor::kInput},   {"out", out, Tensor::kInput}, {"lse", lse, Tensor::kInput}};
+  Tensor made[] = {{"grad_qkv", grad_qkv, Tensor::kOutput},
+                   {"grad_bias_table", grad_bias_table, Tensor::kOutput},
+                   {"grad_pad_qkv", grad_pad_qkv, Tensor::kOutput}};
+  const SwinAttentionBackward tensors{in[0].data(),        in[1].data(),   in[2].data(),   in[3].data(),  in[4].data(),
+                                      in[5].data<float>(), made[0].data(), made[1].data(), made[2].data()};
+  emulation::Guarded workspace(swin_cuda_attention_backward_workspace_bytes(&call), kSkew);
+  const char* problem = swin_cuda_attention_backward(&call, &tensors, workspace.data(), nullptr);
+  if (!problem && !workspace.intact()) problem = "something was written just before or behind the workspace";
+  finish(problem, in[0], in[1], in[2], in[3], in[4], in[5], made[0], made[1], made[2]);
+}
+#endif
+
+using Move = const char*(const SwinPartition*, const void*, void*, void*);
+
+template <Move* launcher>
+void move(const SwinPartition& call, py::array from, py::array to) {
+  Tensor in("the input", from, Tensor::kInput), made("the output", to, Tensor::kOutput);
+  finish(launcher(&call, in.data(), made.data(), nullptr), in, made);
+}
+
+void planted(const std::string& kernel, const std::string& fault, py::array input, py::array output) {
+  Tensor in("the input", input, Tensor::kInput), made("the output", output, Tensor::kOutput);
+  finish(run_planted(kernel, fault, in.data(), made.data()), in, made);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE_NAME, m) {
+  py::class_<SwinAttention>(m, "Attention")
+      .def(py::init([](int element, int bias_element, int64_t batch, int64_t heads, int64_t head_dim,
+                       const Extents& spatial, const Extents& nominal, const Extents& window, const Extents& shift,
+                       double scale) {
+        return SwinAttention{static_cast<SwinElement>(element),
+                             static_cast<SwinElement>(bias_element),
+                             batch,
+                             heads,
+                             head_dim,
+                             make_grid(spatial, nominal, window, shift),
+                             scale};
+      }));
+  py::class_<SwinPartition>(m, "Partition")
+      .def(py::init([](int64_t element_bytes, int64_t batch, int64_t channels, const Extents& spatial,
+                       const Extents& nominal, const Extents& window, const Extents& shift) {
+        return SwinPartition{element_bytes, batch, channels, make_grid(spatial, nominal, window, shift)};
+      }));
+  py::class_<emulation::Device>(m, "Device")
+      .def_readwrite("compute_capability", &emulation::Device::compute_capability)
+      .def_readwrite("multiprocessors", &emulation::Device::multiprocessors)
+      .def_readwrite("shared_per_block", &emulation::Device::shared_per_block)
+      .def_readwrite("shared_per_multiprocessor", &emulation::Device::shared_per_multiprocessor)
+      .def_readwrite("reversed", &emulation::Device::reversed);
+  m.def("device", [] { return &emulation::device; }, py::return_value_policy::reference);
+#ifdef SWIN_HAVE_FORWARD
+  m.def("forward_declines", [](const SwinAttention& call) { return swin_cuda_attention_forward_declines(&call); });
+  m.def("forward", &forward);
+#endif
+#ifdef SWIN_HAVE_BACKWARD
+  m.def("backward_declines", [](const SwinAttention& call) { return swin_cuda_attention_backward_declines(&call); });
+  m.def("backward", &backward);
+#endif
+  m.def("partition", &move<swin_cuda_window_partition>);
+  m.def("reverse", &move<swin_cuda_window_reverse>);
+  m.def("planted", &planted);
+}

@@ -1,0 +1,42 @@
+// Stands in for csrc/cuda/launch.h where kernels are compiled for the CPU.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include "../emulator.h"
+
+namespace swin {
+
+struct DeviceLimits {
+  int compute_capability;
+  int multiprocessors;
+  int shared_per_block;
+  int shared_per_multiprocessor;
+};
+
+inline const char* device_limits(DeviceLimits* limits) {
+  const emulation::Device& device = emulation::device;
+  *limits = {device.compute_capability, device.multiprocessors, device.shared_per_block,
+             device.shared_per_multiprocessor};
+  return nullptr;
+}
+
+struct LaunchGrid {
+  int64_t x = 1, y = 1, z = 1;
+};
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, int64_t shared_bytes, void* /*stream*/,
+                   Arguments... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument a parameter");
+  if (grid.x < 1 || grid.x > INT32_MAX || grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535) {
+    return "launch: the grid of blocks is empty or beyond CUDA's limits of 2^31 - 1, 65535, 65535";
+  }
+  const std::tuple<Parameters...> converted(arguments...);
+  const emulation::Dim blocks{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                              static_cast<unsigned>(grid.z)};
+  return emulation::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, converted); });
+}
+
+}  // namespace swin
