@@ -1,121 +1,83 @@
-"""Builds the CUDA kernels for the CPU (`emulation/`) and calls them on PyTorch tensors.
+"""Calls the CUDA kernels on the CPU (`builds.load`), on PyTorch tensors.
 
-Two builds: "plain", and "sanitized" with AddressSanitizer and UndefinedBehaviorSanitizer, which only a process started
-under `sanitizer_environment` can load. Both are kept under ``build/`` and follow their sources.
+Whatever the emulator finds wrong (a race, an access out of bounds, a wait that is missing) is raised as RuntimeError.
 """
 
 from __future__ import annotations
 
-import fcntl
-import functools
-import importlib.util
-import os
-import shlex
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
-import pytest
+import torch
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
-MODULE = "swin_emulation"
-OPTIMISE = {
-    "plain": "-O2",
-    "sanitized": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
-}
-# Products are not contracted to fused multiply-adds: kernels say fmaf where they want one.
-FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
+from swin_kernels.geometry import WindowGrid
+
+from ..ops.cases import Case, Inputs
+from .builds import load
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`SwinElement` of csrc/cuda/launchers.h."""
 
 
-def compiler() -> list[str]:
-    """The C++ compiler; skips the test where there is none."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if not shutil.which(command[0]):
-        pytest.skip(f"the emulation of CUDA needs a C++20 compiler; there is no {command[0]}")
-    return command
+def _array(x: torch.Tensor | None) -> np.ndarray | None:
+    """The memory of `x` as an array; NumPy has no bfloat16, the emulator asks for bytes alone."""
+    return None if x is None else x.detach().view(torch.uint8).numpy()
 
 
-def _ninja_file(flavour: str, folder: Path) -> str:
-    import pybind11
-
-    includes = [HERE / "emulation", ROOT / "csrc"]  # in this order: cuda/ptx.h and cuda/launch.h stand in for csrc's
-    system = [pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [
-        *FLAGS.split(),
-        *OPTIMISE[flavour].split(),
-        *(f"-I{path}" for path in includes),
-        *(word for path in system for word in ("-isystem", path)),
-        f"-DMODULE_NAME={MODULE}",
-    ]
-    sources = [
-        *(HERE / "emulation").glob("*.cpp"),
-        *(HERE / "planted").glob("*.cu"),
-        *(ROOT / "csrc/cuda").glob("*.cu"),
-    ]
-    for name in ("forward", "backward"):
-        if (ROOT / f"csrc/cuda/window_attention_{name}.cu").exists():
-            flags.append(f"-DSWIN_HAVE_{name.upper()}")
-    objects = {source: folder / f"{source.stem}.o" for source in sorted(sources)}
-    lines = [
-        f"builddir = {folder}",
-        "rule compile",
-        f"  command = {shlex.join(compiler())} {shlex.join(flags)} -x c++ -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {shlex.join(compiler())} -shared {OPTIMISE[flavour]} $in -o $out",
-        *(f"build {compiled}: compile {source}" for source, compiled in objects.items()),
-        f"build {folder / MODULE}.so: link {' '.join(map(str, objects.values()))}",
-    ]
-    return "\n".join(lines) + "\n"
+def _grid(spatial: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[list[int], ...]:
+    grid = WindowGrid.of(spatial, window, shift)
+    return list(grid.spatial), list(grid.nominal), list(grid.window), list(grid.shift)
 
 
-def build(flavour: str) -> Path:
-    """The extension module of `flavour`, compiled as far as its sources changed."""
-    folder = ROOT / "build" / "emulation" / flavour
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes share the folder
-        (folder / "build.ninja").write_text(_ninja_file(flavour, folder))
-        done = subprocess.run(["ninja", "-f", folder / "build.ninja"], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the {flavour} emulation does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
-    return folder / f"{MODULE}.so"
+def attention(case: Case, dtype: torch.dtype):
+    """`SwinAttention` of a case."""
+    return load().Attention(
+        ELEMENTS[dtype],
+        ELEMENTS[torch.float32 if case.float_table else dtype],
+        case.batch,
+        case.heads,
+        case.head_dim,
+        *_grid(case.spatial, case.window, case.shift),
+        case.head_dim**-0.5 if case.scale is None else case.scale,
+    )
 
 
-@functools.cache
-def load(flavour: str | None = None):
-    """The extension module; of the flavour that the process was started for."""
-    path = build(flavour or os.environ.get("SWIN_EMULATION", "plain"))
-    spec = importlib.util.spec_from_file_location(MODULE, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def forward(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output ``(B, *S, C)`` and log-sum-exp ``(B, *S, heads)`` of the forward kernel."""
+    qkv, table = inputs.qkv, inputs.bias_table
+    out = qkv.new_empty(*qkv.shape[:-1], case.heads * case.head_dim)
+    lse = qkv.new_empty(*qkv.shape[:-1], case.heads, dtype=torch.float32)
+    tensors = (qkv, table, inputs.pad_qkv, out, lse)
+    load().forward(attention(case, qkv.dtype), *map(_array, tensors))
+    return out, lse
 
 
-def sanitizer_environment() -> dict[str, str]:
-    """Environment of a process that loads the sanitized build. Python and PyTorch leak at exit: leaks are ignored.
-
-    libstdc++ is named too: AddressSanitizer looks for its ``__cxa_throw`` when the process starts.
-    """
-    libraries = [
-        subprocess.run([*compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
-    return {
-        **os.environ,
-        "LD_PRELOAD": " ".join(map(str.strip, libraries)),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "SWIN_EMULATION": "sanitized",
-    }
+def backward(case: Case, inputs: Inputs, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients of qkv, bias_table and pad_qkv ``(3C,)`` by the backward kernels."""
+    qkv, table = inputs.qkv, inputs.bias_table
+    grads = torch.empty_like(qkv), torch.empty_like(table), qkv.new_empty(qkv.shape[-1])
+    tensors = (inputs.grad_out, qkv, table, inputs.pad_qkv, out, lse, *grads)
+    load().backward(attention(case, qkv.dtype), *map(_array, tensors))
+    return grads
 
 
-def planted(kernel: str, fault: str, source: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """What a planted kernel makes of `source`: float32 of `shape`. Raises what the emulator reports."""
-    out = np.empty(shape, np.float32)
-    load().planted(kernel, fault, source, out)
-    return out
+def _move(name: str, x: torch.Tensor, shape: tuple[int, ...], spatial, window, shift, batch: int) -> torch.Tensor:
+    moved = x.new_empty(shape)
+    call = load().Partition(x.element_size(), batch, x.shape[-1], *_grid(spatial, window, shift))
+    getattr(load(), name)(call, _array(x), _array(moved))
+    return moved
+
+
+def window_partition(x: torch.Tensor, window: Sequence[int], shift: Sequence[int]) -> torch.Tensor:
+    """``(B, *S, C)`` to ``(B·nW, n, C)``."""
+    batch, *spatial, channels = x.shape
+    grid = WindowGrid.of(spatial, window, shift)
+    return _move("partition", x, (batch * grid.num_windows, grid.tokens, channels), spatial, window, shift, batch)
+
+
+def window_reverse(
+    windows: torch.Tensor, window: Sequence[int], shift: Sequence[int], spatial: Sequence[int]
+) -> torch.Tensor:
+    """``(B·nW, n, C)`` to ``(B, *S, C)``."""
+    batch = windows.shape[0] // WindowGrid.of(spatial, window, shift).num_windows
+    return _move("reverse", windows, (batch, *spatial, windows.shape[-1]), spatial, window, shift, batch)

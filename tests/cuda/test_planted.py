@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from . import emulated
+from . import builds
 
 FLOATS = np.random.default_rng(0).standard_normal(64).astype(np.float32)
 FACTORS = np.random.default_rng(1).integers(-8, 9, 16 * 16 + 16 * 8).astype(np.float32)  # exact in bfloat16
@@ -55,13 +55,15 @@ OUT_OF_BOUNDS = {
 
 def run(kernel: str, fault: str) -> np.ndarray:
     source = BFLOAT16 if kernel == "multiply" else FLOATS
-    return emulated.planted(kernel, fault, source, EXPECTED[kernel].shape)
+    out = np.empty(EXPECTED[kernel].shape, np.float32)
+    builds.load().planted(kernel, fault, source, out)
+    return out
 
 
 @pytest.fixture(params=[False, True], ids=["in order", "reversed"])
 def order(request):
     """Blocks and threads take turns from the first to the last, or the other way round."""
-    device = emulated.load().device()
+    device = builds.load().device()
     device.reversed = request.param
     yield
     device.reversed = False
@@ -95,12 +97,12 @@ def test_wrong_fragments_give_wrong_numbers(fault):
 @pytest.mark.parametrize("fault", ["none", *OUT_OF_BOUNDS])
 def test_sanitized(fault):
     """AddressSanitizer stops at the store itself and names the line."""
-    emulated.build("sanitized")
+    builds.build("sanitized")
     program = f"from tests.cuda import test_planted; print(test_planted.run('turn', {fault!r}).sum())"
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=emulated.sanitizer_environment(),
-        cwd=emulated.ROOT,
+        env=builds.sanitizer_environment(),
+        cwd=builds.ROOT,
         capture_output=True,
         text=True,
     )
