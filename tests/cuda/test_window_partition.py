@@ -1,4 +1,4 @@
-"""`csrc/cuda/window_partition.cu` on the CPU: every element lands where the reference puts it, and nothing else moves."""
+"""`csrc/cuda/window_partition.cu` on the CPU: every element lands where the reference puts it, and no other moves."""
 
 from __future__ import annotations
 
