@@ -2,7 +2,7 @@
 
 Source: Hatamizadeh et al., "Swin UNETR", https://arxiv.org/abs/2201.01266. Constructor arguments, state
 dict keys, initial values under a seed and computed values are those of MONAI 1.6.1's
-`monai.networks.nets.SwinUNETR`; the convolution blocks are MONAI's own.
+`monai.networks.nets.SwinUNETR`; the convolution blocks are MONAI's with another ``forward``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,35 @@ from functools import partial
 
 import torch
 import torch.nn as nn
-from monai.networks.blocks import PatchEmbed, UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
+from monai.networks.blocks import PatchEmbed, UnetOutBlock, UnetrBasicBlock, UnetResBlock, UnetrUpBlock
 from monai.networks.nets import swin_unetr as monai_swin_unetr
 from monai.utils import ensure_tuple_rep, look_up_option
 
-from swin_kernels import modules
+from swin_kernels import convolution, modules
+
+
+class ResidualBlock(convolution.ResidualBlock, UnetResBlock):
+    """MONAI's `UnetResBlock` with fused norms."""
+
+
+class EncoderBlock(UnetrBasicBlock):
+    """MONAI's `UnetrBasicBlock` around a `ResidualBlock`."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm_name: tuple | str) -> None:
+        super().__init__(spatial_dims, in_channels, out_channels, 3, 1, norm_name, res_block=True)
+        self.layer.__class__ = ResidualBlock
+
+
+class DecoderBlock(convolution.UpBlock, UnetrUpBlock):
+    """MONAI's `UnetrUpBlock` around a `ResidualBlock`."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm_name: tuple | str) -> None:
+        super().__init__(spatial_dims, in_channels, out_channels, 3, 2, norm_name, res_block=True)
+        self.conv_block.__class__ = ResidualBlock
+
+
+class OutBlock(convolution.OutBlock, UnetOutBlock):
+    """MONAI's `UnetOutBlock`."""
 
 
 class SwinTransformer(modules.SwinTransformer):
@@ -101,7 +125,7 @@ class SwinTransformer(modules.SwinTransformer):
                 )
             )
             if use_v2:
-                residual_blocks.append(UnetrBasicBlock(spatial_dims, dim, dim, 3, 1, "instance", res_block=True))
+                residual_blocks.append(EncoderBlock(spatial_dims, dim, dim, "instance"))
         super().__init__(patch_embed, stages, residual_blocks if use_v2 else None, drop_rate)
         self.embed_dim = embed_dim
         self.patch_size = patch_size
@@ -244,12 +268,8 @@ class SwinUNETR(nn.Module):
             },
         )
 
-        def encoder(channels_in: int, channels_out: int) -> nn.Module:
-            return UnetrBasicBlock(spatial_dims, channels_in, channels_out, 3, 1, norm_name, res_block=True)
-
-        def decoder(channels_in: int, channels_out: int) -> nn.Module:
-            return UnetrUpBlock(spatial_dims, channels_in, channels_out, 3, 2, norm_name, res_block=True)
-
+        encoder = partial(EncoderBlock, spatial_dims, norm_name=norm_name)
+        decoder = partial(DecoderBlock, spatial_dims, norm_name=norm_name)
         f = feature_size
         self.encoder1 = encoder(in_channels, f)
         self.encoder2 = encoder(f, f)
@@ -261,7 +281,7 @@ class SwinUNETR(nn.Module):
         self.decoder3 = decoder(4 * f, 2 * f)
         self.decoder2 = decoder(2 * f, f)
         self.decoder1 = decoder(f, f)
-        self.out = UnetOutBlock(spatial_dims, f, out_channels)
+        self.out = OutBlock(spatial_dims, f, out_channels)
 
     def load_from(self, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Copy encoder weights in the layout of the published ``model_swinvit.pt``, as MONAI's method does.

@@ -81,7 +81,12 @@ def check_name(name: str, where: str) -> str:
 def decline_reason(name: str, call: Call) -> str | None:
     """Why backend `name` cannot run `call` here, or None if it can."""
     backend = load(name)
-    return backend.unavailable() or backend.supports(call)
+    if reason := backend.unavailable():
+        return reason
+    home = "window_partition" if call.operator == "window_reverse" else call.operator
+    if not hasattr(backend, home):
+        return f"it has no kernel for {call.operator}"
+    return backend.supports(call)
 
 
 @contextmanager

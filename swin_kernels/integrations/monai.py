@@ -1,4 +1,4 @@
-"""MONAI's Swin Transformer modules with the ``forward`` of `swin_kernels.modules`.
+"""MONAI's Swin UNETR modules with the ``forward`` of `swin_kernels.modules` and `swin_kernels.convolution`.
 
 Each class here inherits from ours first and from MONAI's second and adds nothing, so an instance of
 MONAI's class becomes fused by assigning ``__class__``: its parameters, buffers, hooks and every
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 
 import torch.nn as nn
+from monai.networks.blocks import UnetOutBlock, UnetResBlock, UnetrUpBlock
 from monai.networks.nets import swin_unetr
 
-from .. import modules
+from .. import convolution, modules
 
 
 class FusedWindowAttention(modules.WindowAttention, swin_unetr.WindowAttention):
@@ -32,12 +33,28 @@ class FusedSwinTransformer(modules.SwinTransformer, swin_unetr.SwinTransformer):
     """`swin_kernels.modules.SwinTransformer` in place of MONAI's: leaves the tokens channels last."""
 
 
+class FusedResidualBlock(convolution.ResidualBlock, UnetResBlock):
+    """`swin_kernels.convolution.ResidualBlock` in place of MONAI's `UnetResBlock`."""
+
+
+class FusedUpBlock(convolution.UpBlock, UnetrUpBlock):
+    """`swin_kernels.convolution.UpBlock` in place of MONAI's `UnetrUpBlock`."""
+
+
+class FusedOutBlock(convolution.OutBlock, UnetOutBlock):
+    """`swin_kernels.convolution.OutBlock` in place of MONAI's."""
+
+
 # From the inside out: whether a layer can go depends on its blocks.
 _TAKEN_OVER = {
     swin_unetr.SwinTransformerBlock: FusedSwinTransformerBlock,
     swin_unetr.BasicLayer: FusedBasicLayer,
     swin_unetr.SwinTransformer: FusedSwinTransformer,
 }
+
+# Other networks have these blocks too and keep them.
+_CONVOLUTION_BLOCKS = {UnetResBlock: FusedResidualBlock, UnetrUpBlock: FusedUpBlock, UnetOutBlock: FusedOutBlock}
+_HAVE_CONVOLUTION_BLOCKS = (swin_unetr.SwinUNETR, swin_unetr.SwinTransformer)
 
 
 def swin_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -60,12 +77,28 @@ def plan(model: nn.Module) -> tuple[dict[nn.Module, type[nn.Module]], dict[str, 
             swaps[module] = fused
             if original is swin_unetr.SwinTransformerBlock:
                 swaps[module.attn] = FusedWindowAttention
+    for name, module in _convolution_blocks(model).items():
+        if "forward" in vars(module):
+            left[name] = f"the forward of this {type(module).__name__} was replaced"
+        else:
+            swaps[module] = _CONVOLUTION_BLOCKS[type(module)]
     return swaps, left
+
+
+def _convolution_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name to convolution block of MONAI's that is part of a Swin UNETR inside `model`; subclasses are others."""
+    return {
+        f"{root}.{name}".strip("."): module
+        for root, network in model.named_modules()
+        if isinstance(network, _HAVE_CONVOLUTION_BLOCKS)
+        for name, module in network.named_modules()
+        if type(module) in _CONVOLUTION_BLOCKS
+    }
 
 
 def give_back(model: nn.Module) -> None:
     """Give fused modules inside `model` MONAI's classes."""
-    originals = {fused: original for original, fused in _TAKEN_OVER.items()}
+    originals = {fused: original for original, fused in (_TAKEN_OVER | _CONVOLUTION_BLOCKS).items()}
     originals[FusedWindowAttention] = swin_unetr.WindowAttention
     for module in model.modules():
         if type(module) in originals:

@@ -7,10 +7,10 @@ import math
 import torch
 
 from .. import Call
-from . import window_attention, window_partition
+from . import instance_norm_act, window_attention, window_partition
 from .library import unavailable
 
-__all__ = ["supports", "unavailable", "window_attention", "window_partition"]
+__all__ = ["instance_norm_act", "supports", "unavailable", "window_attention", "window_partition"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST_WINDOW = 4096
@@ -20,7 +20,7 @@ LARGEST_WINDOW = 4096
 def supports(call: Call) -> str | None:
     if call.device != "cpu":
         return f"the volume is on {call.device}, this backend runs on the CPU"
-    if call.operator == "window_attention" and call.dtype not in DTYPES:
+    if call.operator in ("window_attention", "instance_norm_act") and call.dtype not in DTYPES:
         return f"dtype {call.dtype} has no kernel"
     if call.operator == "window_attention" and math.prod(call.window) > LARGEST_WINDOW:
         return f"a window of {math.prod(call.window)} tokens is larger than the {LARGEST_WINDOW} that fit in cache"
