@@ -77,18 +77,26 @@ SWIN_ALWAYS_INLINE void for_each_piece(const VoxelBlock& block, const Visit& vis
   }
 }
 
-// Mean and sum of squares around it, for each channel of a block: 2 · C numbers to `partial`.
+// The values that the means of an instance are offsets from, those of its first voxel: `count` channels from `c` on.
+template <class T>
+void load_origin(const NormCall& call, const void* from, int64_t instance, int64_t c, int64_t count, T* origin) {
+  load_row(at(from, call.type, instance * call.voxels * call.channels + c), call.type, count, origin);
+}
+
+// Mean as an offset from the origin, and sum of squares around it, for each channel of a block: 2 · C numbers to
+// `partial`. Offsets are small however large the mean is, so that float32 holds what blocks differ by.
 template <class T>
 void block_statistics(const NormCall& call, const void* from, const VoxelBlock& block, T* scratch, T* partial) {
   const int64_t channels = call.channels;
   const RowReader<T> reader(from, call.type, channels, scratch);
-  T *mean = partial, *squares = partial + channels;
+  T *mean = partial, *squares = partial + channels, *origin = scratch + kNormScratchRows * channels;
+  load_origin(call, from, block.instance, 0, channels, origin);
   for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
   for_each_piece(block, [&](int64_t first, int64_t count) {
     const T* x = reader.rows(first, count);
     for (int64_t row = 0; row < count; ++row, x += channels) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) mean[c] += x[c];
+      for (int64_t c = 0; c < channels; ++c) mean[c] += x[c] - origin[c];
     }
   });
   for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<T>(block.count);
@@ -96,7 +104,10 @@ void block_statistics(const NormCall& call, const void* from, const VoxelBlock& 
     const T* x = reader.rows(first, count);
     for (int64_t row = 0; row < count; ++row, x += channels) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) squares[c] += (x[c] - mean[c]) * (x[c] - mean[c]);
+      for (int64_t c = 0; c < channels; ++c) {
+        const T away = x[c] - origin[c] - mean[c];
+        squares[c] += away * away;
+      }
     }
   });
 }
@@ -112,28 +123,39 @@ void norm_partials(const NormCall& call, int64_t begin, int64_t end, void* scrat
   }
 }
 
-// Joins the blocks of one instance, in their order, to mean and 1 / sqrt(variance + eps). (Chan, Golub, LeVeque 1979.)
+constexpr int64_t kJoinedChannels = 32;
+
+// Joins the blocks of one instance, in their order, to mean and 1 / sqrt(variance + eps), for `count` channels from `c`
+// on of the pair of rows `pair`. (Chan, Golub, LeVeque 1979.)
+template <class T>
+void join_blocks(const NormCall& call, int64_t instance, int64_t pair, int64_t c, int64_t count) {
+  const int64_t channels = call.channels, row = statistics_rows(call) * channels;
+  const T* partial = static_cast<const T*>(call.partials) + instance * call.blocks * row + pair * channels + c;
+  double mean[kJoinedChannels] = {}, squares[kJoinedChannels] = {}, voxels = 0;
+  for (int64_t i = 0; i < call.blocks; ++i, partial += row) {
+    const double added = static_cast<double>(voxel_block(call, i).count), total = voxels + added;
+    const double share = added / total, weight = voxels * share;
+    for (int64_t j = 0; j < count; ++j) {
+      const double away = static_cast<double>(partial[j]) - mean[j];
+      mean[j] += away * share;
+      squares[j] += static_cast<double>(partial[channels + j]) + away * away * weight;
+    }
+    voxels = total;
+  }
+  T* statistics = static_cast<T*>(call.statistics) + instance * row + pair * channels + c;
+  load_origin(call, pair == 0 ? call.x : call.residual, instance, c, count, statistics);
+  for (int64_t j = 0; j < count; ++j) {
+    statistics[j] = static_cast<T>(static_cast<double>(statistics[j]) + mean[j]);
+    statistics[channels + j] = static_cast<T>(1 / std::sqrt(squares[j] / voxels + call.eps));
+  }
+}
+
 template <class T>
 void norm_statistics(const NormCall& call) {
-  const int64_t channels = call.channels, row = statistics_rows(call) * channels;
-  for (int64_t b = 0; b < call.batch; ++b) {
-    for (int64_t pair = 0; pair < statistics_rows(call); pair += 2) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const T* partial = static_cast<const T*>(call.partials) + b * call.blocks * row + pair * channels + c;
-        double mean = 0, squares = 0, count = 0;
-        for (int64_t i = 0; i < call.blocks; ++i, partial += row) {
-          const double added = static_cast<double>(voxel_block(call, b * call.blocks + i).count);
-          const double total = count + added, away = static_cast<double>(partial[0]) - mean;
-          mean += away * (added / total);
-          squares += static_cast<double>(partial[channels]) + away * away * (count * added / total);
-          count = total;
-        }
-        T* statistics = static_cast<T*>(call.statistics) + b * row + pair * channels + c;
-        statistics[0] = static_cast<T>(mean);
-        statistics[channels] = static_cast<T>(1 / std::sqrt(squares / count + call.eps));
-      }
-    }
-  }
+  for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t pair = 0; pair < statistics_rows(call); pair += 2)
+      for (int64_t c = 0; c < call.channels; c += kJoinedChannels)
+        join_blocks<T>(call, b, pair, c, c + kJoinedChannels < call.channels ? kJoinedChannels : call.channels - c);
 }
 
 template <class T, bool kResidual, bool kNormalizeResidual>

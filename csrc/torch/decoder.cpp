@@ -68,9 +68,9 @@ void require_like(const char* op, const char* name, const Tensor& t, const Tenso
   require(t.scalar_type() == like.scalar_type(), op, name, " must have the dtype of ", like_name);
 }
 
-// Elements of a block of voxels: small enough to stay in a core's cache between the two passes over it, and fixed, so
-// that sums have one order for any number of threads.
-constexpr int64_t kBlockElements = 16384;
+// A block of voxels is small enough to stay in a core's cache between the two passes over it, and has few enough for
+// plain sums. It is fixed, so that sums have one order for any number of threads.
+constexpr int64_t kBlockElements = 16384, kBlockVoxels = 256;
 
 // What both directions share; `like` is a volume (B, *S, C).
 void describe(const char* op, const Tensor& like, bool normalize_residual, double negative_slope, NormCall* call) {
@@ -82,7 +82,7 @@ void describe(const char* op, const Tensor& like, bool normalize_residual, doubl
   call->voxels = 1;
   for (size_t i = 1; i + 1 < sizes.size(); ++i) call->voxels *= sizes[i];
   require(call->voxels >= 1 && call->channels >= 1, op, "x has shape ", text(sizes), "; only the batch may be empty");
-  call->block_voxels = std::max<int64_t>(1, kBlockElements / call->channels);
+  call->block_voxels = std::clamp<int64_t>(kBlockElements / call->channels, 1, kBlockVoxels);
   call->blocks = (call->voxels + call->block_voxels - 1) / call->block_voxels;
   call->type = element_type(op, "x", like);
   call->normalize_residual = normalize_residual;

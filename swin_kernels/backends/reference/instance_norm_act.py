@@ -67,7 +67,8 @@ def backward(
 def _statistics(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Mean and 1 / sqrt(variance + eps), ``(B, 2, C)``, in float32 or float64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, -2)  # (B, prod(S), C)
-    variance, mean = torch.var_mean(wide, 1, correction=0)  # (B, C) each
+    mean = wide.mean(1)  # (B, C)
+    variance = (wide - mean[:, None]).square().mean(1)  # (B, C)
     return torch.stack([mean, (variance + eps).rsqrt()], 1)
 
 
