@@ -72,17 +72,24 @@ def _ninja_file(flavour: str, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build(flavour: str) -> Path:
-    """The extension module of `flavour`, compiled as far as its sources changed."""
+@functools.cache  # a build that fails is not tried again for every test
+def _compile(flavour: str) -> tuple[Path, str]:
+    """The extension module of `flavour`, compiled as far as its sources changed; and what went wrong."""
     folder = ROOT / "build" / "emulation" / flavour
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test processes share the folder
         (folder / "build.ninja").write_text(_ninja_file(flavour, folder))
         done = subprocess.run(["ninja", "-f", folder / "build.ninja"], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the {flavour} emulation does not compile:\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
-    return folder / f"{MODULE}.so"
+    return folder / f"{MODULE}.so", done.stdout[-8000:] + done.stderr if done.returncode else ""
+
+
+def build(flavour: str) -> Path:
+    """The extension module of `flavour`."""
+    module, problem = _compile(flavour)
+    if problem:
+        raise RuntimeError(f"the {flavour} emulation does not compile:\n{problem}")
+    return module
 
 
 @functools.cache

@@ -1,17 +1,22 @@
 // The launchers of csrc/cuda and the planted kernels, for numpy arrays. Each array is copied to guarded memory of its
 // exact size and back, outputs begin as poison, and whatever the emulator reports is raised as RuntimeError.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cuda/launchers.h"
+#include "cuda/ptx.h"
 #include "emulator.h"
 
 namespace py = pybind11;
@@ -114,6 +119,25 @@ void planted(const std::string& kernel, const std::string& fault, py::array inpu
   finish(run_planted(kernel, fault, in.data(), made.data()), in, made);
 }
 
+// What `launcher` starts, without running it: address of the kernel within this file, grid, threads, shared bytes.
+std::vector<std::tuple<intptr_t, std::array<unsigned, 3>, int, int64_t>> plan(
+    const std::function<const char*(void* somewhere)>& launcher) {
+  emulation::launches.clear();
+  emulation::device.dry = true;
+  alignas(256) static unsigned char somewhere[256];  // nobody looks
+  const char* problem = launcher(somewhere);
+  emulation::device.dry = false;
+  if (problem) throw std::runtime_error(problem);
+  std::vector<std::tuple<intptr_t, std::array<unsigned, 3>, int, int64_t>> planned;
+  for (const emulation::Launch& one : emulation::launches) {
+    Dl_info file;
+    dladdr(one.kernel, &file);
+    const auto offset = static_cast<const char*>(one.kernel) - static_cast<const char*>(file.dli_fbase);
+    planned.push_back({offset, {one.grid.x, one.grid.y, one.grid.z}, one.threads, one.shared_bytes});
+  }
+  return planned;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
@@ -144,12 +168,34 @@ PYBIND11_MODULE(MODULE_NAME, m) {
 #ifdef SWIN_HAVE_FORWARD
   m.def("forward_declines", [](const SwinAttention& call) { return swin_cuda_attention_forward_declines(&call); });
   m.def("forward", &forward);
+  m.def("plan_forward", [](const SwinAttention& call) {
+    return plan([&](void* p) {
+      const SwinAttentionForward tensors{p, p, p, p, static_cast<float*>(p)};
+      return swin_cuda_attention_forward(&call, &tensors, p, nullptr);
+    });
+  });
 #endif
 #ifdef SWIN_HAVE_BACKWARD
   m.def("backward_declines", [](const SwinAttention& call) { return swin_cuda_attention_backward_declines(&call); });
   m.def("backward", &backward);
+  m.def("plan_backward", [](const SwinAttention& call) {
+    return plan([&](void* p) {
+      const SwinAttentionBackward tensors{p, p, p, p, p, static_cast<float*>(p), p, p, p};
+      return swin_cuda_attention_backward(&call, &tensors, p, nullptr);
+    });
+  });
 #endif
   m.def("partition", &move<swin_cuda_window_partition>);
   m.def("reverse", &move<swin_cuda_window_reverse>);
+  m.def("plan_partition", [](const SwinPartition& call) {
+    return plan([&](void* p) { return swin_cuda_window_partition(&call, p, p, nullptr); });
+  });
+  m.def("plan_reverse", [](const SwinPartition& call) {
+    return plan([&](void* p) { return swin_cuda_window_reverse(&call, p, p, nullptr); });
+  });
   m.def("planted", &planted);
+  m.def("to_bfloat16", py::vectorize([](float x) { return swin::from_float<swin::BFloat16>(x).bits; }));
+  m.def("to_float16",
+        py::vectorize([](float x) { return std::bit_cast<uint16_t>(swin::from_float<swin::Float16>(x)); }));
+  m.def("exp2_approx", py::vectorize([](float x) { return swin::exp2_approx(x); }));
 }

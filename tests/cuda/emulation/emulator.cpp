@@ -1,6 +1,7 @@
 #include "emulator.h"
 
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <algorithm>
 #include <array>
@@ -8,16 +9,11 @@
 #include <cstring>
 #include <deque>
 #include <memory>
-#include <vector>
-
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#else  // the calls that tell AddressSanitizer of stacks and red zones say nothing to nobody
+#else  // nobody is told of red zones and of stacks
 #define ASAN_POISON_MEMORY_REGION(address, bytes)
 #define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
 static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
@@ -29,6 +25,7 @@ emulation::Dim threadIdx, blockIdx, blockDim, gridDim;
 namespace emulation {
 
 Device device;
+std::vector<Launch> launches;
 
 namespace {
 
@@ -37,15 +34,13 @@ constexpr size_t kStack = size_t{256} << 10;  // bytes of a fiber's stack, below
 constexpr size_t kPage = 4096;
 constexpr int kMostThreads = 1024;
 constexpr int kMostWarps = kMostThreads / kLanes;
-constexpr size_t kMostReports = 8;
+constexpr int kMostReports = 8;
 
 // ---- fibers --------------------------------------------------------------------------------------------------------
 
 #ifdef __x86_64__
-struct Context {
-  void* stack_pointer = nullptr;
-};
-extern "C" __attribute__((visibility("hidden"))) void emulation_switch(void** from, void* to);
+using Context = void*;  // its stack pointer
+extern "C" __attribute__((visibility("hidden"))) void emulation_switch(Context* from, Context* to);
 // Saves what a function must preserve on the stack in use, takes the other stack, and restores the same from there.
 asm(R"(
 .text
@@ -53,40 +48,27 @@ asm(R"(
 .hidden emulation_switch
 .type emulation_switch, @function
 emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
   movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
+  movq (%rsi), %rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
   ret
 .size emulation_switch, .-emulation_switch
 )");
 void prepare(Context* context, unsigned char* stack, void (*entry)()) {
   void** top = reinterpret_cast<void**>(stack + kStack) - 1;  // where a call would leave its return address
-  *top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
-  context->stack_pointer = top - 6;  // six registers of any value
+  *context = top - 6;  // six registers of any value
 }
-void switch_to(Context* from, Context* to) { emulation_switch(&from->stack_pointer, to->stack_pointer); }
 #else
 using Context = ucontext_t;
+void emulation_switch(Context* from, Context* to) { swapcontext(from, to); }
 void prepare(Context* context, unsigned char* stack, void (*entry)()) {
   getcontext(context);
   context->uc_stack.ss_sp = stack;
   context->uc_stack.ss_size = kStack;
-  context->uc_link = nullptr;
   makecontext(context, entry, 0);
 }
-void switch_to(Context* from, Context* to) { swapcontext(from, to); }
 #endif
 
 struct Copy {
@@ -98,11 +80,9 @@ struct Copy {
 struct Thread {
   Context context;
   unsigned char* stack = nullptr;
-  void* fake_stack = nullptr;      // AddressSanitizer's
   const char* waits_in = nullptr;  // null while it can run
   bool done = false;
-  std::vector<Copy> open;  // started and not yet in a group
-  std::deque<std::vector<Copy>> groups;
+  std::deque<std::vector<Copy>> groups;  // of copies; the last one is not closed yet
 };
 
 struct Warp {
@@ -111,9 +91,7 @@ struct Warp {
   void* brought[kLanes];
 };
 
-// ---- races ---------------------------------------------------------------------------------------------------------
-
-// Who touched a byte, where, and in which phase of the warp: phases end at barriers. Zero: nobody.
+// Who touched a byte of shared memory, where, and in which phase of the warp: phases end at barriers. Zero: nobody.
 struct Access {
   uint64_t phase : 38 = 0;
   uint64_t line : 14 = 0;
@@ -121,24 +99,22 @@ struct Access {
   int warp() const { return static_cast<int>(thread) / kLanes; }
 };
 
-// What is remembered of a byte of shared memory. Of the reads: the latest, the latest of another lane of that warp, and
-// the latest of another warp; so that a write that races with any read races with one that is remembered.
+// What is remembered of a byte. Of the reads: the latest, the latest of another lane of that warp, and the latest of
+// another warp; so that a write that races with any read races with one that is remembered.
 struct Shadow {
   Access write, read, read_by_lane, read_by_warp;
 };
-
-// ---- the state of a launch -----------------------------------------------------------------------------------------
 
 Context scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 std::array<Thread, kMostThreads> threads;
 std::array<Warp, kMostWarps> warps;
-int thread_count = 0, running = 0, alive = 0, at_block_barrier = 0;
+int thread_count, warp_count, running, alive, at_block_barrier;
 const std::function<void()>* entry_kernel = nullptr;
-bool failed = false;
 std::string report;
-size_t reports = 0;
+int reports;
+bool failed;
 
 std::unique_ptr<Guarded> shared;
 std::vector<Shadow> shadows;      // of every byte of shared memory
@@ -146,58 +122,39 @@ std::vector<uint16_t> in_flight;  // 1 + the thread whose copy is on its way to 
 // phase[w]: the present phase of warp w. known[w][v]: the latest phase of warp v that warp w comes after.
 uint64_t phase[kMostWarps], known[kMostWarps][kMostWarps], last_phase = 0;
 
-int warp_count() { return (thread_count + kLanes - 1) / kLanes; }
-
-std::string place() {
-  char text[96];
-  std::snprintf(text, sizeof text, "block (%u, %u, %u), thread %d", blockIdx.x, blockIdx.y, blockIdx.z, running);
-  return text;
+void note(const std::string& what, const Site* site = nullptr) {
+  if (reports++ >= kMostReports) return;
+  char place[96];
+  std::snprintf(place, sizeof place, "block (%u, %u, %u), thread %d", blockIdx.x, blockIdx.y, blockIdx.z, running);
+  report += std::string(report.empty() ? "" : "\n") + place + ": " + what;
+  if (!site) return;
+  const std::string file = site->file_name();
+  report += " (" + file.substr(file.rfind('/') + 1) + ":" + std::to_string(site->line()) + ")";
 }
 
-void note(const std::string& what) {
-  if (reports++ < kMostReports) report += (report.empty() ? "" : "\n") + place() + ": " + what;
-}
-
-std::string at(const Site& site) {
-  const char* name = std::strrchr(site.file_name(), '/');
-  return std::string(" (") + (name ? name + 1 : site.file_name()) + ":" + std::to_string(site.line()) + ")";
-}
-
-std::string byte_name(size_t offset) { return "byte " + std::to_string(offset) + " of shared memory"; }
-
-// ---- scheduling ----------------------------------------------------------------------------------------------------
-
-void to_scheduler(bool for_good) {
-  Thread& mine = threads[running];
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &mine.fake_stack, scheduler_stack, scheduler_stack_bytes);
-  switch_to(&mine.context, &scheduler);
-  __sanitizer_finish_switch_fiber(mine.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+void to_scheduler() {
+  __sanitizer_start_switch_fiber(nullptr, scheduler_stack, scheduler_stack_bytes);
+  emulation_switch(&threads[running].context, &scheduler);
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 }
 
 void to_thread(int index) {
   running = index;
   threadIdx = {static_cast<unsigned>(index), 0, 0};
-  Thread& next = threads[index];
-  void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, next.stack, kStack);
-  switch_to(&scheduler, &next.context);
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  __sanitizer_start_switch_fiber(nullptr, threads[index].stack, kStack);
+  emulation_switch(&scheduler, &threads[index].context);
+  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 }
 
-void wait(const char* where) {
-  Thread& mine = threads[running];
-  mine.waits_in = where;
-  to_scheduler(false);
-}
-
-// The warps of [first, first + count) come after everything that any of them did.
-void order(int first, int count) {
+// The warps of [first, last) come after everything that any of them did.
+void order(int first, int last) {
   uint64_t joined[kMostWarps] = {};
-  for (int v = 0; v < warp_count(); ++v) {
-    for (int w = first; w < first + count; ++w) joined[v] = std::max(joined[v], v == w ? phase[w] : known[w][v]);
+  for (int w = first; w < last; ++w) {
+    known[w][w] = phase[w];
+    for (int v = 0; v < warp_count; ++v) joined[v] = std::max(joined[v], known[w][v]);
   }
-  for (int w = first; w < first + count; ++w) {
-    std::copy_n(joined, warp_count(), known[w]);
+  for (int w = first; w < last; ++w) {
+    std::copy_n(joined, warp_count, known[w]);
     last_phase = std::max(last_phase, ++phase[w]);
   }
 }
@@ -205,19 +162,12 @@ void order(int first, int count) {
 void release_block_barrier() {
   if (alive == 0 || at_block_barrier < alive) return;
   at_block_barrier = 0;
-  order(0, warp_count());
+  order(0, warp_count);
   for (int t = 0; t < thread_count; ++t) threads[t].waits_in = nullptr;
 }
 
-void finish(const Copy& copy) {
-  if (copy.global) {
-    std::memcpy(copy.shared, copy.global, 16);
-  } else {
-    std::memset(copy.shared, 0, 16);
-  }
-  const auto first = in_flight.begin() + (copy.shared - shared->data());
-  std::fill(first, first + 16, uint16_t{0});
-  touch_shared(copy.shared, 16, true, copy.site);
+void mark_in_flight(const unsigned char* address, int mark) {
+  std::fill_n(in_flight.begin() + (address - shared->data()), 16, static_cast<uint16_t>(mark));
 }
 
 void thread_entry() {
@@ -228,26 +178,25 @@ void thread_entry() {
   threads[running].done = true;
   --alive;
   release_block_barrier();  // CUDA counts threads that have left as arrived
-  to_scheduler(true);
+  to_scheduler();
   std::abort();  // nobody runs a thread that is done
 }
 
 void explain_deadlock() {
+  const auto state = [](int t) { return std::string(threads[t].done ? "has left" : threads[t].waits_in); };
   std::string what = "no thread can go on:";
-  for (int t = 0, shown = 0; t < thread_count && shown < 6; ++t) {
-    const auto state = [](int i) { return threads[i].done ? "has left" : threads[i].waits_in; };
-    if (t > 0 && std::strcmp(state(t), state(t - 1)) == 0) continue;
-    what += (shown++ ? ", thread " : " thread ") + std::to_string(t) + " and on: " + state(t);
+  for (int t = 0; t < thread_count && what.size() < 300; ++t) {
+    if (t == 0 || state(t) != state(t - 1)) what += " thread " + std::to_string(t) + " and on: " + state(t) + ";";
   }
   note(what);
 }
 
-void run_block() {
+void start_block() {
   std::memset(shared->data(), kPoison, shared->bytes());
   std::fill(in_flight.begin(), in_flight.end(), uint16_t{0});
   alive = thread_count;
   at_block_barrier = 0;
-  for (int w = 0; w < warp_count(); ++w) {  // after everything earlier blocks did
+  for (int w = 0; w < warp_count; ++w) {  // after everything earlier blocks did
     std::fill_n(known[w], kMostWarps, last_phase);
     phase[w] = last_phase + 1;
     warps[w] = Warp{};
@@ -256,18 +205,21 @@ void run_block() {
   for (int t = 0; t < thread_count; ++t) {
     Thread& thread = threads[t];
     if (!thread.stack) {
-      thread.stack = static_cast<unsigned char*>(
-          mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-      mprotect(thread.stack, kPage, PROT_NONE);
-      thread.stack += kPage;
+      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      void* memory = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, flags, -1, 0);
+      if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE)) throw std::bad_alloc();
+      thread.stack = static_cast<unsigned char*>(memory) + kPage;
     }
     ASAN_UNPOISON_MEMORY_REGION(thread.stack, kStack);  // what a failed launch left
     thread.waits_in = nullptr;
     thread.done = false;
-    thread.open.clear();
-    thread.groups.clear();
+    thread.groups.assign(1, {});
     prepare(&thread.context, thread.stack, thread_entry);
   }
+}
+
+void run_block() {
+  start_block();
   while (alive > 0 && !failed) {
     bool progress = false;
     for (int i = 0; i < thread_count && !failed; ++i) {
@@ -276,15 +228,13 @@ void run_block() {
       to_thread(t);
       progress = true;
     }
-    if (!progress && !failed) {
-      explain_deadlock();
-      failed = true;
-    }
-  }
-  if (!shared->intact()) {
-    note("something was written just before or behind shared memory");
+    if (progress) continue;
+    explain_deadlock();
     failed = true;
   }
+  if (shared->intact()) return;
+  note("something was written just before or behind shared memory");
+  failed = true;
 }
 
 }  // namespace
@@ -302,20 +252,13 @@ Guarded::Guarded(size_t bytes, size_t skew) : bytes_(bytes), skew_(skew) {
 }
 
 Guarded::~Guarded() {
-  ASAN_UNPOISON_MEMORY_REGION(data_ - kZone, kZone);
-  ASAN_UNPOISON_MEMORY_REGION(data_ + bytes_, kZone);
+  ASAN_UNPOISON_MEMORY_REGION(data_ - kZone, kZone + bytes_ + kZone);
   std::free(data_ - kZone - skew_);
 }
 
-bool Guarded::contains(const void* address, size_t bytes) const {
-  const auto first = reinterpret_cast<uintptr_t>(address), begin = reinterpret_cast<uintptr_t>(data_);
-  return first >= begin && first + bytes <= begin + bytes_;
-}
-
 bool Guarded::intact() const {
-  unsigned char* const zones[] = {data_ - kZone, data_ + bytes_};
   bool untouched = true;
-  for (unsigned char* zone : zones) {
+  for (unsigned char* zone : {data_ - kZone, data_ + bytes_}) {
     ASAN_UNPOISON_MEMORY_REGION(zone, kZone);
     untouched &= std::all_of(zone, zone + kZone, [](unsigned char byte) { return byte == kPoison; });
     ASAN_POISON_MEMORY_REGION(zone, kZone);
@@ -325,25 +268,26 @@ bool Guarded::intact() const {
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 
-const char* run(const Dim& grid, int threads_per_block, int64_t shared_bytes, const std::function<void()>& kernel) {
+const char* run(const Launch& launch, const std::function<void()>& kernel) {
+  if (launch.threads < 1 || launch.threads > kMostThreads) return "launch: a block has 1 to 1024 threads";
+  if (launch.shared_bytes > device.shared_per_block) return "launch: a block has less shared memory";
+  launches.push_back(launch);
+  if (device.dry) return nullptr;
   report.clear();
   reports = 0;
   failed = false;
-  if (threads_per_block < 1 || threads_per_block > kMostThreads) return "launch: 1 to 1024 threads make a block";
-  if (shared_bytes < 0 || shared_bytes > device.shared_per_block)
-    return "launch: more shared memory than a block may have";
-  gridDim = grid;
-  blockDim = {static_cast<unsigned>(threads_per_block), 1, 1};
-  thread_count = threads_per_block;
+  gridDim = launch.grid;
+  blockDim = {static_cast<unsigned>(launch.threads), 1, 1};
+  thread_count = launch.threads;
+  warp_count = (thread_count + kLanes - 1) / kLanes;
   entry_kernel = &kernel;
-  shared = std::make_unique<Guarded>(static_cast<size_t>(shared_bytes));
+  shared = std::make_unique<Guarded>(static_cast<size_t>(launch.shared_bytes));
   shadows.assign(shared->bytes(), Shadow{});
   in_flight.assign(shared->bytes(), 0);
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
   for (uint64_t i = 0; i < blocks && !failed; ++i) {
-    const uint64_t b = device.reversed ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                static_cast<unsigned>(b / grid.x / grid.y)};
+    const auto b = static_cast<unsigned>(device.reversed ? blocks - 1 - i : i);
+    blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
     run_block();
   }
   if (reports > kMostReports) report += "\nand " + std::to_string(reports - kMostReports) + " reports more";
@@ -352,24 +296,26 @@ const char* run(const Dim& grid, int threads_per_block, int64_t shared_bytes, co
 
 // ---- what threads call ---------------------------------------------------------------------------------------------
 
-void fail(const std::string& what) {
-  note(what);
+void fail(const std::string& what, const Site* site) {
+  note(what, site);
   failed = true;
-  to_scheduler(true);
+  to_scheduler();
   std::abort();  // a failed launch runs nobody
 }
 
 unsigned char* shared_memory() { return shared->data(); }
 
 void touch_shared(const void* address, size_t bytes, bool write, const Site& site) {
-  const ptrdiff_t offset = static_cast<const unsigned char*>(address) - shared->data();
-  if (!shared->contains(address, bytes)) {
-    fail((write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
-         std::to_string(shared->bytes()) + " bytes of shared memory" + at(site));
+  const std::string verb = write ? "writes " : "reads ";
+  const auto offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(shared->data());
+  if (offset > shared->bytes() || shared->bytes() - offset < bytes) {
+    fail(verb + std::to_string(bytes) + " bytes at " + std::to_string(static_cast<intptr_t>(offset)) + " of " +
+             std::to_string(shared->bytes()) + " bytes of shared memory",
+         &site);
   }
-  if (offset % static_cast<ptrdiff_t>(bytes)) {
-    fail("an access of " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
-         " of shared memory is not aligned" + at(site));
+  if (offset % bytes) {
+    fail(verb + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of shared memory: not aligned",
+         &site);
   }
   const int warp = running / kLanes;
   Access mine;
@@ -382,23 +328,22 @@ void touch_shared(const void* address, size_t bytes, bool write, const Site& sit
   for (size_t i = offset; i < offset + bytes; ++i) {
     Shadow& s = shadows[i];
     const Access* other = races(s.write) ? &s.write : nullptr;
-    if (write && !other) {
-      for (const Access* read : {&s.read, &s.read_by_lane, &s.read_by_warp}) other = races(*read) ? read : other;
+    for (const Access* read : {&s.read, &s.read_by_lane, &s.read_by_warp}) {
+      if (write && !other && races(*read)) other = read;
     }
-    if (in_flight[i]) {
-      note("touches " + byte_name(i) + at(site) + " while a copy by thread " + std::to_string(in_flight[i] - 1) +
-           " is on its way: no wait before");
-      return;
-    }
-    if (other) {
-      note("race: " + std::string(write ? "writes " : "reads ") + byte_name(i) + at(site) + ", which thread " +
-           std::to_string(other->thread) + (other == &s.write ? " wrote" : " read") + " at line " +
-           std::to_string(other->line) + "; no barrier between");
+    if (in_flight[i] || other) {
+      const std::string byte = verb + "byte " + std::to_string(i) + " of shared memory";
+      note(in_flight[i] ? byte + " while a copy by thread " + std::to_string(in_flight[i] - 1) +
+                              " is on its way to it: no wait before"
+                        : "race: " + byte + ", which thread " + std::to_string(other->thread) +
+                              (other == &s.write ? " wrote" : " read") + " at line " + std::to_string(other->line) +
+                              ": no barrier between",
+           &site);
       return;
     }
     if (write) {
       s.write = mine;
-    } else if (s.read.thread != mine.thread || s.read.phase != mine.phase) {
+    } else {
       if (s.read.warp() != warp) {
         s.read_by_warp = s.read;
         s.read_by_lane = Access{};
@@ -414,19 +359,20 @@ void block_barrier() {
   ++at_block_barrier;
   threads[running].waits_in = "block_barrier";
   release_block_barrier();
-  to_scheduler(false);
+  to_scheduler();
 }
 
 void meet(const char* name, void* mine, void (*compute)(void* const (&lanes)[kLanes])) {
   Warp& warp = warps[running / kLanes];
-  if (thread_count % kLanes) fail(std::string(name) + ": the block ends with a part of a warp");
+  if (thread_count % kLanes) fail(std::string(name) + " in a block that ends with a part of a warp");
   if (warp.arrived > 0 && std::strcmp(warp.operation, name) != 0) {
     fail(std::string("the lanes of a warp part: this one is at ") + name + ", others at " + warp.operation);
   }
   warp.operation = name;
   warp.brought[running % kLanes] = mine;
   if (++warp.arrived < kLanes) {
-    wait(name);
+    threads[running].waits_in = name;
+    to_scheduler();
     return;
   }
   compute(warp.brought);
@@ -436,31 +382,28 @@ void meet(const char* name, void* mine, void (*compute)(void* const (&lanes)[kLa
 }
 
 void warp_barrier() {
-  meet("warp_barrier", nullptr, [](void* const(&)[kLanes]) { order(running / kLanes, 1); });
+  meet("warp_barrier", nullptr, [](void* const(&)[kLanes]) { order(running / kLanes, running / kLanes + 1); });
 }
 
 void copy_later(void* destination, const void* global, bool valid, const Site& site) {
-  if (valid && reinterpret_cast<uintptr_t>(global) % 16) {
-    fail("cp_async_16: the global address is no multiple of 16" + at(site));
-  }
+  if (valid && reinterpret_cast<uintptr_t>(global) % 16) fail("cp_async_16 of a global address not aligned", &site);
   touch_shared(destination, 16, true, site);
   auto* const bytes = static_cast<unsigned char*>(destination);
   std::memset(bytes, kPoison, 16);  // whoever reads too early shall see it
-  const auto first = in_flight.begin() + (bytes - shared->data());
-  std::fill(first, first + 16, static_cast<uint16_t>(running + 1));
-  threads[running].open.push_back({bytes, valid ? global : nullptr, site});
+  mark_in_flight(bytes, running + 1);
+  threads[running].groups.back().push_back({bytes, valid ? global : nullptr, site});
 }
 
-void close_copies() {
-  Thread& mine = threads[running];
-  mine.groups.push_back(std::move(mine.open));
-  mine.open.clear();
-}
+void close_copies() { threads[running].groups.emplace_back(); }
 
 void finish_copies(size_t youngest_left) {
-  std::deque<std::vector<Copy>>& groups = threads[running].groups;
-  for (; groups.size() > youngest_left; groups.pop_front()) {
-    for (const Copy& copy : groups.front()) finish(copy);
+  auto& groups = threads[running].groups;
+  for (; groups.size() > youngest_left + 1; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      copy.global ? std::memcpy(copy.shared, copy.global, 16) : std::memset(copy.shared, 0, 16);
+      mark_in_flight(copy.shared, 0);
+      touch_shared(copy.shared, 16, true, copy.site);
+    }
   }
 }
 

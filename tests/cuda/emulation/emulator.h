@@ -12,6 +12,7 @@
 #include <functional>
 #include <source_location>
 #include <string>
+#include <vector>
 
 namespace emulation {
 
@@ -34,7 +35,6 @@ class Guarded {
   Guarded& operator=(const Guarded&) = delete;
   unsigned char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
-  bool contains(const void* address, size_t bytes) const;
   bool intact() const;
 
  private:
@@ -49,15 +49,24 @@ struct Device {
   int shared_per_block = 227 << 10;
   int shared_per_multiprocessor = 228 << 10;
   bool reversed = false;
+  bool dry = false;  // launches are noted and not run
 };
 extern Device device;
 
+struct Launch {
+  const void* kernel;
+  Dim grid;
+  int threads;
+  int64_t shared_bytes;
+};
+extern std::vector<Launch> launches;  // all since someone cleared it
+
 // Runs `kernel` for every thread of every block. Returns nullptr, or what went wrong (valid until the next call).
-const char* run(const Dim& grid, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
+const char* run(const Launch& launch, const std::function<void()>& kernel);
 
 // What follows is called by a running thread.
 
-[[noreturn]] void fail(const std::string& what);  // ends the launch
+[[noreturn]] void fail(const std::string& what, const Site* site = nullptr);  // ends the launch
 unsigned char* shared_memory();
 void touch_shared(const void* address, size_t bytes, bool write, const Site& site);
 void block_barrier();

@@ -1,5 +1,4 @@
 // Small kernels, each right, and wrong in ways that the emulator must catch. They never run on a GPU.
-#include <cstring>
 #include <string>
 
 #include "cuda/launch.h"
@@ -103,6 +102,32 @@ __global__ void multiply(const BFloat16* in, float* out) {
   for (int i = 0; i < 4; ++i) out[8 * (g + 8 * (i / 2)) + 2 * t + i % 2] = d[i];
 }
 
+// One mma on registers as they lie in `in`: for each lane 4 of A, 2 of B, 4 of C.
+__global__ void mma(const uint32_t* in, float* out) {
+  const uint32_t* const mine = in + 10 * lane_index();
+  const uint32_t a[4] = {mine[0], mine[1], mine[2], mine[3]};
+  const float c[4] = {float_of(mine[6]), float_of(mine[7]), float_of(mine[8]), float_of(mine[9])};
+  float d[4];
+  mma_m16n8k16<BFloat16>(d, a, mine[4], mine[5], c);
+  for (int i = 0; i < 4; ++i) out[4 * lane_index() + i] = d[i];
+}
+
+// One ldmatrix of four 8 x 8 matrices; `out` holds registers.
+template <bool kTransposed>
+__global__ void ldmatrix(const uint32_t* in, float* out) {
+  const int lane = lane_index();
+  auto* const tile = reinterpret_cast<uint32_t*>(shared_memory());
+  for (int i = lane; i < 4 * 32; i += 32) store_shared(tile + i, in[i]);
+  warp_barrier();
+  uint32_t fragment[4];
+  if (kTransposed) {
+    ldmatrix_x4_trans(fragment, tile + 4 * lane);
+  } else {
+    ldmatrix_x4(fragment, tile + 4 * lane);
+  }
+  for (int i = 0; i < 4; ++i) out[4 * lane + i] = float_of(fragment[i]);
+}
+
 template <class Element>
 using Kernel = void (*)(const Element*, float*);
 
@@ -135,20 +160,31 @@ const Planted<BFloat16> kProducts[] = {
     {"multiply", "wrong fragment", multiply<Fault::kWrongFragment>},
     {"multiply", "not transposed", multiply<Fault::kNotTransposed>},
 };
+const Planted<uint32_t> kInstructions[] = {
+    {"mma", "none", mma},
+    {"ldmatrix", "none", ldmatrix<false>},
+    {"ldmatrix", "transposed", ldmatrix<true>},
+};
+
+template <class Element, size_t count>
+bool start(const Planted<Element> (&kernels)[count], int threads, int shared_bytes, const std::string& kernel,
+           const std::string& fault, const void* input, void* output, const char** problem) {
+  for (const Planted<Element>& one : kernels) {
+    if (kernel != one.kernel || fault != one.fault) continue;
+    *problem = launch(one.function, {}, threads, shared_bytes, nullptr, static_cast<const Element*>(input),
+                      static_cast<float*>(output));
+    return true;
+  }
+  return false;
+}
 
 }  // namespace
 }  // namespace swin
 
 const char* run_planted(const std::string& kernel, const std::string& fault, const void* input, void* output) {
-  using namespace swin;
-  auto* const out = static_cast<float*>(output);
-  for (const auto& one : kMoves) {
-    if (kernel != one.kernel || fault != one.fault) continue;
-    return launch(one.function, {}, kThreads, kThreads * sizeof(float), nullptr, static_cast<const float*>(input), out);
-  }
-  for (const auto& one : kProducts) {
-    if (kernel != one.kernel || fault != one.fault) continue;
-    return launch(one.function, {}, 32, (16 * 16 + 16 * 8) * 2, nullptr, static_cast<const BFloat16*>(input), out);
-  }
-  return "no such planted kernel";
+  const char* problem = "no such planted kernel";
+  swin::start(swin::kMoves, swin::kThreads, swin::kThreads * 4, kernel, fault, input, output, &problem) ||
+      swin::start(swin::kProducts, 32, (16 * 16 + 16 * 8) * 2, kernel, fault, input, output, &problem) ||
+      swin::start(swin::kInstructions, 32, 4 * 8 * 16, kernel, fault, input, output, &problem);
+  return problem;
 }

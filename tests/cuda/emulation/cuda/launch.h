@@ -36,7 +36,8 @@ const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, 
   const std::tuple<Parameters...> converted(arguments...);
   const emulation::Dim blocks{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                               static_cast<unsigned>(grid.z)};
-  return emulation::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, converted); });
+  return emulation::run({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes},
+                        [&] { std::apply(kernel, converted); });
 }
 
 }  // namespace swin

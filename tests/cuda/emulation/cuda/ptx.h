@@ -2,6 +2,7 @@
 // the rounding and the accuracy of the hardware (PTX ISA 9.0, sections on ldmatrix, mma.m16n8k16, ex2 and cvt).
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -38,66 +39,39 @@ namespace swin {
 
 // ---- 16-bit values -------------------------------------------------------------------------------------------------
 
-SWIN_DEVICE uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-SWIN_DEVICE float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
+SWIN_DEVICE uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+SWIN_DEVICE float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 struct BFloat16 {
   uint16_t bits;
 };
-struct Float16 {
-  uint16_t bits;
-};
+using Float16 = _Float16;
 
 SWIN_DEVICE float to_float(float x) { return x; }
 SWIN_DEVICE float to_float(BFloat16 x) { return float_of(uint32_t{x.bits} << 16); }
-SWIN_DEVICE float to_float(Float16 x) {
-  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, exponent = x.bits >> 10 & 31, fraction = x.bits & 1023u;
-  if (exponent == 31) return float_of(sign | 0x7f800000u | fraction << 13);
-  const float magnitude = std::ldexp(static_cast<float>(exponent ? fraction | 1024u : fraction),
-                                     static_cast<int>(exponent ? exponent : 1) - 25);
-  return sign ? -magnitude : magnitude;
-}
+SWIN_DEVICE float to_float(Float16 x) { return static_cast<float>(x); }
 
 // The nearest value of type T, ties to even.
 template <class T>
-SWIN_DEVICE T from_float(float x);
-template <>
-inline float from_float<float>(float x) {
-  return x;
+SWIN_DEVICE T from_float(float x) {
+  return static_cast<T>(x);
 }
 template <>
 inline BFloat16 from_float<BFloat16>(float x) {
   if (std::isnan(x)) return {0x7fff};
   const uint32_t bits = bits_of(x);
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
-}
-template <>
-inline Float16 from_float<Float16>(float x) {
-  const auto sign = static_cast<uint16_t>(bits_of(x) >> 16 & 0x8000u);
-  if (std::isnan(x)) return {0x7fff};
-  const float magnitude = std::fabs(x);
-  if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to infinity
-  const int exponent = magnitude < 0x1p-14f ? -14 : std::ilogb(magnitude);
-  // In units of the last place, which std::nearbyint rounds to even; a carry runs into the exponent by itself.
-  const auto units = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
-  return {static_cast<uint16_t>(sign | (static_cast<uint32_t>(exponent + 14) * 1024u + units))};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
 template <class T>
 SWIN_DEVICE uint32_t pack(float lower, float upper) {
-  return from_float<T>(lower).bits | uint32_t{from_float<T>(upper).bits} << 16;
+  const auto bits = [](float x) { return uint32_t{std::bit_cast<uint16_t>(from_float<T>(x))}; };
+  return bits(lower) | bits(upper) << 16;
 }
 template <class T>
 SWIN_DEVICE float2 unpack(uint32_t packed) {
-  return {to_float(T{static_cast<uint16_t>(packed)}), to_float(T{static_cast<uint16_t>(packed >> 16)})};
+  const auto value = [](uint32_t bits) { return to_float(std::bit_cast<T>(static_cast<uint16_t>(bits))); };
+  return {value(packed), value(packed >> 16)};
 }
 
 // ---- threads -------------------------------------------------------------------------------------------------------
@@ -216,35 +190,23 @@ SWIN_DEVICE void ldmatrix_x2_trans(uint32_t (&fragment)[2], const void* row,
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
-// The sum of `sum` and 8 exact products as tensor cores take it: all cut to 24 bits below the largest, then cut again
-// to float32 (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021; the A100's way).
+// `sum` and 8 exact products as tensor cores add them: each cut to 24 bits below the largest, the total to a float32
+// (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 2021; the A100's way).
 SWIN_DEVICE float tensor_core_sum(float sum, const float* a, const float* b) {
-  double terms[9], largest = std::fabs(sum);
-  terms[8] = sum;
+  double terms[9] = {sum}, largest = std::fabs(sum), plain = sum;
   for (int i = 0; i < 8; ++i) {
-    terms[i] = static_cast<double>(a[i]) * b[i];
-    largest = std::fmax(largest, std::fabs(terms[i]));
-    if (!std::isfinite(terms[i])) largest = INFINITY;
+    terms[i + 1] = static_cast<double>(a[i]) * b[i];
+    plain += terms[i + 1];
+    largest = std::fmax(largest, std::fabs(terms[i + 1]));
   }
-  double total = 0;
-  if (!std::isfinite(largest) || !std::isfinite(sum)) {
-    for (double term : terms) total += term;
-    return static_cast<float>(total);
-  }
-  if (largest == 0) return 0;
-  uint64_t bits;
-  std::memcpy(&bits, &largest, 8);
-  const uint64_t exponent =
-      bits >> 52;  // of the largest, biased; products of 16-bit values are never subnormal doubles
-  const uint64_t up = (2046 + 24 - exponent) << 52, down = (exponent - 24) << 52;  // 2^(24 - e) and 2^(e - 24)
-  double to_units, unit;
-  std::memcpy(&to_units, &up, 8);
-  std::memcpy(&unit, &down, 8);
+  if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
+  const uint64_t exponent = std::bit_cast<uint64_t>(largest) >> 52;  // biased by 1023
+  const auto unit = std::bit_cast<double>((exponent - 24) << 52),
+             inverse = std::bit_cast<double>((2070 - exponent) << 52);
   int64_t units = 0;
-  for (double term : terms) units += static_cast<int64_t>(term * to_units);  // a cast cuts towards zero
-  total = static_cast<double>(units) * unit;
-  const float nearest = static_cast<float>(total);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(total) ? std::nextafter(nearest, 0.0f) : nearest;
+  for (double term : terms) units += static_cast<int64_t>(term * inverse);  // cut towards zero
+  const auto bits = std::bit_cast<uint64_t>(static_cast<double>(units) * unit);
+  return static_cast<float>(std::bit_cast<double>(bits >> 29 << 29));  // the 24 bits of a float32
 }
 
 template <class T>
