@@ -86,15 +86,17 @@ template <class T>
 void fill_bias_column(const AttentionCall& call, int64_t head) {
   const int64_t length = bias_table_length(call.plan->grid);
   T* column = bias_column<T>(call, head);
-  T largest = -static_cast<T>(INFINITY), not_finite = 0;
+  T largest = -static_cast<T>(INFINITY), largest_size = 0, not_finite = 0;
   for (int64_t i = 0; i < length; ++i) {
     T* entry = column + length - 1 - i;
     load_row(at(call.bias_table, call.bias_type, i * call.heads + head), call.bias_type, 1, entry);
     *entry *= static_cast<T>(kLog2E);
     largest = *entry > largest ? *entry : largest;
+    largest_size = std::abs(*entry) > largest_size ? std::abs(*entry) : largest_size;
     not_finite += *entry * 0;
   }
   for (int64_t i = length; i < call.bias_stride; ++i) column[i] = 0;
+  column[call.bias_stride - 2] = largest_size + not_finite;
   column[call.bias_stride - 1] = largest + not_finite;
 }
 

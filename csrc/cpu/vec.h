@@ -134,11 +134,40 @@ struct Exp2<double> {
       1.32154330896763992e-6, 1.01781980216719308e-7, 7.0741056135081428e-9,   4.43528270695727715e-10};
 };
 
+#ifdef __AVX512DQ__
+// 2^f on [0, 1), the polynomial of Exp2<float> about 1/2.
+constexpr float kExp2OfFraction[6] = {0.9999999250637599f,  0.6931530732070963f,   0.2401536169827236f,
+                                      0.05582631823168339f, 0.008989339876598737f, 0.0018775767656580152f};
+
+// 2^x for any x in seven instructions: x - floor(x) and the scaling by 2^floor(x) are one each, and the scaling rounds,
+// overflows and underflows as it should.
+template <int kCount>
+SWIN_ALWAYS_INLINE void exp2_by_scaling(__m512 (&x)[kCount]) {
+  constexpr int kDown = 1;  // rounding mode
+  __m512 fraction[kCount], p[kCount];
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    fraction[i] = _mm512_maskz_reduce_ps(0xFFFF, x[i], kDown);
+    p[i] = _mm512_set1_ps(kExp2OfFraction[5]);
+  }
+#pragma GCC unroll 8
+  for (int c = 4; c >= 0; --c) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) p[i] = _mm512_fmadd_ps(p[i], fraction[i], _mm512_set1_ps(kExp2OfFraction[c]));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) x[i] = _mm512_maskz_scalef_ps(0xFFFF, p[i], x[i]);
+}
+#endif
+
 // x[i] = 2^x[i] for x ≤ 0: about one unit in the last place; 0 below the smallest normal number; NaN for
 // NaN. 2^x = 2^n · 2^f with n = round(x) and |f| ≤ 1/2. Several vectors step by step side by side: each
 // step waits for the one before, and side by side they fill the wait.
 template <int kCount, class T>
 SWIN_ALWAYS_INLINE void exp2_nonpositive(Vec<T> (&x)[kCount]) {
+#ifdef __AVX512DQ__
+  if constexpr (sizeof(T) == sizeof(float)) return exp2_by_scaling(reinterpret_cast<__m512(&)[kCount]>(x));
+#endif
   using C = Exp2<T>;
   const Vec<T> lowest = broadcast(static_cast<T>(-C::kBias)), rounder = broadcast(C::kRounder);
   Vec<T> rounded[kCount], p[kCount];

@@ -110,11 +110,15 @@ class WindowGroup {
 
   // Window g becomes number `i` of batch × windows of the pattern.
   void place(int g, int64_t i) {
+    windows_[g].index = index_of(*pattern_, i);
+    locate(*pattern_, i, windows_[g].token);
+  }
+
+  // The tokens (n) of number `i` of batch × windows of a pattern.
+  void locate(const WindowPattern& pattern, int64_t i, int64_t* tokens) {
     const WindowGrid& grid = call_.plan->grid;
-    const int64_t window = call_.windows[pattern_->window_begin + i / call_.batch], batch = i % call_.batch;
-    windows_[g].index = batch * product(grid.counts) + window;
     int64_t index[kAxes];
-    decode(window, grid.counts, index);
+    decode(call_.windows[pattern.window_begin + i / call_.batch], grid.counts, index);
     int64_t stride = 1;
     for (int axis = kAxes - 1; axis >= 0; --axis) {
       for (int64_t local = 0; local < grid.window[axis]; ++local) {
@@ -124,9 +128,9 @@ class WindowGroup {
       stride *= grid.spatial[axis];
     }
     for (int64_t t = 0; t < tokens_; ++t) {
-      int64_t token = batch * stride;
-      for (int axis = 0; axis < kAxes; ++axis) token += axis_token_[axis][pattern_->local[axis][t]];
-      windows_[g].token[t] = token < 0 ? -1 : token;
+      int64_t token = i % call_.batch * stride;
+      for (int axis = 0; axis < kAxes; ++axis) token += axis_token_[axis][pattern.local[axis][t]];
+      tokens[t] = token < 0 ? -1 : token;
     }
   }
 
@@ -184,6 +188,12 @@ class WindowGroup {
     for (int64_t d = 0; d < width(); d += kLanes<T>) store(row + d, load(row + d) * factor);
   }
 
+  // What the scores of tokens of different regions are lowered by.
+  static T mask() { return static_cast<T>(kMaskValue * kLog2E); }
+
+  // The largest entry of the bias in size; NaN if any is not finite.
+  T largest_bias() const { return column_[call_.bias_stride - 2]; }
+
   // Prepares others_matter() from the keys and the first `value_count` values.
   void bound_other_regions(GroupWindow<T>& window, int64_t value_count) const {
     Vec<T> largest = {}, total = {};
@@ -231,13 +241,16 @@ class WindowGroup {
     }
   }
 
+  // The looked-up bias of `query` of the block.
+  const T* bias_row(int64_t query) const { return bias_ + (query - block_first_) * padded_tokens_; }
+
   // Scores of a tile of query rows (kRows, width) of the block, in base 2, for the keys of their region.
   // seen(row, scores) is told of each vector of them.
   template <class Seen>
   void score(const T* query_rows, const int64_t* queries, const Region& own, const T* keys, T* tile,
              const Seen& seen) const {
     const T* bias[kRows];
-    for (int r = 0; r < kRows; ++r) bias[r] = bias_ + (queries[r] - block_first_) * padded_tokens_;
+    for (int r = 0; r < kRows; ++r) bias[r] = bias_row(queries[r]);
     score_columns(query_rows, bias, own.begin, own.end, keys, tile, seen);
   }
 
@@ -268,11 +281,11 @@ class WindowGroup {
     for (int64_t k = real_end; k < end; ++k) to[k] = 0;
   }
 
-  // Visits windows [0, count) of the group, block of queries by block: visit(window, region, queries, rows)
-  // for tiles of up to kRows real queries; missing ones repeat the first. Ahead of a block by one window or
-  // one block, prefetch(token) is called for its queries.
+  // Visits windows [0, count) of the group, block of queries by block: visit(window, region, first, last), with the
+  // bias of queries [first, last) looked up. Ahead of a block by one window or one block, prefetch(token) is called for
+  // its queries.
   template <class Prefetch, class Visit>
-  void for_each_tile(int count, const Prefetch& prefetch, const Visit& visit) {
+  void for_each_block(int count, const Prefetch& prefetch, const Visit& visit) {
     for (int64_t i = 0; i < pattern_->region_count; ++i) {
       const Region region = region_of<T>(*pattern_, i);
       for (int64_t first = region.first; first < region.last; first += kBlock) {
@@ -283,26 +296,35 @@ class WindowGroup {
           const int64_t offset = g + 1 < count ? 0 : kBlock;
           for (int64_t q = first + offset; q < last + offset && q < tokens_; ++q)
             if (windows_[ahead].token[q] >= 0) prefetch(windows_[ahead].token[q]);
-          int64_t queries[kRows];
-          int rows = 0;
-          for (int64_t q = first; q < last; ++q) {
-            if (windows_[g].token[q] >= 0) queries[rows++] = q;
-            if (rows == 0 || (rows < kRows && q + 1 < last)) continue;
-            for (int r = rows; r < kRows; ++r) queries[r] = queries[0];
-            visit(windows_[g], region, queries, rows);
-            rows = 0;
-          }
+          visit(windows_[g], region, first, last);
         }
       }
     }
   }
 
+  // Visits the queries [first, last) of a block in tiles: visit(queries, rows) for up to kRows real ones; missing ones
+  // repeat the first.
+  template <class Visit>
+  static void for_each_tile(const GroupWindow<T>& window, int64_t first, int64_t last, const Visit& visit) {
+    int64_t queries[kRows];
+    int rows = 0;
+    for (int64_t q = first; q < last; ++q) {
+      if (window.token[q] >= 0) queries[rows++] = q;
+      if (rows == 0 || (rows < kRows && q + 1 < last)) continue;
+      for (int r = rows; r < kRows; ++r) queries[r] = queries[0];
+      visit(queries, rows);
+      rows = 0;
+    }
+  }
+
  private:
+  int64_t index_of(const WindowPattern& pattern, int64_t i) const {
+    return i % call_.batch * product(call_.plan->grid.counts) + call_.windows[pattern.window_begin + i / call_.batch];
+  }
+
   static constexpr int64_t kNowhere = INT64_MIN / 4;  // stays negative whatever other axes add
   static constexpr int64_t kTileSlack = 16;           // a copied run may reach one vector beyond the last row
   static constexpr T kNothing = -static_cast<T>(INFINITY);
-
-  static T mask() { return static_cast<T>(kMaskValue * kLog2E); }
 
   bool stored_as_computed() const {
     return call_.type == (sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);

@@ -70,10 +70,12 @@ class BackwardWorker {
       group_.prefetch_row(call_.grad_qkv, token * 3 * group_.channels());
       __builtin_prefetch(static_cast<const T*>(call_.lse) + token * call_.heads);
     };
-    group_.for_each_tile(count, prefetch,
-                         [&](const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
-                           differentiate_tile(window, region, queries, rows);
-                         });
+    group_.for_each_block(count, prefetch,
+                          [&](const GroupWindow<T>& window, const Region& region, int64_t first, int64_t last) {
+                            group_.for_each_tile(window, first, last, [&](const int64_t* queries, int rows) {
+                              differentiate_tile(window, region, queries, rows);
+                            });
+                          });
   }
 
   void differentiate_tile(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {

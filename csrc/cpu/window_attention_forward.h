@@ -23,7 +23,7 @@ class ForwardWorker {
     }
   }
 
- private:
+ protected:
   void attend(int64_t begin, int count) {
     for (int g = 0; g < count; ++g) {
       GroupWindow<T>& window = group_.window(g);
@@ -38,10 +38,15 @@ class ForwardWorker {
       group_.prefetch_row(call_.out, token * group_.channels());
       __builtin_prefetch(static_cast<T*>(call_.lse) + token * call_.heads);
     };
-    group_.for_each_tile(count, prefetch,
-                         [&](const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
-                           attend_tile(window, region, queries, rows);
-                         });
+    group_.for_each_block(count, prefetch,
+                          [&](const GroupWindow<T>& window, const Region& region, int64_t first, int64_t last) {
+                            attend_block(window, region, first, last);
+                          });
+  }
+
+  void attend_block(const GroupWindow<T>& window, const Region& region, int64_t first, int64_t last) {
+    group_.for_each_tile(window, first, last,
+                         [&](const int64_t* queries, int rows) { attend_tile(window, region, queries, rows); });
   }
 
   void attend_tile(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {

@@ -434,7 +434,7 @@ def run_with_isa(isa: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", ISA_PROGRAM], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
 def test_contract_on_each_instruction_set(cpu_backend, isa):
     done = run_with_isa(isa)
     if done.returncode and "SWIN_KERNELS_ISA" in done.stderr:

@@ -1,0 +1,422 @@
+// The forward of window attention on AMX, float32 with head_dim 16: the products on tiles of bfloat16 parts (amx.h),
+// 2^score between them on vectors.
+//
+// Every query has the same offset 0 in its softmax, so that scores are turned into weights as they come and no row is
+// read twice. That is safe while no score comes near the ends of float32's range, which Cauchy-Schwarz says before any
+// score is known; the same bound says that keys of other regions do not matter. Windows where it does not hold go to
+// the vector kernel.
+#pragma once
+
+#include "amx.h"
+#include "window_attention_forward.h"
+
+namespace swin {
+namespace SWIN_ISA {
+
+class AmxForwardWorker : ForwardWorker<float, 16> {
+  using Base = ForwardWorker<float, 16>;
+
+ public:
+  static constexpr int64_t kHeadDim = 16;
+
+  AmxForwardWorker(const ForwardCall& call, Arena& arena)
+      : Base(call, arena),
+        pairs_((group_.padded_tokens() + kPair - 1) / kPair),
+        queries_(arena.take<char>(kLargestQueue * kQueryBytes)),
+        scores_(arena.take<float>(2 * kPair * kTileRows)),
+        weights_(arena.take<char>(2 * 3 * kTileBytes)),
+        sums_(arena.take<float>(kTileRows * kHeadDim)),
+        totals_(arena.take<float>(kTileRows * kTileRows)),
+        ones_(arena.take<uint32_t>(kTileRows)),
+        nothing_(arena.take<float>(kTileRows)) {
+    for (WindowParts& parts : parts_) {
+      parts.keys = arena.take<char>(pairs_ * 2 * kKeyBytes);
+      parts.values = arena.take<char>(pairs_ * 3 * kTileBytes);
+    }
+    for (int64_t*& tokens : next_tokens_) tokens = arena.take<int64_t>(group_.tokens());
+  }
+
+  // An item of work is a group of windows and a few heads, which lie side by side in memory.
+  void run(const WindowChunk* chunks, int64_t count, WorkCounter& next) {
+    for (int i = 0; i < kTileRows; ++i) {
+      ones_[i] = 0x3F803F80u;  // two bfloat16 of 1
+      nothing_[i] = -INFINITY;
+    }
+    const TileUse tiles;
+    const int64_t heads = call_.heads % kHeads == 0 ? kHeads : 1;
+    int64_t i = next.fetch_add(heads);
+    while (i < count) {
+      const WindowChunk& chunk = chunks[i];
+      const int windows = static_cast<int>(chunk.end - chunk.begin);
+      int64_t following = count;
+      for (int64_t head = chunk.head; head < chunk.head + heads; ++head) {
+        group_.enter(chunk.pattern, head);
+        if (head == chunk.head)
+          for (int g = 0; g < windows; ++g) group_.place(g, chunk.begin + g);
+        if (head + 1 < chunk.head + heads) {
+          for (int g = 0; g < windows; ++g) fetch_later(g, group_.window(g).token, head + 1);
+          fetch_windows_ = windows;
+        } else if ((following = next.fetch_add(heads)) < count) {
+          const WindowChunk& after = chunks[following];
+          fetch_windows_ = static_cast<int>(after.end - after.begin);
+          for (int g = 0; g < fetch_windows_; ++g) {
+            group_.locate(call_.patterns[after.pattern], after.begin + g, next_tokens_[g]);
+            fetch_later(g, next_tokens_[g], after.head);
+          }
+        }
+        fetch_window_ = 0;
+        fetch_token_ = 0;
+        attend(windows);
+        while (fetch_window_ < fetch_windows_) fetch();
+        fetch_windows_ = 0;
+      }
+      i = following;
+    }
+  }
+
+ private:
+  static constexpr int64_t kPair = 2 * kTileRows;           // keys that one tile of weights spans
+  static constexpr int64_t kKeyBytes = 3 * kTileBytes / 2;  // the parts of 16 keys
+  static constexpr int64_t kQueryBytes = 3 * kTileBytes;    // the parts of 16 queries: tiles of parts 1 1, 2 2, 1 3
+  static constexpr int kLargestQueue = kGroup * kBlock / kTileRows;
+  static constexpr int64_t kHeads = 3;
+
+  // The tiles. Queries stay for a tile of 16 queries; kLeft and kRight change with every product.
+  enum Tile { kSums, kTotals, kQuery11, kQuery22, kQuery13, kOnes, kLeft, kRight };
+
+  // Parts of a window's keys and values as tiles of the right side.
+  struct WindowParts {
+    char* keys;    // for 16 keys, half tiles of 8 rows: parts 3, 1, 2
+    char* values;  // for 32 keys, tiles: parts 1, 2, 3; key i is paired with key 16 + i
+    float largest_value;
+  };
+
+  // Queries [first, last) of a window, at most 16.
+  struct QueryTile {
+    const GroupWindow<float>* window;
+    const WindowParts* parts;
+    int64_t first, last;
+  };
+
+  // What the next head or group will read lies far away: its rows are asked for a few at a time, while this one is
+  // worked on, so that the memory is never idle and nothing waits for it.
+  void fetch_later(int g, const int64_t* tokens, int64_t head) {
+    fetch_tokens_[g] = tokens;
+    fetch_head_ = head;
+  }
+
+  SWIN_ALWAYS_INLINE void fetch() {
+    if (fetch_window_ >= fetch_windows_) return;
+    const int64_t token = fetch_tokens_[fetch_window_][fetch_token_];
+    if (++fetch_token_ == group_.tokens()) {
+      fetch_token_ = 0;
+      ++fetch_window_;
+    }
+    if (token < 0) return;
+    const int64_t row = group_.channels();
+    const float* q = static_cast<const float*>(call_.qkv) + token * 3 * row + fetch_head_ * kHeadDim;
+    constexpr int kToL2 = 2;
+    __builtin_prefetch(q, 0, kToL2);
+    __builtin_prefetch(q + row, 0, kToL2);
+    __builtin_prefetch(q + 2 * row, 0, kToL2);
+    __builtin_prefetch(static_cast<float*>(call_.out) + token * row + fetch_head_ * kHeadDim, 1, kToL2);
+  }
+
+  void attend(int count) {
+    for (int g = 0; g < count; ++g) {
+      GroupWindow<float>& window = group_.window(g);
+      group_.pack(window, 1, window.keys, nullptr);
+      group_.pack(window, 2, nullptr, window.values);
+      group_.bound_other_regions(window, group_.padded_tokens() * group_.width());
+      split_keys(window.keys, parts_[g].keys);
+      split_values(window.values, parts_[g]);
+    }
+    for (int64_t i = 0; i < group_.pattern().region_count; ++i) {
+      const Region region = region_of<float>(group_.pattern(), i);
+      for (int64_t first = region.first; first < region.last; first += kBlock) {
+        const int64_t last = first + kBlock < region.last ? first + kBlock : region.last;
+        group_.look_up_bias(region, first, last);
+        int queued = 0;
+        for (int g = 0; g < count; ++g)
+          for (int64_t q = first; q < last; q += kTileRows) {
+            const QueryTile tile = {&group_.window(g), &parts_[g], q, q + kTileRows < last ? q + kTileRows : last};
+            if (!has_queries(tile)) continue;
+            const float norm = split_queries(tile, queries_ + queued * kQueryBytes);
+            if (in_range(norm * tile.window->max_key_norm, tile.parts->largest_value))
+              queue_[queued++] = tile;
+            else
+              attend_block(*tile.window, region, tile.first, tile.last);
+          }
+        if (queued > 0) attend_queue(queued, region);
+      }
+    }
+  }
+
+  static bool has_queries(const QueryTile& tile) {
+    bool any = false;
+    for (int64_t q = tile.first; q < tile.last; ++q) any |= tile.window->token[q] >= 0;
+    return any;
+  }
+
+  void split_keys(const float* panels, char* parts) const {
+    for (int64_t first = 0; first < group_.padded_tokens(); first += kTileRows, parts += kKeyBytes)
+      for (int64_t d = 0; d < kHeadDim; d += 2) {
+        const Parts x = split(load(panels + first * kHeadDim + d * kPanel));
+        const Parts y = split(load(panels + first * kHeadDim + (d + 1) * kPanel));
+        char* row = parts + d / 2 * kTileRowBytes;
+        _mm512_store_si512(row, pack_pairs(x.third, y.third));
+        _mm512_store_si512(row + kTileBytes / 2, pack_pairs(x.first, y.first));
+        _mm512_store_si512(row + kTileBytes, pack_pairs(x.second, y.second));
+      }
+  }
+
+  void split_values(const float* rows, WindowParts& parts) const {
+    __m512 largest = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < pairs_; ++pair)
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const int64_t low = pair * kPair + i, high = low + kTileRows;
+        const __m512 x = load(rows + low * kHeadDim);
+        const __m512 y = high < group_.padded_tokens() ? load(rows + high * kHeadDim) : _mm512_setzero_ps();
+        largest = max<float>(max<float>(_mm512_abs_ps(x), _mm512_abs_ps(y)), largest);
+        const Parts a = split(x), b = split(y);
+        char* row = parts.values + pair * 3 * kTileBytes + i * kTileRowBytes;
+        _mm512_store_si512(row, pack_pairs(a.first, b.first));
+        _mm512_store_si512(row + kTileBytes, pack_pairs(a.second, b.second));
+        _mm512_store_si512(row + 2 * kTileBytes, pack_pairs(a.third, b.third));
+      }
+    parts.largest_value = max_lanes<float>(largest);
+  }
+
+  // The queued tiles of queries, each against the keys of its window, 32 keys at a time: a step turns scores to weights
+  // on the vector units while the tile unit works on the scores of the next step and the weights of the last. The tile
+  // unit keeps up only if its instructions lie evenly among the others.
+  void attend_queue(int count, const Region& region) {
+    const int64_t begin = region.begin / kPair, end = (region.end + kPair - 1) / kPair;
+    const int64_t steps = count * (end - begin);
+    Step last{}, now = step_of(0, begin, region), next = now;
+    const auto advance = [&](Step& step) {
+      step = step.pair + 1 < end ? step_of(step.tile, step.pair + 1, region) : step_of(step.tile + 1, begin, region);
+    };
+    tile_load<kOnes>(ones_, 0);
+    tile_zero<kSums>();
+    tile_zero<kTotals>();
+    load_queries(0);
+    for (int i = 0; i < 2 * kScoreSteps; ++i) score(now, 0, i);
+    for (int64_t i = 0; i < steps; ++i) {
+      const int parity = i % 2;
+      const bool more = i + 1 < steps, started = i > 0;
+      if (more) advance(next);
+      const bool new_tile = next.tile != now.tile, tile_done = started && last.tile != now.tile;
+      weigh(parity, [&](int slot) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int work = 2 * slot; work < 2 * slot + 2; ++work) {
+          const int summing = work - 1 - 2 * kScoreSteps;
+          if (work == 0) {
+            if (new_tile) load_queries(next.tile);
+          } else if (summing < 0) {
+            if (more) score(next, !parity, work - 1);
+          } else if (summing < kSumSteps) {
+            if (started) add_values(last, !parity, summing);
+          } else if (tile_done) {
+            store_sums();
+          }
+        }
+        if (slot % 8 == 0) fetch();
+      });
+      if (tile_done) finish(queue_[last.tile]);
+      last = now;
+      now = next;
+    }
+    for (int i = 0; i < kSumSteps; ++i) add_values(last, (steps - 1) % 2, i);
+    store_sums();
+    finish(queue_[last.tile]);
+  }
+
+  // 32 keys of a tile of queries: where their parts and the bias lie.
+  struct Step {
+    int tile;
+    int64_t pair;
+    const float* bias[2];   // of 16 keys each; -inf for keys outside the region's columns
+    int64_t bias_bytes[2];  // of a row
+    const char *keys, *values;
+  };
+
+  SWIN_ALWAYS_INLINE Step step_of(int tile, int64_t pair, const Region& region) const {
+    const QueryTile& queries = queue_[tile];
+    Step step;
+    step.tile = tile;
+    step.pair = pair;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t column = pair * kPair + half * kTileRows;
+      const bool inside = column >= region.begin && column < region.end;
+      step.bias[half] = inside ? group_.bias_row(queries.first) + column : nothing_;
+      step.bias_bytes[half] = inside ? group_.padded_tokens() * static_cast<int64_t>(sizeof(float)) : 0;
+    }
+    step.keys = queries.parts->keys + pair * 2 * kKeyBytes;
+    step.values = queries.parts->values + pair * 3 * kTileBytes;
+    return step;
+  }
+
+  SWIN_ALWAYS_INLINE void load_queries(int tile) const {
+    const char* queries = queries_ + tile * kQueryBytes;
+    tile_load<kQuery11>(queries, kTileRowBytes);
+    tile_load<kQuery22>(queries + kTileBytes, kTileRowBytes);
+    tile_load<kQuery13>(queries + 2 * kTileBytes, kTileRowBytes);
+  }
+
+  // The parts of a tile of queries, as tiles of the left side; returns the largest norm. Queries carry scale · log2(e).
+  float split_queries(const QueryTile& tile, char* parts_of_tile) const {
+    const __m512 factor = _mm512_set1_ps(static_cast<float>(call_.scale * kLog2E));
+    float norm = 0;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const int64_t token = tile.first + i < tile.last ? tile.window->token[tile.first + i] : -1;
+      __m512 x = _mm512_setzero_ps();
+      if (token >= 0)
+        x = load(static_cast<const float*>(call_.qkv) + token * 3 * group_.channels() + group_.head() * kHeadDim) *
+            factor;
+      const float square = sum_lanes<float>(x * x);
+      norm = square > norm ? square : norm;
+      norm += square * 0;  // NaN stays
+      const Parts parts = split(x);
+      const __m256i one = upper_halves(parts.first), two = upper_halves(parts.second),
+                    three = upper_halves(parts.third);
+      char* row = parts_of_tile + i * kTileRowBytes;
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row), one);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row + 32), one);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row + kTileBytes), two);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row + kTileBytes + 32), two);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row + 2 * kTileBytes), one);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(row + 2 * kTileBytes + 32), three);
+    }
+    return std::sqrt(norm);
+  }
+
+  // Whether scores of at most `product` + bias in size, and their weighted sums, stay inside float32's range with all
+  // parts normal numbers, and whether keys of other regions cannot matter. False where anything is not finite.
+  bool in_range(float product, float largest_value) const {
+    const float spread = group_.largest_bias() + product;
+    if (!(spread < kLargestScore && largest_value < kLargestValue)) return false;
+    return group_.pattern().region_count == 1 || 2 * spread + group_.mask() < static_cast<float>(kNegligible);
+  }
+  static constexpr float kLargestScore = 90, kLargestValue = 1 << 24;
+
+  // Scores of twice 16 keys, an instruction at a time: queries · keys + bias.
+  static constexpr int kScoreSteps = 7;
+  SWIN_ALWAYS_INLINE void score(const Step& step, int parity, int instruction) {
+    const int half = instruction / kScoreSteps;
+    const char* keys = step.keys + half * kKeyBytes;
+    switch (instruction % kScoreSteps) {
+      case 0: tile_load<kLeft>(step.bias[half], step.bias_bytes[half]); break;
+      case 1: tile_load<kRight>(keys + kTileBytes / 2, kTileRowBytes); break;  // parts 1, 2
+      case 2: tile_multiply<kLeft, kQuery22, kRight>(); break;
+      case 3: tile_multiply<kLeft, kQuery11, kRight>(); break;
+      case 4: tile_load<kRight>(keys, kTileRowBytes); break;  // parts 3, 1
+      case 5: tile_multiply<kLeft, kQuery13, kRight>(); break;
+      case 6: tile_store<kLeft>(scores_ + (2 * parity + half) * kTileRows * kTileRows); break;
+    }
+  }
+
+  // Weights 2^score of 16 queries and 32 keys, in parts; calls beside(slot) for slots 0 to 15 on the way.
+  template <class Beside>
+  SWIN_ALWAYS_INLINE void weigh(int parity, const Beside& beside) {
+    const float* low = scores_ + parity * kPair * kTileRows;
+    const float* high = low + kTileRows * kTileRows;
+    char* weights = weights_ + parity * 3 * kTileBytes;
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; r += 2) {
+      __m512 x[4] = {load(low + r * kTileRows), load(high + r * kTileRows), load(low + (r + 1) * kTileRows),
+                     load(high + (r + 1) * kTileRows)};
+      exp2_by_scaling<4>(x);
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const Parts a = split(x[2 * i]), b = split(x[2 * i + 1]);
+        char* row = weights + (r + i) * kTileRowBytes;
+        _mm512_store_si512(row, pack_pairs(a.first, b.first));
+        _mm512_store_si512(row + kTileBytes, pack_pairs(a.second, b.second));
+        _mm512_store_si512(row + 2 * kTileBytes, pack_pairs(a.third, b.third));
+        beside(r + i);
+      }
+    }
+  }
+
+  // Weighted sums of 32 values, and of ones, an instruction at a time.
+  static constexpr int kSumSteps = 16;
+  SWIN_ALWAYS_INLINE void add_values(const Step& step, int parity, int instruction) {
+    const char* weights = weights_ + parity * 3 * kTileBytes;
+    const char* values = step.values;
+    switch (instruction) {
+      case 0: tile_load<kLeft>(weights, kTileRowBytes); break;
+      case 1: tile_load<kRight>(values + 2 * kTileBytes, kTileRowBytes); break;
+      case 2: tile_multiply<kSums, kLeft, kRight>(); break;  // part 1 · part 3
+      case 3: tile_multiply<kTotals, kLeft, kOnes>(); break;
+      case 4: tile_load<kRight>(values, kTileRowBytes); break;
+      case 5: tile_multiply<kSums, kLeft, kRight>(); break;  // 1 · 1
+      case 6: tile_load<kRight>(values + kTileBytes, kTileRowBytes); break;
+      case 7: tile_multiply<kSums, kLeft, kRight>(); break;  // 1 · 2
+      case 8: tile_load<kLeft>(weights + kTileBytes, kTileRowBytes); break;
+      case 9: tile_multiply<kSums, kLeft, kRight>(); break;  // 2 · 2
+      case 10: tile_multiply<kTotals, kLeft, kOnes>(); break;
+      case 11: tile_load<kRight>(values, kTileRowBytes); break;
+      case 12: tile_multiply<kSums, kLeft, kRight>(); break;  // 2 · 1
+      case 13: tile_load<kLeft>(weights + 2 * kTileBytes, kTileRowBytes); break;
+      case 14: tile_multiply<kSums, kLeft, kRight>(); break;  // 3 · 1
+      case 15: tile_multiply<kTotals, kLeft, kOnes>(); break;
+    }
+  }
+
+  SWIN_ALWAYS_INLINE void store_sums() {
+    tile_store<kSums>(sums_);
+    tile_store<kTotals>(totals_);  // all columns alike
+    tile_zero<kSums>();
+    tile_zero<kTotals>();
+  }
+
+  void finish(const QueryTile& tile) const {
+    alignas(64) float inverse[kTileRows], lse[kTileRows];
+    const __m512i rows = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+    const __m512 total = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, rows, totals_, sizeof(float));
+    store(inverse, _mm512_set1_ps(1) / total);
+    store(lse, log(total));
+    for (int64_t i = 0; i < tile.last - tile.first; ++i) {
+      const int64_t token = tile.window->token[tile.first + i];
+      if (token < 0) continue;
+      store(static_cast<float*>(call_.out) + token * group_.channels() + group_.head() * kHeadDim,
+            load(sums_ + i * kHeadDim) * _mm512_set1_ps(inverse[i]));
+      static_cast<float*>(call_.lse)[token * call_.heads + group_.head()] = lse[i];
+    }
+  }
+
+  // The natural logarithm of normal positive numbers: x = m · 2^e with √½ < m ≤ √2, and ln m = 2 artanh((m - 1)/(m +
+  // 1)) by its series, whose next term is below 3e-9.
+  static __m512 log(__m512 x) {
+    __m512 m = _mm512_maskz_getmant_ps(0xFFFF, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    __m512 e = _mm512_maskz_getexp_ps(0xFFFF, x);
+    const __m512 one = _mm512_set1_ps(1);
+    const __mmask16 large = _mm512_cmp_ps_mask(m, _mm512_set1_ps(1.41421356f), _CMP_GT_OQ);
+    m = _mm512_mask_mul_ps(m, large, m, _mm512_set1_ps(0.5f));
+    e = _mm512_mask_add_ps(e, large, e, one);
+    const __m512 t = (m - one) / (m + one), t2 = t * t;
+    __m512 series = _mm512_set1_ps(2.0f / 9);
+    for (const float coefficient : {2.0f / 7, 2.0f / 5, 2.0f / 3, 2.0f})
+      series = _mm512_fmadd_ps(series, t2, _mm512_set1_ps(coefficient));
+    return _mm512_fmadd_ps(e, _mm512_set1_ps(static_cast<float>(kLn2)), series * t);
+  }
+
+  const int64_t pairs_;
+  char* queries_;  // parts of the queued tiles
+  float* scores_;  // two pairs of tiles
+  char* weights_;  // twice three tiles of parts
+  float* sums_;    // a tile
+  float* totals_;  // a tile
+  uint32_t* ones_;
+  float* nothing_;
+  WindowParts parts_[kGroup];
+  QueryTile queue_[kLargestQueue];
+  int64_t* next_tokens_[kGroup];
+  const int64_t* fetch_tokens_[kGroup];
+  int64_t fetch_head_ = 0, fetch_token_ = 0;
+  int fetch_window_ = 0, fetch_windows_ = 0;
+};
+
+}  // namespace SWIN_ISA
+}  // namespace swin
