@@ -25,8 +25,8 @@ OPTIMISE = {
     "plain": "-O2",
     "sanitized": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
 }
-# Products are not contracted to fused multiply-adds: kernels say fmaf where they want one.
-FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra"
+# Products are not contracted to fused multiply-adds: kernels say fmaf where they want one. Alike kernels stay apart.
+FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-ipa-icf -Wall -Wextra"
 
 
 def compiler() -> list[str]:

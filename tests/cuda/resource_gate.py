@@ -1,0 +1,274 @@
+"""What the CUDA kernels need of a GPU and what their loops execute, read from the library's machine code without a GPU.
+
+``python -m tests.cuda.resource_gate`` writes two tables, which `test_resources.py` holds new code against:
+
+- ``resources.csv``: registers, static shared memory and spills of every kernel in every architecture, and what its
+  loop over scores executes per 1,000 scores (in warp instructions; all paths through the loop are counted in),
+- ``launches.csv``: how the launchers cut production shapes, and how many blocks of that fit on a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import triton
+
+from ..ops.cases import Case
+from . import builds, emulated
+
+LIBRARY = builds.ROOT / "swin_kernels" / "lib" / "libswin_kernels_cuda.so"
+RESOURCES = Path(__file__).with_name("resources.csv")
+LAUNCHES = Path(__file__).with_name("launches.csv")
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+KINDS = {
+    "tensor": r"HMMA|HGMMA",
+    "exp": r"MUFU\.EX2",
+    "fp32": r"FADD2?|FMUL2?|FFMA2?|FMNMX3?|FSEL|FSETP|HFMA2|HADD2|HMUL2|F2FP|F2F",
+    "shared": r"LDS|STS|LDSM|STSM",
+    "global_": r"LDG|STG|LDGSTS",
+}
+"""Kinds of instructions; those of Triton's table (`tests/triton/compile_gate.py`), with packed conversions in fp32."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel in one architecture; `exp` to `all` per 1,000 scores, 0 where there is no loop over scores."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    static_shared: int
+    stack: int
+    spills: int
+    tensor: int = 0
+    exp: int = 0
+    fp32: int = 0
+    shared: int = 0
+    global_: int = 0
+    all: int = 0
+
+    @property
+    def key(self) -> tuple:
+        return self.kernel, self.architecture
+
+
+def plain_name(mangled_or_demangled: str) -> str:
+    """``copy_windows<uint4, true>`` of a kernel's demangled name, whichever compiler named it."""
+    name = mangled_or_demangled.removeprefix("void ").replace("swin::", "").replace("(anonymous namespace)::", "")
+    name = name.replace("__nv_bfloat16", "BFloat16").replace("__half", "Float16")
+    name = re.sub(r"\([A-Za-z_]\w*\)(?=\d)", "", name)  # (int)16, as some demanglers have it
+    return name[: name.rindex("(")]
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Names of kernels without what differs from build to build."""
+    # nvcc names anonymous namespaces after the file and a hash
+    stable = [re.sub(r"\d+_GLOBAL__N__[0-9a-f]+_\d+_\w+?_cu_[0-9a-f]{8}", "12_GLOBAL__N_1", name) for name in names]
+    done = subprocess.run(["c++filt"], input="\n".join(stable), check=True, capture_output=True, text=True)
+    return [plain_name(name) for name in done.stdout.splitlines()]
+
+
+def _dump(option: str, library: Path) -> str:
+    return subprocess.run([CUOBJDUMP, option, library], check=True, capture_output=True, text=True).stdout
+
+
+def _by_function(dump: str) -> dict[tuple[str, str], str]:
+    """What a dump says of each function, by architecture and mangled name."""
+    found = {}
+    for part in re.split(r"^arch = ", dump, flags=re.M)[1:]:
+        architecture = part.split()[0]
+        for text in re.split(r"^\s*Function\s*:?\s*", part, flags=re.M)[1:]:
+            name = re.match(r"[\w$.]+", text)[0]
+            found[architecture, name] = text
+    return found
+
+
+def _instructions(sass: str) -> list[tuple[int, str]]:
+    """Address and text of each instruction, without predicate."""
+    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+?)\s*;", sass, flags=re.M)
+    return [(int(address, 16), text) for address, text in found]
+
+
+def hot_loop(instructions: list[tuple[int, str]]) -> list[str]:
+    """The innermost loop with the most exponentials; empty where none has one."""
+    addresses = {address: i for i, (address, _) in enumerate(instructions)}
+    loops = []
+    for i, (address, text) in enumerate(instructions):
+        target = re.match(r"BRA\S*\s+.*?(0x[0-9a-f]+)$", text)
+        if target and int(target[1], 16) <= address:
+            loops.append([body for _, body in instructions[addresses[int(target[1], 16)] : i + 1]])
+    # Of nested loops the inner one counts: sort by exponentials per instruction.
+    hot = [body for body in loops if any(text.startswith("MUFU.EX2") for text in body)]
+    return max(hot, key=lambda body: sum(text.startswith("MUFU.EX2") for text in body) / len(body), default=[])
+
+
+def scores_in(kernel: str, body: list[str]) -> float:
+    """Scores that a warp computes in one turn of `body`.
+
+    One exponential a score and lane; but the 16-bit forward computes some exponentials as polynomials and some for its
+    rescaling: there the multiplications tell.
+    """
+    attend = re.match(r"attend<\w+, (\d+)", kernel)
+    products = sum(text.startswith("HMMA") for text in body)
+    if attend and products:
+        head_dim = int(attend[1])
+        return 128 * products / (max(head_dim, 16) / 16 + head_dim / 16)  # q k and p v, of 16 x 8 scores
+    return 32 * sum(text.startswith("MUFU.EX2") for text in body)
+
+
+def resources(library: Path = LIBRARY) -> list[Resources]:
+    """Of every kernel in the library."""
+    usage, sass = (_by_function(_dump(option, library)) for option in ("--dump-resource-usage", "--dump-sass"))
+    found = []
+    for (architecture, name), kernel in zip(sass, demangle([name for _, name in sass]), strict=True):
+        used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage[architecture, name])}
+        instructions = _instructions(sass[architecture, name])
+        body = hot_loop(instructions)
+        counts = {kind: sum(bool(re.match(rf"(?:{p})\b", text)) for text in body) for kind, p in KINDS.items()}
+        counts["all"] = len(body)
+        scale = 1000 / scores_in(kernel, body) if body else 0
+        found.append(
+            Resources(
+                kernel,
+                architecture,
+                registers=used["REG"],
+                static_shared=used["SHARED"],
+                stack=used["STACK"],
+                spills=sum(text.startswith(("LDL", "STL")) for _, text in instructions),
+                **{kind: round(count * scale) for kind, count in counts.items()},
+            )
+        )
+    return sorted(found, key=lambda one: one.key)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What limits blocks on a multiprocessor (CUDA C++ Programming Guide, table of compute capabilities)."""
+
+    architecture: str
+    compute_capability: int
+    multiprocessors: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+
+    def blocks(self, registers: int, threads: int, shared_bytes: int) -> int:
+        """Blocks that fit on a multiprocessor: 64 K registers in 4 quarters, 64 warps, 32 blocks, shared memory."""
+        warps = -(-threads // 32)
+        registers_of_warp = -(-registers * 32 // 256) * 256
+        by_registers = (1 << 14) // registers_of_warp * 4 // warps
+        by_shared = self.shared_per_multiprocessor // (-(-(shared_bytes + 1024) // 128) * 128)
+        return min(by_registers, by_shared, 64 // warps, 32)
+
+
+DEVICES = (
+    Device("sm_80", 80, 108, 163 << 10, 164 << 10),  # A100
+    Device("sm_90a", 90, 132, 227 << 10, 228 << 10),  # H100
+    Device("sm_100a", 100, 148, 227 << 10, 228 << 10),  # B200
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one kernel of a call is cut on a device, and the blocks of it that a multiprocessor holds at a time."""
+
+    call: str
+    architecture: str
+    kernel: str
+    grid: str
+    threads: int
+    shared_bytes: int
+    blocks_per_multiprocessor: int
+
+    @property
+    def key(self) -> tuple:
+        return self.call, self.architecture, self.kernel
+
+    @property
+    def threads_per_multiprocessor(self) -> int:
+        return self.threads * self.blocks_per_multiprocessor
+
+
+def calls() -> Iterable[tuple[str, Case, torch.dtype]]:
+    """Production shapes: every stage of feature size 48 at 96³ and 128³; other dtypes and head_dims at stage 1."""
+    for extent in (96, 128):
+        for stage in range(4):
+            side = extent >> 1 + stage
+            shape = Case("", (side,) * 3, (7,) * 3, (3,) * 3, heads=3 << stage, head_dim=16)
+            yield f"{extent}³ stage {stage + 1}", shape, torch.bfloat16
+    stage_1 = Case("", (48,) * 3, (7,) * 3, (3,) * 3, heads=3, head_dim=16)
+    yield "96³ stage 1 fp32", stage_1, torch.float32
+    for head_dim in (8, 32, 64):
+        yield f"96³ stage 1 head_dim {head_dim}", replace(stage_1, head_dim=head_dim), torch.bfloat16
+
+
+def launches(registers: dict[tuple, int]) -> list[Launch]:
+    """How the launchers cut `calls` on `DEVICES`; `registers` by `Resources.key`."""
+    module = builds.load("plain")
+    names = emulated_kernels()
+    found = []
+    present = {architecture for _, architecture in registers}
+    for device in DEVICES:
+        if device.architecture not in present:
+            continue
+        for name in ("compute_capability", "multiprocessors", "shared_per_block", "shared_per_multiprocessor"):
+            setattr(module.device(), name, getattr(device, name))
+        for name, case, dtype in calls():
+            call = emulated.attention(case, dtype)
+            for step, plan in (("forward", module.plan_forward), ("backward", module.plan_backward)):
+                for address, grid, threads, shared_bytes in plan(call):
+                    kernel = names[address]
+                    blocks = device.blocks(registers[kernel, device.architecture], threads, shared_bytes)
+                    cut = "x".join(map(str, grid))
+                    found.append(
+                        Launch(f"{step} {name}", device.architecture, kernel, cut, threads, shared_bytes, blocks)
+                    )
+    return found
+
+
+def emulated_kernels() -> dict[int, str]:
+    """Names of the kernels in the emulated build by their address in its file."""
+    done = subprocess.run(
+        ["nm", "--demangle", "--defined-only", builds.build("plain")], check=True, capture_output=True, text=True
+    )
+    symbols = re.findall(r"^([0-9a-f]+) [tTwW] ((?:void )?swin::\(anonymous namespace\)::.*)$", done.stdout, flags=re.M)
+    return {int(address, 16): plain_name(name) for address, name in symbols}
+
+
+def nvcc_version() -> str:
+    """As in ``13.0``; the compiler that the tables hold for."""
+    done = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
+    return re.search(r"release (\d+\.\d+)", done.stdout)[1]
+
+
+def store(found: list, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        file.write(f"# nvcc {nvcc_version()}; written by: python -m tests.cuda.resource_gate\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(found[0]))
+        writer.writerows(map(astuple, found))
+
+
+def load(path: Path, kind: type) -> tuple[str, dict[tuple, object]]:
+    """The nvcc of a committed table, and its rows by `key`."""
+    with path.open() as file:
+        version = file.readline().split()[2].rstrip(";")
+        rows = [
+            kind(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(kind)})
+            for row in csv.DictReader(file)
+        ]
+    return version, {row.key: row for row in rows}
+
+
+if __name__ == "__main__":
+    needed = resources()
+    store(needed, RESOURCES)
+    store(launches({one.key: one.registers for one in needed}), LAUNCHES)
+    sys.stdout.write(RESOURCES.read_text() + LAUNCHES.read_text())

@@ -1,0 +1,88 @@
+"""The CUDA kernels as machine code: nothing spills, as many blocks fit as the committed tables say, loops stay short."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed, and with it cuobjdump")
+
+from . import builds, resource_gate  # noqa: E402 - it asks Triton for cuobjdump
+
+WORSE = 1.05
+"""An instruction count may be this many times the committed one."""
+
+ACCEPT = "python -m tests.cuda.resource_gate accepts what changed"
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[tuple, resource_gate.Resources]:
+    """Resources of every kernel in the library."""
+    library = resource_gate.LIBRARY
+    if not library.exists():
+        pytest.skip(f"{library.name} is not built: that needs nvcc, see setup.py")
+    sources = [*(builds.ROOT / "csrc/cuda").iterdir(), builds.ROOT / "csrc/geometry.h"]
+    newer = [source.name for source in sources if source.stat().st_mtime > library.stat().st_mtime]
+    assert not newer, f"{library.name} is older than {', '.join(newer)}: make install builds it"
+    return {one.key: one for one in resource_gate.resources()}
+
+
+def committed(path, kind: type, found: dict[tuple, resource_gate.Resources]) -> dict:
+    """A committed table, for the architectures of the library; skips where another nvcc made the library."""
+    if not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc to compare the version of")
+    version, table = resource_gate.load(path, kind)
+    if version != resource_gate.nvcc_version():
+        pytest.skip(f"{path.name} was written with nvcc {version}; this is {resource_gate.nvcc_version()}")
+    present = {one.architecture for one in found.values()}
+    chosen = {key: row for key, row in table.items() if row.architecture in present}
+    assert chosen, f"{path.name} has nothing for {sorted(present)}"
+    return chosen
+
+
+def test_nothing_spills(found):
+    spilling = [one for one in found.values() if one.spills or one.stack]
+    assert not spilling, "\n".join(map(str, spilling))
+
+
+def test_every_kernel_is_in_the_table(found):
+    table = committed(resource_gate.RESOURCES, resource_gate.Resources, found)
+    assert set(found) == set(table), ACCEPT
+
+
+def test_instruction_mix(found):
+    """Fails when the code of a loop over scores got worse."""
+    table = committed(resource_gate.RESOURCES, resource_gate.Resources, found)
+    worse = [
+        f"{key}: {name} {getattr(found[key], name)}, was {getattr(before, name)}"
+        for key, before in table.items()
+        for name in (*resource_gate.KINDS, "all")
+        if getattr(found[key], name) > max(WORSE * getattr(before, name), getattr(before, name) + 2)
+    ]
+    assert not worse, "\n".join([*worse, ACCEPT])
+
+
+def test_occupancy(found):
+    """Fails when fewer blocks, or smaller ones, fit on a multiprocessor at production shapes."""
+    table = committed(resource_gate.LAUNCHES, resource_gate.Launch, found)
+    registers = {key: one.registers for key, one in found.items()}
+    launches = {one.key: one for one in resource_gate.launches(registers) if one.architecture in {a for _, a in found}}
+    assert set(launches) == set(table), ACCEPT
+    lost = [
+        f"{key}: {launches[key].threads_per_multiprocessor} threads, was {before.threads_per_multiprocessor}"
+        for key, before in table.items()
+        if launches[key].threads_per_multiprocessor < before.threads_per_multiprocessor
+    ]
+    assert not lost, "\n".join([*lost, ACCEPT])
+
+
+def test_scores_stay_on_chip(found):
+    """Far fewer memory instructions than scores: 1,000 scores are 31 instructions of a warp."""
+    loops = [one for one in found.values() if one.all]
+    assert {one.kernel.split("<")[0] for one in loops} >= {"differentiate_qkv", "differentiate_bias"}
+    for one in loops:
+        low_precision = "Float16" in one.kernel
+        assert one.global_ <= (40 if low_precision else 160), one
+        if low_precision:
+            assert one.tensor > 0
