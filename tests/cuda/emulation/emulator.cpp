@@ -82,7 +82,7 @@ struct Thread {
   unsigned char* stack = nullptr;
   const char* waits_in = nullptr;  // null while it can run
   bool done = false;
-  std::deque<std::vector<Copy>> groups;  // of copies; the last one is not closed yet
+  std::deque<std::vector<Copy>> groups{1};  // of copies; the last one is not closed yet
 };
 
 struct Warp {
@@ -191,6 +191,13 @@ void explain_deadlock() {
   note(what);
 }
 
+unsigned char* new_stack() {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE)) throw std::bad_alloc();
+  return static_cast<unsigned char*>(memory) + kPage;
+}
+
 void start_block() {
   std::memset(shared->data(), kPoison, shared->bytes());
   std::fill(in_flight.begin(), in_flight.end(), uint16_t{0});
@@ -204,17 +211,11 @@ void start_block() {
   ++last_phase;
   for (int t = 0; t < thread_count; ++t) {
     Thread& thread = threads[t];
-    if (!thread.stack) {
-      const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-      void* memory = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, flags, -1, 0);
-      if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE)) throw std::bad_alloc();
-      thread.stack = static_cast<unsigned char*>(memory) + kPage;
-    }
-    ASAN_UNPOISON_MEMORY_REGION(thread.stack, kStack);  // what a failed launch left
-    thread.waits_in = nullptr;
-    thread.done = false;
-    thread.groups.assign(1, {});
-    prepare(&thread.context, thread.stack, thread_entry);
+    unsigned char* const stack = thread.stack ? thread.stack : new_stack();
+    ASAN_UNPOISON_MEMORY_REGION(stack, kStack);  // what a failed launch left
+    thread = Thread{};
+    thread.stack = stack;
+    prepare(&thread.context, stack, thread_entry);
   }
 }
 

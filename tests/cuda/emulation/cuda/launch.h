@@ -8,17 +8,9 @@
 
 namespace swin {
 
-struct DeviceLimits {
-  int compute_capability;
-  int multiprocessors;
-  int shared_per_block;
-  int shared_per_multiprocessor;
-};
-
+using DeviceLimits = emulation::Device;
 inline const char* device_limits(DeviceLimits* limits) {
-  const emulation::Device& device = emulation::device;
-  *limits = {device.compute_capability, device.multiprocessors, device.shared_per_block,
-             device.shared_per_multiprocessor};
+  *limits = emulation::device;
   return nullptr;
 }
 

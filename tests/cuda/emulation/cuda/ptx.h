@@ -171,22 +171,16 @@ SWIN_DEVICE void load_matrices(const char* name, uint32_t (&fragment)[Count], co
   Matrices<Count, Transposed> mine{static_cast<const uint16_t*>(row), fragment};
   emulation::meet(name, &mine, Matrices<Count, Transposed>::load);
 }
-SWIN_DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], const void* row,
-                             emulation::Site site = emulation::Site::current()) {
-  load_matrices<4, false>("ldmatrix_x4", fragment, row, site);
-}
-SWIN_DEVICE void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row,
-                                   emulation::Site site = emulation::Site::current()) {
-  load_matrices<4, true>("ldmatrix_x4_trans", fragment, row, site);
-}
-SWIN_DEVICE void ldmatrix_x2(uint32_t (&fragment)[2], const void* row,
-                             emulation::Site site = emulation::Site::current()) {
-  load_matrices<2, false>("ldmatrix_x2", fragment, row, site);
-}
-SWIN_DEVICE void ldmatrix_x2_trans(uint32_t (&fragment)[2], const void* row,
-                                   emulation::Site site = emulation::Site::current()) {
-  load_matrices<2, true>("ldmatrix_x2_trans", fragment, row, site);
-}
+#define LDMATRIX(name, count, transposed)                                    \
+  SWIN_DEVICE void name(uint32_t (&fragment)[count], const void* row,        \
+                        emulation::Site site = emulation::Site::current()) { \
+    load_matrices<count, transposed>(#name, fragment, row, site);            \
+  }
+LDMATRIX(ldmatrix_x4, 4, false)
+LDMATRIX(ldmatrix_x4_trans, 4, true)
+LDMATRIX(ldmatrix_x2, 2, false)
+LDMATRIX(ldmatrix_x2_trans, 2, true)
+#undef LDMATRIX
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
