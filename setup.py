@@ -11,7 +11,7 @@
   CUDA kernels not at all,
 - ``SWIN_KERNELS_CUDA`` is ``auto`` (the default: CUDA kernels are built where nvcc is), ``device`` (the same, if this
   machine has an NVIDIA device), ``0`` (never) or ``1`` (a missing nvcc is an error),
-- ``CUDACXX`` is the nvcc, else that of ``CUDA_HOME``, of the PATH, of ``/usr/local/cuda``,
+- ``CUDACXX`` is the nvcc, else that of ``CUDA_HOME``, else the first of the PATH and of ``/usr/local/cuda``,
 - ``TORCH_CUDA_ARCH_LIST`` lists the architectures, as in ``8.0;9.0a+PTX``; `CUDA_ARCHITECTURES` is the default.
 """
 
@@ -96,20 +96,21 @@ def find_nvcc() -> tuple[str | None, str]:
         return None, "this machine has no NVIDIA device (SWIN_KERNELS_CUDA=device)"
     if COMPILER is None:
         return None, SKIPPED
-    candidates = [os.environ.get("CUDACXX")]
+    if named := os.environ.get("CUDACXX"):
+        if shutil.which(named) is None:
+            raise SystemExit(f"CUDACXX names {named!r}, which is not an executable program")
+        return shutil.which(named), ""
     if home := os.environ.get("CUDA_HOME"):
-        candidates.append(os.path.join(home, "bin", "nvcc"))
-    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    for candidate in filter(None, candidates):
+        candidates = [os.path.join(home, "bin", "nvcc")]
+    else:
+        candidates = ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in candidates:
         if found := shutil.which(candidate):
             return found, ""
-        if candidate == os.environ.get("CUDACXX"):
-            raise SystemExit(f"CUDACXX names {candidate!r}, which is not an executable program")
+    reason = f"nvcc was not found (tried {', '.join(candidates)}; CUDACXX and CUDA_HOME say where to look)"
     if wanted == "1":
-        raise SystemExit(
-            "SWIN_KERNELS_CUDA is 1, but nvcc was not found (tried CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
-        )
-    return None, "nvcc was not found (tried CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
+        raise SystemExit(f"SWIN_KERNELS_CUDA is 1, but {reason}")
+    return None, reason
 
 
 NVCC, CUDA_SKIPPED = find_nvcc()

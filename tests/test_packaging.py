@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,17 +18,26 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "swin_kernels/lib/libswin_kernels_cpu.so"
+CUDA_LIBRARY = "swin_kernels/lib/libswin_kernels_cuda.so"
 COMPILERS = ("c++", "g++", "clang++")
 NO_COMPILER = not any(shutil.which(name) for name in COMPILERS)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree: setup.py is missing")
+CUDA_HOME = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+NVCC = shutil.which("nvcc") or shutil.which(f"{CUDA_HOME}/bin/nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason=f"nvcc is missing, on the PATH and in {CUDA_HOME}")
 needs_compiler = pytest.mark.skipif(NO_COMPILER, reason=f"no C++ compiler: none of {', '.join(COMPILERS)} is on PATH")
 
 
 def run(command: list, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """The finished command, both outputs in `stdout`; the environment names no other compiler, backend or path."""
+    """The finished command, both outputs in `stdout`; the environment names no other compiler, backend or path.
+
+    CUDA kernels are only built where `environment` says so: nvcc takes a minute.
+    """
     hidden = {"CXX", "SWIN_KERNELS_CXX", "SWIN_KERNELS_SANITIZE", "PYTHONPATH", "SWIN_KERNELS_BACKEND", "LD_PRELOAD"}
-    environment = {key: value for key, value in os.environ.items() if key not in hidden} | environment
+    hidden |= {"CUDACXX", "TORCH_CUDA_ARCH_LIST"}
+    kept = {key: value for key, value in os.environ.items() if key not in hidden}
+    environment = {**kept, "SWIN_KERNELS_CUDA": "0", **environment}
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -50,7 +60,7 @@ def copy_sources(target: Path) -> Path:
     for file in (*ROOT.glob("*.*"), ROOT / "LICENSE"):
         if file.is_file():
             shutil.copy2(file, target)
-    for folder in ("csrc", "swin_kernels", "swin_unetr", "build/cpp"):
+    for folder in ("csrc", "swin_kernels", "swin_unetr", "build/cpp", "build/cuda"):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("lib", "__pycache__"))
     return target
@@ -108,10 +118,12 @@ def sources(tmp_path_factory) -> Path:
 
 @needs_compiler
 def test_wheel_with_kernels(sources: Path, tmp_path: Path):
-    wheel, _ = build_wheel(sources)
+    wheel, printed = build_wheel(sources, SWIN_KERNELS_CUDA="auto")
     assert re.fullmatch(r"swin_kernels-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert LIBRARY in names
+    assert (CUDA_LIBRARY in names) == (NVCC is not None)
+    assert ("CUDA kernels are SKIPPED: nvcc was not found" in printed) == (NVCC is None)
     assert not [name for name in names if name.startswith(("csrc", "tests", "build"))]
     shipped = [str(file.relative_to(ROOT)) for file in (ROOT / "swin_unetr" / "data").glob("*.nii.gz")]
     assert shipped
@@ -177,6 +189,115 @@ def test_broken_compiler_is_an_error(tmp_path: Path, environment: dict[str, str]
     done = run([sys.executable, "setup.py", "build_cpp", "--inplace"], sources, **environment)
     assert done.returncode != 0
     assert message in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        pytest.param({"SWIN_KERNELS_CUDA": "0"}, "SWIN_KERNELS_CUDA is 0", id="unwanted"),
+        pytest.param(
+            {"SWIN_KERNELS_CUDA": "auto", "CUDA_HOME": "/nowhere"},
+            "nvcc was not found (tried /nowhere/bin/nvcc",
+            id="no nvcc",
+        ),
+        pytest.param(
+            {"SWIN_KERNELS_CUDA": "device"},
+            "this machine has no NVIDIA device",
+            id="no device",
+            marks=pytest.mark.skipif(
+                any(map(os.path.exists, ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg"))),
+                reason="this machine has an NVIDIA device",
+            ),
+        ),
+    ],
+)
+@needs_compiler
+def test_skipped_cuda_kernels_are_said(sources: Path, environment: dict[str, str], reason: str):
+    stale = sources / CUDA_LIBRARY
+    stale.parent.mkdir(exist_ok=True)
+    stale.touch()
+    printed = succeed([sys.executable, "setup.py", "-q", "build_cpp", "--inplace"], sources, **environment)
+    assert f"the CUDA kernels are SKIPPED: {reason}" in printed
+    assert (sources / LIBRARY).exists()
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        pytest.param({"SWIN_KERNELS_CUDA": "maybe"}, "accepted are auto, device, 0 and 1", id="unknown switch"),
+        pytest.param({"CUDACXX": "no-such-nvcc"}, "CUDACXX names 'no-such-nvcc'", id="named but missing"),
+        pytest.param({"SWIN_KERNELS_CUDA": "1", "CUDA_HOME": "/nowhere"}, "nvcc was not found", id="demanded"),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": "Turing"}, "'Turing' is not an architecture", id="no such architecture"),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": "7.0;7.5"}, "no architecture is left of '7.0;7.5'", id="all too old"),
+    ],
+)
+@needs_compiler
+@needs_nvcc
+def test_broken_cuda_settings_are_an_error(sources: Path, environment: dict[str, str], message: str):
+    settings = {"SWIN_KERNELS_CUDA": "auto", **environment}
+    done = run([sys.executable, "setup.py", "build_cpp", "--inplace"], sources, **settings)
+    assert done.returncode != 0
+    assert message in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("", ["compute_80,code=[compute_80,sm_80]", "compute_90a,code=sm_90a", "compute_100a,code=sm_100a"]),
+        ("8.0;9.0a+PTX", ["compute_80,code=sm_80", "compute_90a,code=[compute_90a,sm_90a]"]),
+        ("7.5 8.6", ["compute_86,code=sm_86"]),
+    ],
+)
+def test_architectures(monkeypatch, wanted: str, expected: list[str]):
+    """The list is the user's; of the default, what nvcc does not know is left out."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    flags = runpy.run_path(str(ROOT / "setup.py"))["architecture_flags"]
+
+    def listing(codes: str):
+        return lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=codes)
+
+    monkeypatch.setattr(subprocess, "run", listing("sm_80\nsm_90\nsm_100\n"))
+    assert flags("nvcc", wanted) == [f"-gencode=arch={flag}" for flag in expected]
+    monkeypatch.setattr(subprocess, "run", listing("sm_80\nsm_90\n"))
+    known = expected if wanted else expected[:2]
+    assert flags("nvcc", wanted) == [f"-gencode=arch={flag}" for flag in known]
+
+
+@pytest.fixture
+def cuda_library() -> Path:
+    library = ROOT / CUDA_LIBRARY
+    if not library.is_file():
+        pytest.skip(f"{CUDA_LIBRARY} was not built: nvcc was missing, or SWIN_KERNELS_CUDA said so")
+    return library
+
+
+LOAD = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+operators = torch.ops.swin_kernels_cuda
+x = torch.zeros(1, 4, 4, 8)
+for name in ("window_attention_forward", "window_attention_backward", "window_partition", "window_reverse"):
+    print(getattr(operators, name).default._schema)
+assert isinstance(operators.attention_declines(1, 16, [7, 7, 7], True), str)
+try:
+    operators.window_partition(x, [2, 2], [0, 0])
+except NotImplementedError as error:
+    print("refused:", str(error).splitlines()[0])
+"""
+
+
+def test_cuda_library_loads_without_a_gpu(cuda_library: Path, tmp_path: Path):
+    printed = succeed([sys.executable, "-c", LOAD, cuda_library], tmp_path)
+    assert printed.count("swin_kernels_cuda::window_") >= 4
+    assert "refused: Could not run 'swin_kernels_cuda::window_partition'" in printed
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf (binutils) is missing")
+def test_cuda_library_asks_for_no_version_of_cuda(cuda_library: Path):
+    needed = re.findall(r"NEEDED.*\[(.*)\]", succeed(["readelf", "--dynamic", cuda_library], ROOT))
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if "cuda" in name]
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is missing")

@@ -24,7 +24,9 @@ def unavailable() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the CUDA library does not load: {error}"
-    return None
+    # The library brings its own CUDA runtime, which may be newer than the driver.
+    reason = torch.ops.swin_kernels_cuda.attention_declines(1, 16, (2, 2, 2), False)
+    return f"the CUDA library does not run here: {reason}" if reason else None
 
 
 @functools.cache
