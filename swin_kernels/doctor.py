@@ -308,6 +308,7 @@ def _machine() -> dict[str, str]:
     if not load("cpu").unavailable():
         forced = " (forced by SWIN_KERNELS_ISA)" if os.environ.get("SWIN_KERNELS_ISA") else ""
         facts["C++ kernels for"] = f"{_isa()}{forced}"
+    facts["CUDA kernels"] = "built" if load("cuda").LIBRARY.is_file() else "not built"
     if torch.cuda.is_available():
         facts["GPU"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     return facts
@@ -396,7 +397,7 @@ def show(report: Report, console=None) -> None:
             if check.failure:
                 console.print(Text(f"FAILED {what}: {check.failure}", style="bold red"))
             for reason in check.declined:
-                console.print(Text(f"{what}: some shapes are left to the reference: {reason}", style="yellow"))
+                console.print(Text(f"{what}: some shapes are left to another backend: {reason}", style="yellow"))
     devices = dict.fromkeys(backend.device for backend in report.backends)
     timed = "; ".join(f"{device}: {TIMED[device].name}" for device in devices)
     console.print(

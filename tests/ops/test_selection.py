@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -174,3 +176,69 @@ def test_public_names():
     for name in ("window_attention", "window_partition", "window_reverse", "use_backend", "explain"):
         assert name in swin_kernels.__all__
         assert getattr(swin_kernels, name).__doc__
+
+
+# The CUDA backend's answers, also where there is no GPU
+
+
+@pytest.fixture
+def a100(monkeypatch):
+    """The CUDA backend as on a GPU of compute capability 8.0, whose kernels take every call."""
+    engine = load("cuda")
+    monkeypatch.setattr(engine, "unavailable", lambda: None)
+    monkeypatch.setattr(engine, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(engine, "_declines", lambda *call: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return engine
+
+
+ON_GPU = Call("window_attention", "cuda", torch.bfloat16, head_dim=16, window=(7, 7, 7))
+
+
+def test_cuda_comes_first_on_a_gpu(a100):
+    assert ORDER["cuda"] == ("cuda", "triton", "reference")
+    assert select(ON_GPU) is a100
+    assert select(replace(ON_GPU, operator="window_partition", dtype=torch.uint8)) is a100
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (replace(ON_GPU, device="cpu"), "the volume is on cpu, the kernels run on cuda"),
+        (replace(ON_GPU, dtype=torch.float64), "dtype torch.float64 has no kernel"),
+        (replace(ON_GPU, dropout=True), "attention dropout has no kernel"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_cuda_says_why_it_declines(a100, call, reason):
+    assert decline_reason("cuda", call) == reason
+
+
+def test_cuda_declines_old_gpus(a100, monkeypatch):
+    monkeypatch.setattr(a100, "capability", lambda device: (7, 5))
+    assert decline_reason("cuda", ON_GPU) == "compute capability (7, 5) is below (8, 0)"
+    assert "compute capability" in decline_reason("cuda", replace(ON_GPU, operator="window_partition"))
+
+
+def test_cuda_passes_on_what_its_kernels_answer(a100, monkeypatch):
+    monkeypatch.setattr(a100, "_declines", lambda device, dtype, head_dim, window, backward: f"no head_dim {head_dim}")
+    assert decline_reason("cuda", replace(ON_GPU, head_dim=5)) == "no head_dim 5"
+
+
+def test_a_call_measured_to_be_faster_elsewhere_goes_there(a100, monkeypatch):
+    preference = import_module("swin_kernels.backends.cuda.preference")
+    line = preference.Measured((8, 0), True, 2, 16, (216, 343), "triton", 0.4, 0.3, "results/a100.json at 0123abc")
+    monkeypatch.setattr(preference, "MEASURED", (line,))
+    backward = replace(ON_GPU, backward=True)
+    reason = "triton took 0.3 ms where this took 0.4 ms (results/a100.json at 0123abc)"
+    assert decline_reason("cuda", backward) == reason
+    assert decline_reason("cuda", ON_GPU) is None
+    for other in ({"head_dim": 8}, {"dtype": torch.float32}, {"window": (5, 5, 5)}, {"window": (8, 8, 8)}):
+        assert decline_reason("cuda", replace(backward, **other)) is None, other
+    monkeypatch.setattr(a100, "capability", lambda device: (9, 0))
+    assert decline_reason("cuda", backward) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_unavailable_without_a_device():
+    assert load("cuda").unavailable() == "no CUDA device"

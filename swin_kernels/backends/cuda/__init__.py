@@ -8,10 +8,10 @@ import torch
 
 from .. import Call
 from . import window_attention, window_partition
-from .library import OLDEST, capability, unavailable
+from .library import LIBRARY, OLDEST, capability, unavailable
 from .preference import faster_elsewhere
 
-__all__ = ["supports", "unavailable", "window_attention", "window_partition"]
+__all__ = ["LIBRARY", "supports", "unavailable", "window_attention", "window_partition"]
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtypes of `window_attention`, and their numbers in csrc/cuda/launchers.h."""
