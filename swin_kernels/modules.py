@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .geometry import bias_index, bias_table_length
+from .ops.projected_window_attention import projected_window_attention
 from .ops.window_attention import window_attention
 
 __all__ = [
@@ -83,18 +84,29 @@ class WindowAttention(nn.Module):
             shift_size: cyclic shift of the windows, an int or one per axis.
         """
         dropout_p = self.attn_drop.p if self.training else 0.0
-        out = window_attention(
-            self.qkv(x),  # (B, *S, 3C)
-            self.relative_position_bias_table,
-            self.window_size,
-            shift_size,
-            pad_qkv=self.qkv.bias,
-            scale=self.scale,
-            dropout_p=dropout_p if dropout_p < 1 else 0.0,
-        )
+        table = self.relative_position_bias_table
+        if dropout_p == 0 and not torch.is_grad_enabled() and _is_plain(self.qkv):
+            out = projected_window_attention(
+                x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale
+            )
+        else:
+            out = window_attention(
+                self.qkv(x),  # (B, *S, 3C)
+                table,
+                self.window_size,
+                shift_size,
+                pad_qkv=self.qkv.bias,
+                scale=self.scale,
+                dropout_p=dropout_p if dropout_p < 1 else 0.0,
+            )
         if dropout_p == 1:  # every weight is dropped: the operator accepts only less
             out = F.dropout(out, 1.0)
         return self.proj_drop(self.proj(out))
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether `linear` does nothing but its product: no other class (as low-rank adapters bring), no hooks."""
+    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def _init_bias_table(table: torch.Tensor) -> None:

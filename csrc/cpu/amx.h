@@ -25,8 +25,8 @@ SWIN_ALWAYS_INLINE void tile_load(const void* rows, int64_t row_bytes) {
 }
 
 template <int kTile>
-SWIN_ALWAYS_INLINE void tile_store(void* rows) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(int64_t{kTileRowBytes}), "i"(kTile) : "memory");
+SWIN_ALWAYS_INLINE void tile_store(void* rows, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(row_bytes), "i"(kTile) : "memory");
 }
 
 template <int kTile>
@@ -81,6 +81,32 @@ SWIN_ALWAYS_INLINE __m512i pack_pairs(__m512 x, __m512 y) {
 // The upper halves of 16 lanes.
 SWIN_ALWAYS_INLINE __m256i upper_halves(__m512 x) {
   return _mm512_maskz_cvtepi32_epi16(0xFFFF, _mm512_maskz_srli_epi32(0xFFFF, _mm512_castps_si512(x), 16));
+}
+
+// A row of 16 numbers as row `i` of three tiles of the left side: parts 1 1, 2 2 and 1 3 side by side.
+SWIN_ALWAYS_INLINE void split_left_row(__m512 x, int64_t i, char* tiles) {
+  const Parts parts = split(x);
+  const __m256i one = upper_halves(parts.first), two = upper_halves(parts.second), three = upper_halves(parts.third);
+  __m256i* row = reinterpret_cast<__m256i*>(tiles + i * kTileRowBytes);
+  _mm256_store_si256(row, one);
+  _mm256_store_si256(row + 1, one);
+  _mm256_store_si256(row + kTileBytes / 32, two);
+  _mm256_store_si256(row + kTileBytes / 32 + 1, two);
+  _mm256_store_si256(row + 2 * kTileBytes / 32, one);
+  _mm256_store_si256(row + 2 * kTileBytes / 32 + 1, three);
+}
+
+// A panel (16, 16) of numbers, columns of the right matrix, as half tiles of parts 3, 1, 2: two tiles that overlap, 3
+// over 1 and 1 over 2, so that the products with the left side's 1 3, 1 1 and 2 2 are the six wanted.
+constexpr int64_t kRightBlockBytes = 3 * kTileBytes / 2;
+SWIN_ALWAYS_INLINE void split_right_block(const float* panel, char* halves) {
+  for (int d = 0; d < kTileRows; d += 2) {
+    const Parts x = split(load(panel + d * kTileRows)), y = split(load(panel + (d + 1) * kTileRows));
+    char* row = halves + d / 2 * kTileRowBytes;
+    _mm512_store_si512(row, pack_pairs(x.third, y.third));
+    _mm512_store_si512(row + kTileBytes / 2, pack_pairs(x.first, y.first));
+    _mm512_store_si512(row + kTileBytes, pack_pairs(x.second, y.second));
+  }
 }
 
 }  // namespace SWIN_ISA

@@ -37,8 +37,27 @@ struct NormBackwardCall : NormCall {
   void* means;          // (B, gradient_rows, C) accumulate
 };
 
-// Functions of [begin, end) work on those of the batch · blocks blocks; `scratch` holds kNormScratchTensors times
-// kNormScratchRows rows of accumulate, one piece for each thread.
+// A convolution of contiguous float32 volumes (B, D, H, W, C) with stride 1, padding kernel / 2 and no bias.
+struct ConvolutionCall {
+  int64_t kernel;  // 3 or 1, on every axis
+  int64_t batch, extent[kAxes];
+  int64_t channels[2], out_channels;  // the second source may have none
+  const float* source[2];
+  // The weight of (output channel, input channel, tap) lies at out · weight_out_stride + in · weight_in_stride + tap;
+  // under `flip`, which makes the gradient of a source, taps are counted from the last.
+  const float* weight;
+  int64_t weight_out_stride, weight_in_stride;
+  bool flip;
+  float* packed;         // memory for packed_weights() elements
+  float* out;            // (B, D, H, W, out_channels)
+  int64_t block_height;  // rows of a block of outputs; for kernel 1, voxels
+};
+
+SWIN_INLINE int64_t in_channels(const ConvolutionCall& call) { return call.channels[0] + call.channels[1]; }
+
+// Items of pack_weights and blocks of convolve may run in any order; convolve needs all items packed.
+// Functions of [begin, end) of a norm work on those of the batch · blocks blocks; `scratch` holds kNormScratchTensors
+// times kNormScratchRows rows of accumulate, one piece for each thread.
 struct DecoderKernels {
   const char* isa;
   void (*norm_partials)(const NormCall&, int64_t begin, int64_t end, void* scratch);
@@ -47,6 +66,12 @@ struct DecoderKernels {
   void (*norm_backward_partials)(const NormBackwardCall&, int64_t begin, int64_t end, void* scratch);
   void (*norm_backward_means)(const NormBackwardCall&);
   void (*norm_backward_apply)(const NormBackwardCall&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*packed_weights)(const ConvolutionCall&);  // elements
+  int64_t (*pack_items)(const ConvolutionCall&);
+  void (*pack_weights)(const ConvolutionCall&, int64_t item);
+  int64_t (*convolution_scratch)(const ConvolutionCall&);  // floats per thread
+  int64_t (*convolution_blocks)(const ConvolutionCall&);
+  void (*convolve)(const ConvolutionCall&, float* scratch, WorkCounter&);
 };
 
 // The decoder's kernels of the build that select_kernels() picks; null and a message as there.

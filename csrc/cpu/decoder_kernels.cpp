@@ -1,5 +1,6 @@
 // Compiled once per vector width with -DSWIN_ISA=<name>; offers the decoder's kernels of that build.
 // No standard containers here: what the linker merges across builds must not hold their instructions.
+#include "convolution.h"
 #include "decoder.h"
 #include "instance_norm_act.h"
 
@@ -72,11 +73,39 @@ void backward_apply(const NormBackwardCall& call, int64_t begin, int64_t end, vo
   });
 }
 
+int64_t pack_items(const ConvolutionCall& call) { return panels_of(call) * (call.kernel == 1 ? 1 : 9); }
+
+int64_t convolution_scratch(const ConvolutionCall& call) {
+  return call.kernel == 1 ? PointwiseWorker::scratch(call) : WinogradWorker::scratch(call);
+}
+
+int64_t convolution_blocks(const ConvolutionCall& call) {
+  const int64_t planes = call.batch * call.extent[0], rows = call.extent[1], height = call.block_height;
+  if (call.kernel == 1) return (planes * rows * call.extent[2] + height - 1) / height;
+  return planes * ((rows + height - 1) / height);
+}
+
+template <class Worker>
+void convolve_with(const ConvolutionCall& call, float* scratch, WorkCounter& next) {
+  Worker worker(call, scratch);
+  const int64_t blocks = convolution_blocks(call);
+  for (int64_t i; (i = next.fetch_add(1)) < blocks;) worker.run(i);
+}
+
+void convolve(const ConvolutionCall& call, float* scratch, WorkCounter& next) {
+  if (call.kernel == 1)
+    convolve_with<PointwiseWorker>(call, scratch, next);
+  else
+    convolve_with<WinogradWorker>(call, scratch, next);
+}
+
 }  // namespace
 
 extern const DecoderKernels decoder_kernels;
-const DecoderKernels decoder_kernels = {SWIN_NAME(SWIN_ISA), partials,       statistics,    apply,
-                                        backward_partials,   backward_means, backward_apply};
+const DecoderKernels decoder_kernels = {
+    SWIN_NAME(SWIN_ISA), partials,           statistics,     apply,      backward_partials,
+    backward_means,      backward_apply,     packed_weights, pack_items, pack_weights,
+    convolution_scratch, convolution_blocks, convolve};
 
 }  // namespace SWIN_ISA
 }  // namespace swin

@@ -151,8 +151,15 @@ void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {SWIN_NAME(SWIN_ISA), attention_scratch,  prepare_bias,
-                             attention_forward,   attention_backward, reduce_gradients};
+const KernelTable kernels = {SWIN_NAME(SWIN_ISA),
+                             attention_scratch,
+                             prepare_bias,
+                             attention_forward,
+                             attention_backward,
+                             reduce_gradients,
+                             nullptr,
+                             nullptr,
+                             nullptr};
 
 }  // namespace SWIN_ISA
 }  // namespace swin

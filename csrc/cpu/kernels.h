@@ -39,6 +39,13 @@ struct ForwardCall : AttentionCall {
   void* lse;  // (B, *S, heads) accumulate, natural logarithm
 };
 
+// The forward of qkv = x · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32.
+struct ProjectedForwardCall : ForwardCall {
+  const float* x;       // (B, *S, C)
+  const float* weight;  // (3C, C)
+  const float* bias;    // (3C,) or null for zeros
+};
+
 struct BackwardCall : AttentionCall {
   const void* grad_out;   // (B, *S, C)
   const void* out;        // (B, *S, C)
@@ -74,6 +81,11 @@ struct KernelTable {
   void (*attention_forward)(const ForwardCall&, const WindowChunk*, int64_t chunks, void* scratch, WorkCounter&);
   void (*attention_backward)(const BackwardCall&, const WindowChunk*, int64_t chunks, void* scratch, WorkCounter&);
   void (*reduce_gradients)(const BackwardCall&, const WindowChunk*, int64_t chunks, WorkCounter&);
+  // The projected forward; null in builds that have none.
+  bool (*projects)(const AttentionCall&);
+  size_t (*projected_scratch)(const ProjectedForwardCall&);
+  void (*projected_forward)(const ProjectedForwardCall&, const WindowChunk*, int64_t chunks, void* scratch,
+                            WorkCounter&);
 };
 
 // The widest build this processor runs, or the one SWIN_KERNELS_ISA names; null and a message if it

@@ -39,11 +39,31 @@ void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64
   avx512::kernels.reduce_gradients(call, chunks, count, next);
 }
 
+// Where qkv of a group of windows stays in the second-level cache.
+constexpr int64_t kMostChannels = 64;
+
+bool projects(const AttentionCall& call) {
+  return on_tiles(call) && call.heads * call.head_dim <= kMostChannels && call.bias_type == ElementType::kFloat32;
+}
+
+size_t projected_scratch(const ProjectedForwardCall& call) {
+  Arena arena(nullptr);
+  AmxForwardWorker(call, arena);
+  return arena.used();
+}
+
+void projected_forward(const ProjectedForwardCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
+                       WorkCounter& next) {
+  Arena arena(scratch);
+  AmxForwardWorker(call, arena).run(chunks, count, next);
+}
+
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {"amx",           attention_scratch, prepare_bias, attention_forward, attention_backward,
-                             reduce_gradients};
+const KernelTable kernels = {
+    "amx",    attention_scratch, prepare_bias,     attention_forward, attention_backward, reduce_gradients,
+    projects, projected_scratch, projected_forward};
 
 }  // namespace amx
 }  // namespace swin

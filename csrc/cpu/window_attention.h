@@ -65,10 +65,12 @@ constexpr int64_t kBlock = 48;  // queries
 // A window of the group, with the keys (and, as the worker needs, the values) of its tokens.
 template <class T>
 struct GroupWindow {
-  int64_t index;   // over the batch
-  int64_t* token;  // (n) natural index over the batch, -1 for padding
-  T* keys;         // panels
-  T* values;       // the worker's layout
+  int64_t index;               // over the batch
+  int64_t* token;              // (n) natural index over the batch, -1 for padding
+  T* keys;                     // panels
+  T* values;                   // the worker's layout
+  const T* queries = nullptr;  // (n, query_stride), or null: they are read from the call's qkv
+  int64_t query_stride = 0;
   T max_key_norm;
 };
 
@@ -100,6 +102,7 @@ class WindowGroup {
   int64_t head() const { return head_; }
   const WindowPattern& pattern() const { return *pattern_; }
   GroupWindow<T>& window(int g) { return windows_[g]; }
+  const GroupWindow<T>& window(int g) const { return windows_[g]; }
 
   void enter(int64_t pattern, int64_t head) {
     pattern_ = &call_.patterns[pattern];
@@ -179,10 +182,14 @@ class WindowGroup {
     for (int64_t d = head_dim(); d < width(); ++d) row[d] = 0;
   }
 
-  // The query of a token as a row of `width`, times scale · log2(e).
-  void load_query(int64_t token, T* __restrict row) const {
-    const int64_t channel = token * 3 * channels() + head_ * head_dim();
-    load_row(at(call_.qkv, call_.type, channel), call_.type, head_dim(), row);
+  // Query number `query` of a window as a row of `width`, times scale · log2(e).
+  void load_query(const GroupWindow<T>& window, int64_t query, T* __restrict row) const {
+    if (window.queries) {
+      for (int64_t d = 0; d < head_dim(); ++d) row[d] = window.queries[query * window.query_stride + d];
+    } else {
+      const int64_t channel = window.token[query] * 3 * channels() + head_ * head_dim();
+      load_row(at(call_.qkv, call_.type, channel), call_.type, head_dim(), row);
+    }
     for (int64_t d = head_dim(); d < width(); ++d) row[d] = 0;
     const Vec<T> factor = broadcast(static_cast<T>(call_.scale * kLog2E));
     for (int64_t d = 0; d < width(); d += kLanes<T>) store(row + d, load(row + d) * factor);

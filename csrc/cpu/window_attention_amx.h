@@ -8,6 +8,7 @@
 #pragma once
 
 #include "amx.h"
+#include "projection_amx.h"
 #include "window_attention_forward.h"
 
 namespace swin {
@@ -19,31 +20,20 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
  public:
   static constexpr int64_t kHeadDim = 16;
 
-  AmxForwardWorker(const ForwardCall& call, Arena& arena)
-      : Base(call, arena),
-        pairs_((group_.padded_tokens() + kPair - 1) / kPair),
-        queries_(arena.take<char>(kLargestQueue * kQueryBytes)),
-        scores_(arena.take<float>(2 * kPair * kTileRows)),
-        weights_(arena.take<char>(2 * 3 * kTileBytes)),
-        sums_(arena.take<float>(kTileRows * kHeadDim)),
-        totals_(arena.take<float>(kTileRows * kTileRows)),
-        ones_(arena.take<uint32_t>(kTileRows)),
-        nothing_(arena.take<float>(kTileRows)) {
-    for (WindowParts& parts : parts_) {
-      parts.keys = arena.take<char>(pairs_ * 2 * kKeyBytes);
-      parts.values = arena.take<char>(pairs_ * 3 * kTileBytes);
-    }
-    for (int64_t*& tokens : next_tokens_) tokens = arena.take<int64_t>(group_.tokens());
-  }
+  AmxForwardWorker(const ForwardCall& call, Arena& arena) : AmxForwardWorker(call, nullptr, arena) {}
+  AmxForwardWorker(const ProjectedForwardCall& call, Arena& arena) : AmxForwardWorker(call, &call, arena) {}
 
-  // An item of work is a group of windows and a few heads, which lie side by side in memory.
+  // An item of work is a group of windows and a few heads, which lie side by side in memory; all heads where they are
+  // projected here.
   void run(const WindowChunk* chunks, int64_t count, WorkCounter& next) {
     for (int i = 0; i < kTileRows; ++i) {
       ones_[i] = 0x3F803F80u;  // two bfloat16 of 1
       nothing_[i] = -INFINITY;
+      no_row_[i] = 0;
     }
     const TileUse tiles;
-    const int64_t heads = call_.heads % kHeads == 0 ? kHeads : 1;
+    if (projected_) projection_.prepare();
+    const int64_t heads = projected_ ? call_.heads : call_.heads % kHeads == 0 ? kHeads : 1;
     int64_t i = next.fetch_add(heads);
     while (i < count) {
       const WindowChunk& chunk = chunks[i];
@@ -51,33 +41,23 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
       int64_t following = count;
       for (int64_t head = chunk.head; head < chunk.head + heads; ++head) {
         group_.enter(chunk.pattern, head);
-        if (head == chunk.head)
+        if (head == chunk.head) {
           for (int g = 0; g < windows; ++g) group_.place(g, chunk.begin + g);
-        if (head + 1 < chunk.head + heads) {
-          for (int g = 0; g < windows; ++g) fetch_later(g, group_.window(g).token, head + 1);
-          fetch_windows_ = windows;
-        } else if ((following = next.fetch_add(heads)) < count) {
-          const WindowChunk& after = chunks[following];
-          fetch_windows_ = static_cast<int>(after.end - after.begin);
-          for (int g = 0; g < fetch_windows_; ++g) {
-            group_.locate(call_.patterns[after.pattern], after.begin + g, next_tokens_[g]);
-            fetch_later(g, next_tokens_[g], after.head);
-          }
+          if ((following = next.fetch_add(heads)) < count) fetch_later(chunks[following]);
+          if (projected_)
+            for (int g = 0; g < windows; ++g)
+              projection_.project(group_.window(g).token, group_.tokens(), window_qkv(g));
         }
-        fetch_window_ = 0;
-        fetch_token_ = 0;
         attend(windows);
-        while (fetch_window_ < fetch_windows_) fetch();
-        fetch_windows_ = 0;
       }
+      while (fetch_window_ < fetch_windows_) fetch();
       i = following;
     }
   }
 
  private:
-  static constexpr int64_t kPair = 2 * kTileRows;           // keys that one tile of weights spans
-  static constexpr int64_t kKeyBytes = 3 * kTileBytes / 2;  // the parts of 16 keys
-  static constexpr int64_t kQueryBytes = 3 * kTileBytes;    // the parts of 16 queries: tiles of parts 1 1, 2 2, 1 3
+  static constexpr int64_t kPair = 2 * kTileRows;         // keys that one tile of weights spans
+  static constexpr int64_t kQueryBytes = 3 * kTileBytes;  // the parts of 16 queries: tiles of parts 1 1, 2 2, 1 3
   static constexpr int kLargestQueue = kGroup * kBlock / kTileRows;
   static constexpr int64_t kHeads = 3;
 
@@ -89,47 +69,96 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     char* keys;    // for 16 keys, half tiles of 8 rows: parts 3, 1, 2
     char* values;  // for 32 keys, tiles: parts 1, 2, 3; key i is paired with key 16 + i
     float largest_value;
+    bool values_are_copied;
   };
 
   // Queries [first, last) of a window, at most 16.
   struct QueryTile {
+    int g;
     const GroupWindow<float>* window;
     const WindowParts* parts;
     int64_t first, last;
   };
 
-  // What the next head or group will read lies far away: its rows are asked for a few at a time, while this one is
+  AmxForwardWorker(const ForwardCall& call, const ProjectedForwardCall* projected, Arena& arena)
+      : Base(call, arena),
+        projected_(projected),
+        pairs_((group_.padded_tokens() + kPair - 1) / kPair),
+        queries_(arena.take<char>(kLargestQueue * kQueryBytes)),
+        scores_(arena.take<float>(2 * kPair * kTileRows)),
+        weights_(arena.take<char>(2 * 3 * kTileBytes)),
+        sums_(arena.take<float>(kTileRows * kHeadDim)),
+        totals_(arena.take<float>(kTileRows * kTileRows)),
+        ones_(arena.take<uint32_t>(kTileRows)),
+        nothing_(arena.take<float>(kTileRows)),
+        no_row_(arena.take<float>(kTileRows)),
+        projection_(projected ? *projected : no_projection(), arena),
+        qkv_(arena.take<float>(projected ? kGroup * window_qkv_size() : 0)) {
+    for (WindowParts& parts : parts_) {
+      parts.keys = arena.take<char>(pairs_ * 2 * kRightBlockBytes);
+      parts.values = arena.take<char>(pairs_ * 3 * kTileBytes);
+    }
+    for (int64_t*& tokens : next_tokens_) tokens = arena.take<int64_t>(group_.tokens());
+  }
+
+  static const ProjectedForwardCall& no_projection() {
+    static const ProjectedForwardCall none{};
+    return none;
+  }
+
+  int64_t window_qkv_size() const { return AmxProjection::padded_rows(group_.tokens()) * 3 * group_.channels(); }
+  float* window_qkv(int g) const { return qkv_ + g * window_qkv_size(); }
+
+  // What the next group will read and write lies far away: its rows are asked for a few at a time, while this group is
   // worked on, so that the memory is never idle and nothing waits for it.
-  void fetch_later(int g, const int64_t* tokens, int64_t head) {
-    fetch_tokens_[g] = tokens;
-    fetch_head_ = head;
+  void fetch_later(const WindowChunk& chunk) {
+    fetch_windows_ = static_cast<int>(chunk.end - chunk.begin);
+    fetch_window_ = 0;
+    fetch_token_ = 0;
+    fetch_head_ = chunk.head;
+    for (int g = 0; g < fetch_windows_; ++g)
+      group_.locate(call_.patterns[chunk.pattern], chunk.begin + g, next_tokens_[g]);
   }
 
   SWIN_ALWAYS_INLINE void fetch() {
     if (fetch_window_ >= fetch_windows_) return;
-    const int64_t token = fetch_tokens_[fetch_window_][fetch_token_];
+    const int64_t token = next_tokens_[fetch_window_][fetch_token_];
     if (++fetch_token_ == group_.tokens()) {
       fetch_token_ = 0;
       ++fetch_window_;
     }
     if (token < 0) return;
-    const int64_t row = group_.channels();
-    const float* q = static_cast<const float*>(call_.qkv) + token * 3 * row + fetch_head_ * kHeadDim;
-    constexpr int kToL2 = 2;
-    __builtin_prefetch(q, 0, kToL2);
-    __builtin_prefetch(q + row, 0, kToL2);
-    __builtin_prefetch(q + 2 * row, 0, kToL2);
-    __builtin_prefetch(static_cast<float*>(call_.out) + token * row + fetch_head_ * kHeadDim, 1, kToL2);
+    constexpr int kToL2 = 2, kLine = 16;
+    const int64_t channels = group_.channels();
+    if (projected_) {
+      for (int64_t c = 0; c < channels; c += kLine) {
+        __builtin_prefetch(projected_->x + token * channels + c, 0, kToL2);
+        __builtin_prefetch(static_cast<float*>(call_.out) + token * channels + c, 1, kToL2);
+      }
+    } else {
+      const float* row = static_cast<const float*>(call_.qkv) + token * 3 * channels + fetch_head_ * kHeadDim;
+      const int64_t heads = call_.heads % kHeads == 0 ? kHeads : 1;
+      for (int64_t c = 0; c < heads * kHeadDim; c += kLine) {
+        for (int part = 0; part < 3; ++part) __builtin_prefetch(row + part * channels + c, 0, kToL2);
+        __builtin_prefetch(static_cast<float*>(call_.out) + token * channels + fetch_head_ * kHeadDim + c, 1, kToL2);
+      }
+    }
+  }
+
+  // `part` (0 q, 1 k, 2 v) of a window's token in this head.
+  const float* row(int g, int64_t t, int part) const {
+    if (t >= group_.tokens()) return no_row_;
+    if (projected_) return window_qkv(g) + (t * 3 + part) * group_.channels() + group_.head() * kHeadDim;
+    return group_.part_row(group_.window(g).token[t], part, nullptr);
   }
 
   void attend(int count) {
     for (int g = 0; g < count; ++g) {
-      GroupWindow<float>& window = group_.window(g);
-      group_.pack(window, 1, window.keys, nullptr);
-      group_.pack(window, 2, nullptr, window.values);
-      group_.bound_other_regions(window, group_.padded_tokens() * group_.width());
-      split_keys(window.keys, parts_[g].keys);
-      split_values(window.values, parts_[g]);
+      group_.window(g).queries = projected_ ? row(g, 0, 0) : nullptr;
+      group_.window(g).query_stride = 3 * group_.channels();
+      split_keys(g);
+      split_values(g);
+      parts_[g].values_are_copied = false;
     }
     for (int64_t i = 0; i < group_.pattern().region_count; ++i) {
       const Region region = region_of<float>(group_.pattern(), i);
@@ -139,13 +168,15 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
         int queued = 0;
         for (int g = 0; g < count; ++g)
           for (int64_t q = first; q < last; q += kTileRows) {
-            const QueryTile tile = {&group_.window(g), &parts_[g], q, q + kTileRows < last ? q + kTileRows : last};
+            const QueryTile tile = {g, &group_.window(g), &parts_[g], q, q + kTileRows < last ? q + kTileRows : last};
             if (!has_queries(tile)) continue;
             const float norm = split_queries(tile, queries_ + queued * kQueryBytes);
-            if (in_range(norm * tile.window->max_key_norm, tile.parts->largest_value))
+            if (in_range(norm * tile.window->max_key_norm, tile.parts->largest_value)) {
               queue_[queued++] = tile;
-            else
+            } else {
+              copy_values(g);
               attend_block(*tile.window, region, tile.first, tile.last);
+            }
           }
         if (queued > 0) attend_queue(queued, region);
       }
@@ -158,33 +189,53 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     return any;
   }
 
-  void split_keys(const float* panels, char* parts) const {
-    for (int64_t first = 0; first < group_.padded_tokens(); first += kTileRows, parts += kKeyBytes)
-      for (int64_t d = 0; d < kHeadDim; d += 2) {
-        const Parts x = split(load(panels + first * kHeadDim + d * kPanel));
-        const Parts y = split(load(panels + first * kHeadDim + (d + 1) * kPanel));
-        char* row = parts + d / 2 * kTileRowBytes;
-        _mm512_store_si512(row, pack_pairs(x.third, y.third));
-        _mm512_store_si512(row + kTileBytes / 2, pack_pairs(x.first, y.first));
-        _mm512_store_si512(row + kTileBytes, pack_pairs(x.second, y.second));
+  void split_keys(int g) {
+    GroupWindow<float>& window = group_.window(g);
+    __m512 largest = _mm512_setzero_ps(), total = _mm512_setzero_ps();
+    for (int64_t first = 0; first < group_.padded_tokens(); first += kTileRows) {
+      const float* rows[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) rows[i] = row(g, first + i, 1);
+      float* panel = window.keys + first * kHeadDim;
+      transpose_to_panel(rows, kHeadDim, panel);
+      split_right_block(panel, parts_[g].keys + first / kTileRows * kRightBlockBytes);
+      __m512 squares = _mm512_setzero_ps();
+      for (int d = 0; d < kHeadDim; ++d) {
+        const __m512 x = load(panel + d * kTileRows);
+        squares += x * x;
       }
+      largest = max<float>(squares, largest);
+      total += squares;
+    }
+    window.max_key_norm =
+        std::sqrt(max_lanes<float>(largest)) + sum_lanes<float>(total) * 0;  // NaN if any is not finite
   }
 
-  void split_values(const float* rows, WindowParts& parts) const {
-    __m512 largest = _mm512_setzero_ps();
+  void split_values(int g) {
+    __m512 largest = _mm512_setzero_ps(), total = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < pairs_; ++pair)
       for (int64_t i = 0; i < kTileRows; ++i) {
         const int64_t low = pair * kPair + i, high = low + kTileRows;
-        const __m512 x = load(rows + low * kHeadDim);
-        const __m512 y = high < group_.padded_tokens() ? load(rows + high * kHeadDim) : _mm512_setzero_ps();
-        largest = max<float>(max<float>(_mm512_abs_ps(x), _mm512_abs_ps(y)), largest);
+        const __m512 x = load(row(g, low, 2)), y = load(row(g, high, 2));
+        const __m512 larger = max<float>(_mm512_abs_ps(x), _mm512_abs_ps(y));
+        largest = max<float>(larger, largest);
+        total += (x + y) * _mm512_setzero_ps();
         const Parts a = split(x), b = split(y);
-        char* row = parts.values + pair * 3 * kTileBytes + i * kTileRowBytes;
-        _mm512_store_si512(row, pack_pairs(a.first, b.first));
-        _mm512_store_si512(row + kTileBytes, pack_pairs(a.second, b.second));
-        _mm512_store_si512(row + 2 * kTileBytes, pack_pairs(a.third, b.third));
+        char* tile_row = parts_[g].values + pair * 3 * kTileBytes + i * kTileRowBytes;
+        _mm512_store_si512(tile_row, pack_pairs(a.first, b.first));
+        _mm512_store_si512(tile_row + kTileBytes, pack_pairs(a.second, b.second));
+        _mm512_store_si512(tile_row + 2 * kTileBytes, pack_pairs(a.third, b.third));
       }
-    parts.largest_value = max_lanes<float>(largest);
+    parts_[g].largest_value = max_lanes<float>(largest) + sum_lanes<float>(total);
+  }
+
+  // What the vector kernel needs beside the panels of keys.
+  void copy_values(int g) {
+    if (parts_[g].values_are_copied) return;
+    for (int64_t t = 0; t < group_.padded_tokens(); ++t)
+      store(group_.window(g).values + t * kHeadDim, load(row(g, t, 2)));
+    if (group_.pattern().region_count > 1)
+      group_.bound_other_regions(group_.window(g), group_.padded_tokens() * group_.width());
+    parts_[g].values_are_copied = true;
   }
 
   // The queued tiles of queries, each against the keys of its window, 32 keys at a time: a step turns scores to weights
@@ -252,7 +303,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
       step.bias[half] = inside ? group_.bias_row(queries.first) + column : nothing_;
       step.bias_bytes[half] = inside ? group_.padded_tokens() * static_cast<int64_t>(sizeof(float)) : 0;
     }
-    step.keys = queries.parts->keys + pair * 2 * kKeyBytes;
+    step.keys = queries.parts->keys + pair * 2 * kRightBlockBytes;
     step.values = queries.parts->values + pair * 3 * kTileBytes;
     return step;
   }
@@ -265,28 +316,17 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   }
 
   // The parts of a tile of queries, as tiles of the left side; returns the largest norm. Queries carry scale · log2(e).
-  float split_queries(const QueryTile& tile, char* parts_of_tile) const {
+  float split_queries(const QueryTile& tile, char* tiles) const {
     const __m512 factor = _mm512_set1_ps(static_cast<float>(call_.scale * kLog2E));
     float norm = 0;
     for (int64_t i = 0; i < kTileRows; ++i) {
-      const int64_t token = tile.first + i < tile.last ? tile.window->token[tile.first + i] : -1;
+      const int64_t t = tile.first + i;
       __m512 x = _mm512_setzero_ps();
-      if (token >= 0)
-        x = load(static_cast<const float*>(call_.qkv) + token * 3 * group_.channels() + group_.head() * kHeadDim) *
-            factor;
+      if (t < tile.last && tile.window->token[t] >= 0) x = load(row(tile.g, t, 0)) * factor;
       const float square = sum_lanes<float>(x * x);
       norm = square > norm ? square : norm;
       norm += square * 0;  // NaN stays
-      const Parts parts = split(x);
-      const __m256i one = upper_halves(parts.first), two = upper_halves(parts.second),
-                    three = upper_halves(parts.third);
-      char* row = parts_of_tile + i * kTileRowBytes;
-      _mm256_store_si256(reinterpret_cast<__m256i*>(row), one);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(row + 32), one);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(row + kTileBytes), two);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(row + kTileBytes + 32), two);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(row + 2 * kTileBytes), one);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(row + 2 * kTileBytes + 32), three);
+      split_left_row(x, i, tiles);
     }
     return std::sqrt(norm);
   }
@@ -304,7 +344,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   static constexpr int kScoreSteps = 7;
   SWIN_ALWAYS_INLINE void score(const Step& step, int parity, int instruction) {
     const int half = instruction / kScoreSteps;
-    const char* keys = step.keys + half * kKeyBytes;
+    const char* keys = step.keys + half * kRightBlockBytes;
     switch (instruction % kScoreSteps) {
       case 0: tile_load<kLeft>(step.bias[half], step.bias_bytes[half]); break;
       case 1: tile_load<kRight>(keys + kTileBytes / 2, kTileRowBytes); break;  // parts 1, 2
@@ -312,7 +352,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
       case 3: tile_multiply<kLeft, kQuery11, kRight>(); break;
       case 4: tile_load<kRight>(keys, kTileRowBytes); break;  // parts 3, 1
       case 5: tile_multiply<kLeft, kQuery13, kRight>(); break;
-      case 6: tile_store<kLeft>(scores_ + (2 * parity + half) * kTileRows * kTileRows); break;
+      case 6: tile_store<kLeft>(scores_ + (2 * parity + half) * kTileRows * kTileRows, kTileRowBytes); break;
     }
   }
 
@@ -365,8 +405,8 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   }
 
   SWIN_ALWAYS_INLINE void store_sums() {
-    tile_store<kSums>(sums_);
-    tile_store<kTotals>(totals_);  // all columns alike
+    tile_store<kSums>(sums_, kTileRowBytes);
+    tile_store<kTotals>(totals_, kTileRowBytes);  // all columns alike
     tile_zero<kSums>();
     tile_zero<kTotals>();
   }
@@ -402,6 +442,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     return _mm512_fmadd_ps(e, _mm512_set1_ps(static_cast<float>(kLn2)), series * t);
   }
 
+  const ProjectedForwardCall* projected_;  // or null
   const int64_t pairs_;
   char* queries_;  // parts of the queued tiles
   float* scores_;  // two pairs of tiles
@@ -409,11 +450,12 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   float* sums_;    // a tile
   float* totals_;  // a tile
   uint32_t* ones_;
-  float* nothing_;
+  float *nothing_, *no_row_;
+  AmxProjection projection_;
+  float* qkv_;  // of the group's windows
   WindowParts parts_[kGroup];
   QueryTile queue_[kLargestQueue];
   int64_t* next_tokens_[kGroup];
-  const int64_t* fetch_tokens_[kGroup];
   int64_t fetch_head_ = 0, fetch_token_ = 0;
   int fetch_window_ = 0, fetch_windows_ = 0;
 };

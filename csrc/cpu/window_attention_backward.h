@@ -127,7 +127,7 @@ class BackwardWorker {
       }
       const int64_t token = window.token[queries[r]];
       const int64_t out_channel = token * group_.channels() + group_.head() * head_dim;
-      group_.load_query(token, query);
+      group_.load_query(window, queries[r], query);
       group_.copy_padded(group_.row_of(call_.grad_out, out_channel, grad), grad);
       const T* out = group_.row_of(call_.out, out_channel, out_row_);
       group_.copy_padded(out, out_row_);

@@ -52,7 +52,7 @@ class ForwardWorker {
   void attend_tile(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
     const int64_t stride = group_.padded_tokens(), width = group_.width(), head_dim = group_.head_dim();
     T largest[kRows], sum[kRows];
-    for (int r = 0; r < kRows; ++r) group_.load_query(window.token[queries[r]], query_rows_ + r * width);
+    for (int r = 0; r < kRows; ++r) group_.load_query(window, queries[r], query_rows_ + r * width);
 
     int64_t begin = region.begin, end = region.end;
     Vec<T> seen[kRows];

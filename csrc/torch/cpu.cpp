@@ -26,6 +26,7 @@ using swin::ElementType;
 using swin::ForwardCall;
 using swin::kAxes;
 using swin::KernelTable;
+using swin::ProjectedForwardCall;
 using swin::WindowChunk;
 using swin::WindowGrid;
 using swin::WindowPlan;
@@ -102,7 +103,7 @@ struct Attention {
 
   Attention(const char* op, const Tensor& qkv, const Tensor& bias_table, const std::optional<Tensor>& pad_qkv,
             const std::optional<Tensor>& seed, const Ints& nominal, const Ints& window, const Ints& shift, double scale,
-            double dropout_p, AttentionCall& call)
+            double dropout_p, AttentionCall& call, int64_t parts_to_project = 1)
       : plan(attention_grid(op, spatial_of(op, qkv), nominal, window, shift)),
         volume(shape(qkv)),
         workers(torch::stable::get_num_threads()) {
@@ -113,7 +114,7 @@ struct Attention {
             "bias_table has shape ", text(shape(bias_table)), "; accepted is (", table_length, ", heads)");
     require_dense(op, "bias_table", bias_table);
     call.heads = bias_table.size(1);
-    const int64_t qkv_channels = qkv.size(qkv.dim() - 1);
+    const int64_t qkv_channels = qkv.size(qkv.dim() - 1) * parts_to_project;
     require(qkv_channels > 0 && qkv_channels % (3 * call.heads) == 0, op, "qkv has ", qkv_channels, " channels; with ",
             call.heads, " heads it must be a multiple of ", 3 * call.heads);
     call.type = element_type(op, "qkv", qkv);
@@ -224,6 +225,48 @@ std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_tabl
     });
   }
   return {out, lse};
+}
+
+// Whether qkv = x · weightᵀ + bias of `channels` channels can be computed window by window, inside the attention.
+bool projects(int64_t heads, int64_t channels) {
+  const KernelTable& table = kernels();
+  AttentionCall call{};
+  call.heads = heads;
+  call.head_dim = channels / heads;
+  return table.projects != nullptr && channels % heads == 0 && table.projects(call);
+}
+
+Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor bias_table, Ints nominal,
+                                  Ints window, Ints shift, double scale) {
+  const char* op = "projected_window_attention";
+  ProjectedForwardCall call{};
+  const Attention attention(op, x, bias_table, bias, std::nullopt, nominal, window, shift, scale, 0, call, 3);
+  require(projects(call.heads, attention.channels) && call.type == ElementType::kFloat32 && call.bias_type == call.type,
+          op, "has no kernel for ", call.heads, " heads of ", call.head_dim, " channels in this dtype here");
+  require_shape(op, "weight", weight, {3 * attention.channels, attention.channels});
+  require(weight.scalar_type() == x.scalar_type(), op, "weight must have the dtype of x");
+  Tensor out = torch::stable::empty(shape(x), x.scalar_type());
+  Tensor lse = torch::stable::empty(attention.with_channels(call.heads), attention.accumulate_type);
+  call.qkv = nullptr;
+  call.pad_qkv = nullptr;
+  call.x = static_cast<const float*>(x.const_data_ptr());
+  call.weight = static_cast<const float*>(weight.const_data_ptr());
+  call.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  call.out = out.mutable_data_ptr();
+  call.lse = lse.mutable_data_ptr();
+  if (call.batch > 0) {
+    const KernelTable& table = kernels();
+    const size_t bytes = (table.projected_scratch(call) + 63) / 64 * 64;
+    const Buffer scratch = allocate(bytes * static_cast<size_t>(attention.workers));
+    attention.prepare_bias(table, call);
+    const std::vector<WindowChunk> chunks = window_chunks(call, kForwardChunk);
+    WorkCounter next{0};
+    run_workers(attention.workers, [&](int64_t i) {
+      table.projected_forward(call, chunks.data(), static_cast<int64_t>(chunks.size()),
+                              static_cast<char*>(scratch.get()) + static_cast<size_t>(i) * bytes, next);
+    });
+  }
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table,
@@ -383,6 +426,10 @@ STABLE_TORCH_LIBRARY(swin_kernels_cpu, m) {
       "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor? pad_qkv, Tensor? seed, "
       "Tensor out, Tensor lse, int[] nominal, int[] window, int[] shift, float scale, float dropout_p) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "projected_window_attention(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, int[] nominal, "
+      "int[] window, int[] shift, float scale) -> Tensor");
+  m.def("projects(int heads, int channels) -> bool");
   m.def("window_partition(Tensor x, int[] window, int[] shift) -> Tensor");
   m.def("window_reverse(Tensor windows, int[] window, int[] shift, int[] spatial) -> Tensor");
   m.def("window_tokens(int[] spatial, int[] window, int[] shift) -> (Tensor, Tensor)");
@@ -394,6 +441,7 @@ STABLE_TORCH_LIBRARY(swin_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cpu, CPU, m) {
   m.impl("window_attention_forward", TORCH_BOX(&window_attention_forward));
   m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
+  m.impl("projected_window_attention", TORCH_BOX(&projected_window_attention));
   m.impl("window_partition", TORCH_BOX(&window_partition));
   m.impl("window_reverse", TORCH_BOX(&window_reverse));
   m.impl("dropout_keep", TORCH_BOX(&dropout_keep));
@@ -403,4 +451,5 @@ STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cpu, CompositeExplicitAutograd, m) {
   m.impl("window_tokens", TORCH_BOX(&window_tokens));
   m.impl("bias_index", TORCH_BOX(&bias_index));
   m.impl("isa", TORCH_BOX(&isa));
+  m.impl("projects", TORCH_BOX(&projects));
 }

@@ -43,9 +43,10 @@ class Call:
         device: device type.
         dtype: element type of the volume.
         head_dim: channels of a head (0 for operators without heads).
-        window: window size after clipping.
+        window: window size after clipping; for convolutions, the kernel.
         dropout: whether attention dropout is on.
         backward: whether this is the gradient computation.
+        heads: attention heads (0 for operators without).
     """
 
     operator: str
@@ -55,6 +56,7 @@ class Call:
     window: tuple[int, ...]
     dropout: bool = False
     backward: bool = False
+    heads: int = 0
 
 
 def load(name: str) -> ModuleType:
@@ -111,6 +113,17 @@ def forced_name(operator: str, backend: str | None) -> str:
     return _forced or ""
 
 
+def forced_or_environment(forced: str) -> str:
+    """`forced`, or else what ``SWIN_KERNELS_BACKEND`` names; "" if neither does.
+
+    Raises:
+        ValueError: the environment names no backend.
+    """
+    if not forced and (from_environment := os.environ.get("SWIN_KERNELS_BACKEND", "")):
+        return check_name(from_environment, "SWIN_KERNELS_BACKEND")
+    return forced
+
+
 def select(call: Call, forced: str = "") -> ModuleType:
     """The backend that runs `call`.
 
@@ -123,8 +136,7 @@ def select(call: Call, forced: str = "") -> ModuleType:
         ValueError: the forced name is unknown.
         RuntimeError: the forced backend cannot run the call; the message says why.
     """
-    if not forced and (from_environment := os.environ.get("SWIN_KERNELS_BACKEND", "")):
-        forced = check_name(from_environment, "SWIN_KERNELS_BACKEND")
+    forced = forced_or_environment(forced)
     if forced:
         if reason := decline_reason(forced, call):
             raise RuntimeError(f"{call.operator}: backend {forced!r} cannot run this call: {reason}")

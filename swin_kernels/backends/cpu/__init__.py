@@ -7,10 +7,17 @@ import math
 import torch
 
 from .. import Call
-from . import instance_norm_act, window_attention, window_partition
+from . import convolution, instance_norm_act, projected_window_attention, window_attention, window_partition
 from .library import unavailable
 
-__all__ = ["instance_norm_act", "supports", "unavailable", "window_attention", "window_partition"]
+__all__ = [
+    "instance_norm_act",
+    "projected_window_attention",
+    "supports",
+    "unavailable",
+    "window_attention",
+    "window_partition",
+]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST_WINDOW = 4096
@@ -22,6 +29,13 @@ def supports(call: Call) -> str | None:
         return f"the volume is on {call.device}, this backend runs on the CPU"
     if call.operator in ("window_attention", "instance_norm_act") and call.dtype not in DTYPES:
         return f"dtype {call.dtype} has no kernel"
-    if call.operator == "window_attention" and math.prod(call.window) > LARGEST_WINDOW:
+    if call.operator == "projected_window_attention":
+        if call.dtype != torch.float32:
+            return f"dtype {call.dtype} has no kernel"
+        if not torch.ops.swin_kernels_cpu.projects(call.heads, call.heads * call.head_dim):
+            return (
+                f"{call.heads} heads of {call.head_dim} channels have no kernel on {torch.ops.swin_kernels_cpu.isa()}"
+            )
+    if call.operator.endswith("window_attention") and math.prod(call.window) > LARGEST_WINDOW:
         return f"a window of {math.prod(call.window)} tokens is larger than the {LARGEST_WINDOW} that fit in cache"
     return None
