@@ -1,19 +1,22 @@
 """Prove the GPU kernels on this machine, then time them: ``python scripts/verify_gpu.py OUT``.
 
-Needs PyTorch, Triton and pytest, nothing else and no network; MONAI's rows appear where MONAI can be imported,
-compute-sanitizer's where the tool is found. In order: the GPU tests, compute-sanitizer over one small call, then for
-every measure the error against float64 and, only where it is sound, the time beside the peers', variants in turn.
+Needs PyTorch, Triton and pytest, nothing else and no network; the CUDA library is the one that was built beside the
+package, here or on a machine without a GPU: nothing is compiled. MONAI's rows appear where MONAI can be imported,
+compute-sanitizer's where the tool is found. In three parts, which ``--part`` runs one at a time: the GPU tests; the
+four tools of compute-sanitizer over one small call; and for every measure the error against float64 and, only where it
+is sound, the time beside the peers', variants in turn, and beside the floor that docs/cuda.md derives.
 
-``OUT/gpu.json`` and ``OUT/gpu.csv`` are written again after every row, so that a run that is cut off leaves what it
-found. A run ends within `BUDGET` seconds: what no longer fits is recorded as skipped. Exit status 0 means that
-everything ran and was correct. ``--dry-run`` walks the same plan with tiny shapes on the CPU, to test this script;
-its files say so and hold no times.
+``OUT/gpu.json`` and ``OUT/gpu.csv`` (with ``--part``, of that name) are written again after every row, so that a run
+that is cut off leaves what it found. A part ends within its `BUDGETS` seconds, printed first: what no longer fits is
+recorded as skipped. Exit status 0 means that everything ran and was correct. ``--dry-run`` walks the same plan with
+tiny shapes on the CPU, to test this script; its files say so and hold no times.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import os
@@ -37,11 +40,13 @@ import torch.nn.functional as F  # noqa: E402
 
 import swin_kernels  # noqa: E402
 from swin_kernels import geometry, window_partition, window_reverse  # noqa: E402
-from swin_kernels.backends import ORDER, Call, decline_reason  # noqa: E402
+from swin_kernels.backends import ORDER, Call, decline_reason, load, use_backend  # noqa: E402
 
-BUDGET = 460  # seconds, of which `TESTS` at most for the tests and `SANITIZER` for each of its checks
-TESTS, SANITIZER = 180, 40
-GPU_TESTS = "tests/triton/test_gpu.py"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZER = 60  # seconds for each of them
+BUDGETS = {"tests": 240, "sanitizer": SANITIZER * len(SANITIZERS), "timing": 480}
+"""Seconds of each part; with the start of Python each fits in ten minutes."""
+GPU_TESTS = "tests/ops/test_on_gpu.py"
 PROCESSES = max(1, min(12, len(os.sched_getaffinity(0)) - 1))
 ROUNDS, FEWEST_ROUNDS = 30, 5
 WINDOW = (7, 7, 7)
@@ -106,6 +111,7 @@ class Row:
     p50: float | None = None
     p80: float | None = None
     ratio: float | None = None  # this variant's median over ours
+    floor: float | None = None  # ms that this machine needs at least for the measure, where docs/cuda.md derives it
     extra_mib: float | None = None  # peak memory of a call beyond what was allocated before it
 
 
@@ -115,6 +121,7 @@ class Result:
 
     folder: Path
     about: dict
+    name: str = "gpu"
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
@@ -122,13 +129,14 @@ class Result:
         self.write()
         shown = "" if row.p50 is None else f" {row.p50:9.3f} ms  ×{row.ratio:.2f}"
         wrong = "" if row.error is None else f" error {row.error:.1e}"
-        print(f"{row.measure:28} {row.shape:24} {row.variant:22} {row.status}{wrong}{shown}", flush=True)
+        floor = "" if row.floor is None or row.p50 is None else f"  {row.p50 / row.floor:.2f} floors"
+        print(f"{row.measure:28} {row.shape:24} {row.variant:22} {row.status}{wrong}{shown}{floor}", flush=True)
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"about": self.about, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n"
-        (self.folder / "gpu.json").write_text(text)
-        with (self.folder / "gpu.csv").open("w", newline="") as file:
+        (self.folder / f"{self.name}.json").write_text(text)
+        with (self.folder / f"{self.name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [*self.about, *(f.name for f in fields(Row))], lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.about | asdict(row) for row in self.rows)
@@ -165,10 +173,23 @@ def about(device: str) -> dict:
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "triton": triton_version,
         "monai": monai_version(),
+        "cuda_library": fingerprint(load("cuda").LIBRARY),
+        "sm_clock_mhz": sm_clock() if cuda else None,
         "python": platform.python_version(),
         "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def fingerprint(file: Path) -> str:
+    """First digits of the SHA-256 of a file: tells whether the library is the one that was built elsewhere."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "none"
+
+
+def sm_clock() -> float | None:
+    """Highest clock of the multiprocessors in MHz, if the driver tells."""
+    answer = output_of("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
+    return float(answer) if answer.replace(".", "").isdigit() else None
 
 
 def monai_version() -> str:
@@ -213,11 +234,11 @@ def run_tests(result: Result, clock: Clock, dry: bool) -> None:
     """The GPU tests, dealt out to processes: most of their time goes into compiling."""
     pytest = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     if dry:
-        return run_child(result, "tests", [*pytest, "--collect-only", GPU_TESTS], TESTS)
+        return run_child(result, "tests", [*pytest, "--collect-only", GPU_TESTS], clock.left)
     listed = subprocess.run([*pytest, "--collect-only", GPU_TESTS], cwd=ROOT, capture_output=True, text=True).stdout
     tests = [line for line in listed.splitlines() if line.startswith(GPU_TESTS)]
     shards = [tests[i::PROCESSES] for i in range(PROCESSES) if tests[i::PROCESSES]]
-    end = time.monotonic() + min(TESTS, clock.left)
+    end = time.monotonic() + clock.left
     running = []
     for place, shard in enumerate(shards):
         log = (result.folder / f"tests_{place}.log").open("w")
@@ -230,13 +251,13 @@ def run_tests(result: Result, clock: Clock, dry: bool) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            wrong.append(f"tests_{place} not done after {TESTS} s")
+            wrong.append(f"tests_{place} not done in time")
     result.add(Row("tests", f"{len(tests)} tests", "ours", f"failed: {'; '.join(wrong)}" if wrong else "ok"))
 
 
 def run_sanitizer(result: Result, clock: Clock, dry: bool) -> None:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    for check in ("memcheck", "racecheck"):
+    for check in SANITIZERS:
         if tool is None or dry:
             reason = "a dry run" if dry else "compute-sanitizer was not found"
             result.add(Row(f"sanitizer {check}", "", "compute-sanitizer", f"skipped: {reason}"))
@@ -249,11 +270,29 @@ def run_sanitizer(result: Result, clock: Clock, dry: bool) -> None:
 
 
 def small_call() -> None:
-    """Forward and backward of one padded, shifted call: what the sanitizer watches."""
+    """Forward and backward, partition and reverse of one padded, shifted call: what the sanitizer watches."""
     shape = Shape(32, 2, feature_size=24)
     tensors = Inputs.of(shape, torch.bfloat16, "cuda")
     gradients(lambda t: ours(shape, t), tensors)
+    windows = window_partition(tensors.qkv.detach(), shape.window, shape.shift)
+    window_reverse(windows, shape.window, shape.shift, shape.tokens)
     torch.cuda.synchronize()
+
+
+# Floors: docs/cuda.md
+
+
+def floor_of(result: Result, shape: Shape, direction: str) -> float | None:
+    """Milliseconds that the exponentials of the attention core take at least: one a score forward, two backward.
+
+    A multiprocessor computes 16 a clock. None where the driver does not tell the clock.
+    """
+    clock = result.about["sm_clock_mhz"]
+    if clock is None:
+        return None
+    scores = shape.grid.num_windows * shape.heads * shape.grid.tokens**2
+    exponentials = scores * (1 if direction == "forward" else 3)
+    return exponentials / (16 * torch.cuda.get_device_properties(0).multi_processor_count * clock * 1e3)
 
 
 # The attention core and its peers, all on tensors in natural layout
@@ -294,6 +333,11 @@ class Inputs:
 
 def ours(shape: Shape, t: Inputs) -> torch.Tensor:
     return swin_kernels.window_attention(t.qkv, t.table, shape.window, shape.shift, pad_qkv=t.pad)
+
+
+def triton(shape: Shape, t: Inputs) -> torch.Tensor:
+    """The same call on the Triton kernels."""
+    return swin_kernels.window_attention(t.qkv, t.table, shape.window, shape.shift, pad_qkv=t.pad, backend="triton")
 
 
 def plain(shape: Shape, t: Inputs) -> torch.Tensor:
@@ -434,7 +478,8 @@ def compare(
     allowed: Callable[[dict[str, float]], float],
     seconds: float,
     dry: bool,
-) -> None:
+    floor: float | None = None,
+) -> list[Row]:
     """Hold every variant to `truth`, then time those that are sound; "ours" comes first, and no time without it.
 
     `allowed` gives the largest error from the errors of the variants.
@@ -454,13 +499,16 @@ def compare(
         reasons |= dict.fromkeys(sound, "skipped: ours failed, nothing is timed")
     timed = {} if dry or "ours" not in sound else times(sound, seconds)
     ours = statistics.median(timed["ours"]) if timed else None
+    rows = []
     for name, call in variants.items():
         row = Row(measure, shape, name, reasons.get(name, "ok"), errors.get(name))
         if name in timed:
             row.p20, row.p50, row.p80 = statistics.quantiles(timed[name], n=10)[1:8:3]
             row.p50 = statistics.median(timed[name])
-            row.ratio, row.extra_mib = row.p50 / ours, extra_memory(call)
+            row.ratio, row.extra_mib, row.floor = row.p50 / ours, extra_memory(call), floor
+        rows.append(row)
         result.add(row)
+    return rows
 
 
 def attention_measures(result: Result, clock: Clock, device: str, dtype: torch.dtype, dry: bool) -> None:
@@ -468,6 +516,8 @@ def attention_measures(result: Result, clock: Clock, device: str, dtype: torch.d
     shapes = DRY_SHAPES if dry else SHAPES
     for place, shape in enumerate(shapes):
         peers = {"ours": ours, "plain PyTorch": plain, "SDPA": sdpa}
+        if device == "cuda":
+            peers["Triton"] = triton
         if shape == SHAPES[0]:  # it compiles for half a minute a shape and direction
             peers["FlexAttention"] = flex
         generator = torch.Generator().manual_seed(1)
@@ -499,7 +549,46 @@ def attention_measures(result: Result, clock: Clock, device: str, dtype: torch.d
                     lambda errors: max(2 * errors.get("plain PyTorch", 0.0), 2 * torch.finfo(dtype).eps),
                     min(3.0, clock.left / (4 * (len(shapes) - place) + 8)),
                     dry,
+                    floor_of(result, shape, direction) if part == "core" else None,
                 )
+
+
+def partition_measures(result: Result, clock: Clock, device: str, dtype: torch.dtype, dry: bool) -> None:
+    """Window partition and reverse beside a plain copy of as many bytes: what a pass over memory can be."""
+    for shape in DRY_SHAPES if dry else SHAPES[:3]:
+        if clock.left < 25 and not dry:
+            result.add(Row("window partition", str(shape), "ours", "skipped: no time left"))
+            continue
+        x = torch.randn(8, *shape.tokens, shape.channels, device=device).to(dtype)
+        windows = window_partition(x, shape.window, shape.shift, backend="reference")
+
+        def partition(x=x, shape=shape):
+            return [window_partition(x, shape.window, shape.shift)]
+
+        def reverse(windows=windows, shape=shape):
+            return [window_reverse(windows, shape.window, shape.shift, shape.tokens)]
+
+        for name, move, truth in (("partition", partition, windows), ("reverse", reverse, x)):
+            variants = {"ours": move}
+            for peer in ("triton", "reference") if device == "cuda" else ("reference",):
+                variants[peer] = partial(forced, peer, move)
+            measure = f"window {name}"
+            exact = partial(lambda truth: [truth.double()], truth)
+            rows = compare(result, measure, str(shape), variants, exact, lambda _: 0.0, 1.0, dry)
+            if dry or rows[0].p50 is None:
+                continue
+            # A partition reads and writes different numbers of bytes; a copy of half their sum moves as many.
+            moved = (x.numel() + windows.numel()) * x.element_size()
+            flat = torch.empty(moved // 2, dtype=torch.uint8, device=device)
+            copy = torch.empty_like(flat)
+            taken = statistics.median(times({"copy": partial(copy.copy_, flat)}, 1.0)["copy"])
+            share = taken / rows[0].p50  # of the copy's bandwidth that ours reaches
+            result.add(Row(measure, str(shape), "copy of as many bytes", "ok", p50=taken, ratio=share))
+
+
+def forced(backend: str, call: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    with use_backend(backend):
+        return call()
 
 
 def model_measures(result: Result, clock: Clock, device: str, dtype: torch.dtype, dry: bool) -> None:
@@ -556,6 +645,7 @@ def model_measures(result: Result, clock: Clock, device: str, dtype: torch.dtype
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for the result")
+    parser.add_argument("--part", choices=BUDGETS, help="run one part alone (default: all of them)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, no times")
     parser.add_argument("--small-call", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -568,20 +658,27 @@ def main() -> int:
 
     dry = arguments.dry_run
     device = "cpu" if dry else "cuda"
-    clock = Clock(BUDGET)
-    result = Result(arguments.out.resolve(), about(device))
+    parts = [arguments.part] if arguments.part else list(BUDGETS)
+    print(f"at most {', '.join(f'{part} {BUDGETS[part]} s' for part in parts)}", flush=True)
+    name = f"gpu_{arguments.part}" if arguments.part else "gpu"
+    result = Result(arguments.out.resolve(), about(device), name)
     result.write()
     dtype = torch.float32 if dry else torch.bfloat16
     call = Call("window_attention", device, dtype, 16, WINDOW)
-    for name in ORDER[device]:
-        reason = decline_reason(name, call)
-        result.add(Row("backend", "", name, "ok" if reason is None else f"declined: {reason}"))
-    run_tests(result, clock, dry)
-    run_sanitizer(result, clock, dry)
-    attention_measures(result, clock, device, dtype, dry)
-    model_measures(result, clock, device, dtype, dry)
+    for backend in ORDER[device]:
+        reason = decline_reason(backend, call)
+        result.add(Row("backend", "", backend, "ok" if reason is None else f"declined: {reason}"))
+    if "tests" in parts:
+        run_tests(result, Clock(BUDGETS["tests"]), dry)
+    if "sanitizer" in parts:
+        run_sanitizer(result, Clock(BUDGETS["sanitizer"]), dry)
+    if "timing" in parts:
+        clock = Clock(BUDGETS["timing"])
+        partition_measures(result, clock, device, dtype, dry)
+        attention_measures(result, clock, device, dtype, dry)
+        model_measures(result, clock, device, dtype, dry)
     verdict = "everything ran and was correct" if result.sound else "NOT everything ran and was correct"
-    print(f"{result.folder / 'gpu.json'}: {verdict}")
+    print(f"{result.folder / name}.json: {verdict}")
     return 0 if result.sound else 1
 
 

@@ -897,7 +897,7 @@ __global__ void __launch_bounds__(256) differentiate_bias_float(const Call call)
 // The first plane of each head becomes the sum of its parts.
 __global__ void __launch_bounds__(256) sum_planes(const Call call) {
   const int64_t plane = static_cast<int64_t>(call.padded) * call.padded, element = thread_of_grid();
-  if (element >= plane) return;
+  if (element >= static_cast<int64_t>(call.n) * call.padded) return;  // further rows were not written
   float* at = call.planes + blockIdx.y * call.parts * plane + element;
   float sum = 0;
   for (int part = 0; part < call.parts; ++part) sum += at[part * plane];

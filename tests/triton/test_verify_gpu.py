@@ -36,6 +36,8 @@ def test_dry_run(tmp_path):
     assert measures == {
         "backend",
         "tests",
+        "window partition",
+        "window reverse",
         *(f"attention {part}, {d}" for part in ("core", "branch") for d in ("forward", "forward + backward")),
         "model, inference",
         "model, training step",
