@@ -40,10 +40,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """One kernel in one architecture; `exp` to `all` per 1,000 scores, 0 where there is no loop over scores."""
+    """One kernel in one architecture; `exp` to `all` per 1,000 scores, 0 where there is no loop over scores.
+
+    `max_threads` is the kernel's ``__launch_bounds__``: a larger block does not start.
+    """
 
     kernel: str
     architecture: str
+    max_threads: int
     registers: int
     static_shared: int
     stack: int
@@ -80,12 +84,12 @@ def _dump(option: str, library: Path) -> str:
     return subprocess.run([CUOBJDUMP, option, library], check=True, capture_output=True, text=True).stdout
 
 
-def _by_function(dump: str) -> dict[tuple[str, str], str]:
-    """What a dump says of each function, by architecture and mangled name."""
+def _by_function(dump: str, heading: str = r"\s*Function\s*:?\s*") -> dict[tuple[str, str], str]:
+    """What a dump says of each function behind its `heading`, by architecture and mangled name."""
     found = {}
     for part in re.split(r"^arch = ", dump, flags=re.M)[1:]:
         architecture = part.split()[0]
-        for text in re.split(r"^\s*Function\s*:?\s*", part, flags=re.M)[1:]:
+        for text in re.split(rf"^{heading}", part, flags=re.M)[1:]:
             name = re.match(r"[\w$.]+", text)[0]
             found[architecture, name] = text
     return found
@@ -127,6 +131,7 @@ def scores_in(kernel: str, body: list[str]) -> float:
 def resources(library: Path = LIBRARY) -> list[Resources]:
     """Of every kernel in the library."""
     usage, sass = (_by_function(_dump(option, library)) for option in ("--dump-resource-usage", "--dump-sass"))
+    bounds = _by_function(_dump("--dump-elf", library), heading=r"\.nv\.info\.")
     found = []
     for (architecture, name), kernel in zip(sass, demangle([name for _, name in sass]), strict=True):
         used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage[architecture, name])}
@@ -139,6 +144,7 @@ def resources(library: Path = LIBRARY) -> list[Resources]:
             Resources(
                 kernel,
                 architecture,
+                int(re.search(r"EIATTR_MAX_THREADS\s+.*\s+Value:\s+(0x\w+)", bounds[architecture, name])[1], 16),
                 registers=used["REG"],
                 static_shared=used["SHARED"],
                 stack=used["STACK"],
@@ -209,12 +215,12 @@ def calls() -> Iterable[tuple[str, Case, torch.dtype]]:
         yield f"96³ stage 1 head_dim {head_dim}", replace(stage_1, head_dim=head_dim), torch.bfloat16
 
 
-def launches(registers: dict[tuple, int]) -> list[Launch]:
-    """How the launchers cut `calls` on `DEVICES`; `registers` by `Resources.key`."""
+def launches(needed: dict[tuple, Resources]) -> list[Launch]:
+    """How the launchers cut `calls` on `DEVICES`, of kernels with a loop over scores; `needed` by `Resources.key`."""
     module = builds.load("plain")
     names = emulated_kernels()
     found = []
-    present = {architecture for _, architecture in registers}
+    present = {architecture for _, architecture in needed}
     for device in DEVICES:
         if device.architecture not in present:
             continue
@@ -225,7 +231,9 @@ def launches(registers: dict[tuple, int]) -> list[Launch]:
             for step, plan in (("forward", module.plan_forward), ("backward", module.plan_backward)):
                 for address, grid, threads, shared_bytes in plan(call):
                     kernel = names[address]
-                    blocks = device.blocks(registers[kernel, device.architecture], threads, shared_bytes)
+                    if not needed[kernel, device.architecture].all:
+                        continue
+                    blocks = device.blocks(needed[kernel, device.architecture].registers, threads, shared_bytes)
                     cut = "x".join(map(str, grid))
                     found.append(
                         Launch(f"{step} {name}", device.architecture, kernel, cut, threads, shared_bytes, blocks)
@@ -270,5 +278,5 @@ def load(path: Path, kind: type) -> tuple[str, dict[tuple, object]]:
 if __name__ == "__main__":
     needed = resources()
     store(needed, RESOURCES)
-    store(launches({one.key: one.registers for one in needed}), LAUNCHES)
+    store(launches({one.key: one for one in needed}), LAUNCHES)
     sys.stdout.write(RESOURCES.read_text() + LAUNCHES.read_text())

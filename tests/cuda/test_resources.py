@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: nothing spills, as many blocks fit as the committed tables say, loops stay short."""
+"""The CUDA kernels as machine code: nothing spills, blocks fit as the committed tables say, loops stay short."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, and with it cuobjdump")
 
-from . import builds, resource_gate  # noqa: E402 - it asks Triton for cuobjdump
+from . import builds, resource_gate
 
 WORSE = 1.05
 """An instruction count may be this many times the committed one."""
@@ -63,11 +63,21 @@ def test_instruction_mix(found):
     assert not worse, "\n".join([*worse, ACCEPT])
 
 
-def test_occupancy(found):
-    """Fails when fewer blocks, or smaller ones, fit on a multiprocessor at production shapes."""
+@pytest.fixture(scope="module")
+def launches(found) -> dict[tuple, resource_gate.Launch]:
+    """How production shapes are cut."""
+    return {one.key: one for one in resource_gate.launches(found)}
+
+
+def test_every_block_starts(found, launches):
+    for launch in launches.values():
+        assert launch.threads <= found[launch.kernel, launch.architecture].max_threads, launch
+        assert launch.blocks_per_multiprocessor > 0, launch
+
+
+def test_occupancy(found, launches):
+    """Fails when fewer threads than before fit on a multiprocessor at production shapes."""
     table = committed(resource_gate.LAUNCHES, resource_gate.Launch, found)
-    registers = {key: one.registers for key, one in found.items()}
-    launches = {one.key: one for one in resource_gate.launches(registers) if one.architecture in {a for _, a in found}}
     assert set(launches) == set(table), ACCEPT
     lost = [
         f"{key}: {launches[key].threads_per_multiprocessor} threads, was {before.threads_per_multiprocessor}"
