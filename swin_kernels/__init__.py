@@ -3,6 +3,7 @@
 from . import modules
 from .accelerate import accelerate, restore
 from .backends import use_backend
+from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
 from .ops.window_attention import explain, window_attention
 from .ops.window_partition import window_partition, window_reverse
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "accelerate",
+    "convolution",
     "explain",
     "instance_norm_act",
     "modules",

@@ -17,10 +17,10 @@ from monai.networks.blocks import PatchEmbed, UnetOutBlock, UnetrBasicBlock, Une
 from monai.networks.nets import swin_unetr as monai_swin_unetr
 from monai.utils import ensure_tuple_rep, look_up_option
 
-from swin_kernels import convolution, modules
+from swin_kernels import convolution_blocks, modules
 
 
-class ResidualBlock(convolution.ResidualBlock, UnetResBlock):
+class ResidualBlock(convolution_blocks.ResidualBlock, UnetResBlock):
     """MONAI's `UnetResBlock` with fused norms."""
 
 
@@ -32,7 +32,7 @@ class EncoderBlock(UnetrBasicBlock):
         self.layer.__class__ = ResidualBlock
 
 
-class DecoderBlock(convolution.UpBlock, UnetrUpBlock):
+class DecoderBlock(convolution_blocks.UpBlock, UnetrUpBlock):
     """MONAI's `UnetrUpBlock` around a `ResidualBlock`."""
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm_name: tuple | str) -> None:
@@ -40,7 +40,7 @@ class DecoderBlock(convolution.UpBlock, UnetrUpBlock):
         self.conv_block.__class__ = ResidualBlock
 
 
-class OutBlock(convolution.OutBlock, UnetOutBlock):
+class OutBlock(convolution_blocks.OutBlock, UnetOutBlock):
     """MONAI's `UnetOutBlock`."""
 
 

@@ -18,6 +18,7 @@
 
 namespace {
 
+using swin::ConvolutionCall;
 using swin::DecoderKernels;
 using swin::ElementType;
 using swin::NormBackwardCall;
@@ -188,6 +189,84 @@ std::tuple<Tensor, std::optional<Tensor>> instance_norm_act_backward(Tensor grad
   return {grad_x, grad_residual};
 }
 
+// A block of output rows is as high as keeps what it is computed from in a core's cache.
+int64_t block_height(const ConvolutionCall& call) {
+  constexpr int64_t kVoxels = 64, kBytes = int64_t{1} << 19, kLeast = 4, kMost = 16;
+  if (call.kernel == 1) return kVoxels;
+  const int64_t row_bytes = 18 * ((call.extent[2] + 3) / 4) * in_channels(call) * static_cast<int64_t>(sizeof(float));
+  return std::min(std::clamp(kBytes / row_bytes - 2, kLeast, kMost), call.extent[1]);
+}
+
+// The gradient of a source has the weight's input channels from `first` on as outputs; a convolution has all of them
+// as inputs.
+Tensor convolve(const char* op, const Tensor& first_source, const std::optional<Tensor>& second_source,
+                const Tensor& weight, bool gradient, int64_t first, int64_t count) {
+  const auto require_volume = [&](const char* name, const Tensor& t) {
+    require_dense(op, name, t);
+    require(t.scalar_type() == ScalarType::Float, op, name, " is not float32");
+    require(t.dim() == 5 && t.numel() > 0, op, name, " has shape ", text(shape(t)), "; accepted is (B, D, H, W, C)");
+  };
+  require_volume("x", first_source);
+  if (second_source) require_volume("skip", *second_source);
+  require_dense(op, "weight", weight);
+  require(weight.scalar_type() == ScalarType::Float, op, "weight is not float32");
+  const int64_t kernel = weight.dim() == 5 ? weight.size(2) : 0;
+  require((kernel == 1 || kernel == 3) && weight.size(3) == kernel && weight.size(4) == kernel, op, "weight has shape ",
+          text(shape(weight)), "; accepted is (C_out, C_in, k, k, k) with k 1 or 3");
+  const Ints sizes = shape(first_source);
+  if (second_source) {
+    Ints other = shape(*second_source);
+    other.back() = sizes.back();
+    require(other == sizes, op, "skip has shape ", text(shape(*second_source)), "; it must be that of x, ", text(sizes),
+            ", but for the channels");
+  }
+  ConvolutionCall call{};
+  const int64_t taps = kernel * kernel * kernel, weight_in = weight.size(1);
+  call.kernel = kernel;
+  call.batch = sizes[0];
+  for (int axis = 0; axis < swin::kAxes; ++axis) call.extent[axis] = sizes[static_cast<size_t>(axis) + 1];
+  call.channels[0] = sizes[4];
+  call.channels[1] = second_source ? second_source->size(4) : 0;
+  require(in_channels(call) == (gradient ? weight.size(0) : weight_in), op, "x and skip have ", in_channels(call),
+          " channels together; weight has shape ", text(shape(weight)));
+  require(!gradient || (first >= 0 && count >= 1 && first + count <= weight_in), op, "channels out of range");
+  call.source[0] = static_cast<const float*>(first_source.const_data_ptr());
+  call.source[1] = second_source ? static_cast<const float*>(second_source->const_data_ptr()) : nullptr;
+  call.weight = static_cast<const float*>(weight.const_data_ptr()) + (gradient ? first * taps : 0);
+  call.weight_out_stride = gradient ? taps : weight_in * taps;
+  call.weight_in_stride = gradient ? weight_in * taps : taps;
+  call.flip = gradient;
+  call.out_channels = gradient ? count : weight.size(0);
+  call.block_height = block_height(call);
+  const DecoderKernels& table = kernels();
+  Ints out_sizes = sizes;
+  out_sizes.back() = call.out_channels;
+  Tensor out = empty_on_large_pages(out_sizes, ScalarType::Float);
+  call.out = static_cast<float*>(out.mutable_data_ptr());
+  Tensor packed = torch::stable::empty(Ints{table.packed_weights(call)}, ScalarType::Float);
+  call.packed = static_cast<float*>(packed.mutable_data_ptr());
+  torch::stable::parallel_for(0, table.pack_items(call), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) table.pack_weights(call, i);
+  });
+  const int64_t workers = std::clamp<int64_t>(table.convolution_blocks(call), 1, torch::stable::get_num_threads());
+  const int64_t floats = (table.convolution_scratch(call) + 15) / 16 * 16;
+  Tensor scratch = empty_on_large_pages(Ints{workers, floats}, ScalarType::Float);
+  float* memory = static_cast<float*>(scratch.mutable_data_ptr());
+  swin::WorkCounter next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) table.convolve(call, memory + i * floats, next);
+  });
+  return out;
+}
+
+Tensor convolution_forward(Tensor x, std::optional<Tensor> skip, Tensor weight) {
+  return convolve("convolution", x, skip, weight, false, 0, 0);
+}
+
+Tensor convolution_backward_input(Tensor grad_out, Tensor weight, int64_t first, int64_t count) {
+  return convolve("convolution_backward", grad_out, std::nullopt, weight, true, first, count);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(swin_kernels_cpu, m) {
@@ -200,10 +279,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(swin_kernels_cpu, m) {
   m.def(
       "instance_norm_act_backward(Tensor grad_y, Tensor y, Tensor? x, Tensor? residual, Tensor statistics, "
       "bool has_residual, bool normalize_residual, float negative_slope) -> (Tensor, Tensor?)");
+  m.def("convolution_forward(Tensor x, Tensor? skip, Tensor weight) -> Tensor");
+  m.def("convolution_backward_input(Tensor grad_out, Tensor weight, int first, int count) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cpu, CPU, m) {
   m.impl("instance_norm_act_forward", TORCH_BOX(&instance_norm_act_forward));
   m.impl("instance_norm_act_inplace", TORCH_BOX(&instance_norm_act_inplace));
   m.impl("instance_norm_act_backward", TORCH_BOX(&instance_norm_act_backward));
+  m.impl("convolution_forward", TORCH_BOX(&convolution_forward));
+  m.impl("convolution_backward_input", TORCH_BOX(&convolution_backward_input));
 }

@@ -1,4 +1,4 @@
-"""MONAI's Swin UNETR modules with the ``forward`` of `swin_kernels.modules` and `swin_kernels.convolution`.
+"""MONAI's Swin UNETR modules with the ``forward`` of `swin_kernels.modules` and `swin_kernels.convolution_blocks`.
 
 Each class here inherits from ours first and from MONAI's second and adds nothing, so an instance of
 MONAI's class becomes fused by assigning ``__class__``: its parameters, buffers, hooks and every
@@ -14,7 +14,7 @@ import torch.nn as nn
 from monai.networks.blocks import UnetOutBlock, UnetResBlock, UnetrUpBlock
 from monai.networks.nets import swin_unetr
 
-from .. import convolution, modules
+from .. import convolution_blocks, modules
 
 
 class FusedWindowAttention(modules.WindowAttention, swin_unetr.WindowAttention):
@@ -33,16 +33,16 @@ class FusedSwinTransformer(modules.SwinTransformer, swin_unetr.SwinTransformer):
     """`swin_kernels.modules.SwinTransformer` in place of MONAI's: leaves the tokens channels last."""
 
 
-class FusedResidualBlock(convolution.ResidualBlock, UnetResBlock):
-    """`swin_kernels.convolution.ResidualBlock` in place of MONAI's `UnetResBlock`."""
+class FusedResidualBlock(convolution_blocks.ResidualBlock, UnetResBlock):
+    """`swin_kernels.convolution_blocks.ResidualBlock` in place of MONAI's `UnetResBlock`."""
 
 
-class FusedUpBlock(convolution.UpBlock, UnetrUpBlock):
-    """`swin_kernels.convolution.UpBlock` in place of MONAI's `UnetrUpBlock`."""
+class FusedUpBlock(convolution_blocks.UpBlock, UnetrUpBlock):
+    """`swin_kernels.convolution_blocks.UpBlock` in place of MONAI's `UnetrUpBlock`."""
 
 
-class FusedOutBlock(convolution.OutBlock, UnetOutBlock):
-    """`swin_kernels.convolution.OutBlock` in place of MONAI's."""
+class FusedOutBlock(convolution_blocks.OutBlock, UnetOutBlock):
+    """`swin_kernels.convolution_blocks.OutBlock` in place of MONAI's."""
 
 
 # From the inside out: whether a layer can go depends on its blocks.

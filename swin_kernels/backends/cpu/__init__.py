@@ -11,6 +11,7 @@ from . import convolution, instance_norm_act, projected_window_attention, window
 from .library import unavailable
 
 __all__ = [
+    "convolution",
     "instance_norm_act",
     "projected_window_attention",
     "supports",

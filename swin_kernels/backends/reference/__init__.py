@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .. import Call
-from . import instance_norm_act, window_attention, window_partition
+from . import convolution, instance_norm_act, window_attention, window_partition
 
-__all__ = ["instance_norm_act", "supports", "unavailable", "window_attention", "window_partition"]
+__all__ = ["convolution", "instance_norm_act", "supports", "unavailable", "window_attention", "window_partition"]
 
 
 def unavailable() -> str | None:

@@ -11,7 +11,12 @@ import torch
 import torch.nn as nn
 
 from .backends import Call, load, select
+from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
+
+LEAST_VOXELS = 4096
+"""Volumes from this size on (16³) go to the operator `convolution`. In smaller ones the weights are most of the data,
+and PyTorch's convolution, which does not transform them, is faster."""
 
 
 class ResidualBlock:
@@ -20,26 +25,25 @@ class ResidualBlock:
     Parts: ``conv1, norm1, lrelu, conv2, norm2``, and where the residual changes channels ``conv3, norm3``.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C_in, *S)`` to ``(B, C_out, *S)``, channels last in memory where it runs fused."""
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        """``(B, C1, *S)``, and ``(B, C2, *S)`` beside it, to ``(B, C_out, *S)``; channels last where it runs fused."""
         if not self.runs_fused(x):
-            return super().forward(x)
-        x = channels_last(x)
+            return super().forward(_joined(x, skip))
+        x, skip = channels_last(x), None if skip is None else channels_last(skip)
         slope = _slope(self.lrelu)
-        out = _convolution_norm_act(self.conv1, self.norm1, x, slope)
+        out = _norm_act(self.conv1, self.norm1, _convolve(self.conv1, x, skip), slope)
         if slope is None:
             out = self.lrelu(out)
-        if hasattr(self, "conv3"):
-            out = _convolution_norm_act(self.conv2, self.norm2, out, slope, self.conv3(x), normalize_residual=True)
-        else:
-            out = _convolution_norm_act(self.conv2, self.norm2, out, slope, x)
+        out = _convolve(self.conv2, out)
+        residual = _convolve(self.conv3, x, skip) if hasattr(self, "conv3") else _joined(x, skip)
+        out = _norm_act(self.conv2, self.norm2, out, slope, residual, normalize_residual=hasattr(self, "conv3"))
         return out if slope is not None else self.lrelu(out)
 
     def runs_fused(self, x: torch.Tensor) -> bool:
         """Whether the norms are what `instance_norm_act` computes and a kernel computes it for `x`."""
         norms = [getattr(self, name) for name in ("norm1", "norm2", "norm3") if hasattr(self, name)]
         return (
-            has_kernel(x.device.type, _computed_dtype(x))
+            _has_kernel("instance_norm_act", x.device.type, _computed_dtype(x), 0)
             and all(_is_plain_instance_norm(norm) for norm in norms)
             and all(norm.eps == self.norm2.eps for norm in norms)
         )
@@ -53,19 +57,20 @@ class UpBlock:
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """``(B, C_in, *S)`` and ``(B, C_out, *2S)`` to ``(B, C_out, *2S)``."""
-        if isinstance(self.conv_block, ResidualBlock) and self.conv_block.runs_fused(x):
-            x, skip = channels_last(x), channels_last(skip)
-        return super().forward(x, skip)
+        block = self.conv_block
+        if not isinstance(block, ResidualBlock) or not block.runs_fused(x) or _has_hooks(block):
+            return super().forward(x, skip)
+        return block(self.transp_conv(channels_last(x)), skip)
 
 
 class OutBlock:
-    """A 1×1×1 convolution to the classes, as a matrix product: channels-last features, contiguous logits.
+    """A 1×1×1 convolution to the classes.
 
     Parts: ``conv``.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``(B, C, *S)`` to ``(B, classes, *S)``, contiguous."""
+        """``(B, C, *S)`` to ``(B, classes, *S)``, contiguous whatever the memory of `x`."""
         return super().forward(x).contiguous()
 
 
@@ -76,10 +81,15 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return rows.view(-1).view(rows.shape).movedim(-1, 1)
 
 
+def _joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    return x if skip is None else torch.cat([x, skip], 1)
+
+
 @torch.compiler.assume_constant_result
-def has_kernel(device: str, dtype: torch.dtype) -> bool:
-    """Whether `instance_norm_act` has a kernel here, beside the reference."""
-    return select(Call("instance_norm_act", device, dtype, head_dim=0, window=())) is not load("reference")
+def _has_kernel(operator: str, device: str, dtype: torch.dtype, kernel: int) -> bool:
+    """Whether `operator` has a kernel here, beside the reference; `kernel` is a 3D convolution's extent."""
+    call = Call(operator, device, dtype, head_dim=0, window=(kernel,) * 3 if kernel else ())
+    return select(call) is not load("reference")
 
 
 def _computed_dtype(x: torch.Tensor) -> torch.dtype:
@@ -106,22 +116,50 @@ def _slope(activation: nn.Module) -> float | None:
     return None
 
 
-def _convolution_norm_act(
-    convolution: nn.Module,
+def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+    """MONAI's `Convolution` of `x` beside `skip`; by the operator `convolution` where that is the same and faster."""
+    conv = getattr(module, "conv", None)
+    if (
+        x[0, 0].numel() >= LEAST_VOXELS
+        and _is_plain_convolution(module, conv)
+        and conv.weight.dtype == x.dtype == _computed_dtype(x)
+        and _has_kernel("convolution", x.device.type, x.dtype, conv.kernel_size[0])
+    ):
+        return convolution(x, conv.weight, None if skip is None else skip.to(x.dtype))
+    return module(_joined(x, skip))
+
+
+def _is_plain_convolution(module: nn.Sequential, conv: nn.Module | None) -> bool:
+    """Whether `module` is a 3D convolution, `conv`, and nothing else: stride 1, extents kept, no bias, no hooks."""
+    return (
+        type(conv) is nn.Conv3d
+        and len(module) == 1
+        and conv.kernel_size in ((1, 1, 1), (3, 3, 3))
+        and conv.padding == tuple(k // 2 for k in conv.kernel_size)
+        and conv.padding_mode == "zeros"
+        and conv.stride == conv.dilation == (1, 1, 1)
+        and conv.groups == 1
+        and conv.bias is None
+        and not _has_hooks(conv)
+        and not _has_hooks(module)
+    )
+
+
+def _norm_act(
+    module: nn.Module,
     norm: nn.Module,
     x: torch.Tensor,
     slope: float | None,
     residual: torch.Tensor | None = None,
     normalize_residual: bool = False,
 ) -> torch.Tensor:
-    """`convolution`, then `instance_norm_act` of what it returns: in place if that serves nobody else."""
-    out = convolution(x)
-    recorded = torch.is_grad_enabled() and (out.requires_grad or (residual is not None and residual.requires_grad))
+    """`instance_norm_act` of `x`, which `module` returned: in place if `x` serves nobody else."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
     return instance_norm_act(
-        out,
-        None if residual is None else residual.to(out.dtype),
+        x,
+        None if residual is None else residual.to(x.dtype),
         normalize_residual=normalize_residual,
         eps=norm.eps,
         negative_slope=1.0 if slope is None else slope,
-        inplace=not recorded and not any(_has_hooks(module) for module in convolution.modules()),
+        inplace=not recorded and not any(_has_hooks(part) for part in module.modules()),
     )

@@ -1,0 +1,279 @@
+// Convolutions of channels-last volumes in float32: 3×3×3 with padding 1, and 1×1×1; stride 1, over one or two sources
+// whose channels stand for one another's continuation, so that a concatenation need not be written.
+// Compiled once per vector width, as everything in SWIN_ISA's namespace.
+//
+// Along the last axis four outputs are computed from six inputs with six products instead of twelve: F(4, 3) of
+// Winograd, "Arithmetic complexity of computations" (1980), in the form of Lavin and Gray,
+// https://arxiv.org/abs/1509.09308. The other two axes stay sums over taps: sums over 9 · C products, long enough to
+// live in registers. An infinite input makes NaN of the outputs that share its tile.
+#pragma once
+
+#include "decoder.h"
+#include "vec.h"
+
+namespace swin {
+namespace SWIN_ISA {
+
+// Outputs a register tile holds: kTileRows rows of kPanelVectors vectors of channels.
+#if defined(__AVX512F__)
+constexpr int kTileRows32 = 8;  // 24 of 32 registers
+#else
+constexpr int kTileRows32 = 4;  // 12 of 16 registers
+#endif
+constexpr int kPanelVectors = 3;
+constexpr int64_t kPanel = kPanelVectors * kLanes<float>;
+constexpr int64_t kFrequencies = 6, kOutputs = 4;  // of a Winograd tile
+
+// The polynomials are evaluated at 0, ±kNear, ±kFar and infinity: points that lose half the digits that the usual
+// 0, ±1, ±2 do. Per point, the product of its differences from the others.
+constexpr double kNear = 0.75, kFar = 1.5, kNear2 = kNear * kNear, kFar2 = kFar * kFar;
+constexpr double kPoints[5] = {0, kNear, -kNear, kFar, -kFar};
+constexpr double kDenominators[5] = {kNear2 * kFar2, 2 * kNear2 * (kNear2 - kFar2), 2 * kNear2 * (kNear2 - kFar2),
+                                     2 * kFar2 * (kFar2 - kNear2), 2 * kFar2 * (kFar2 - kNear2)};
+
+// Rows of `channels` values, `stride` apart, that a product reads.
+struct Rows {
+  const float* first;
+  int64_t stride, channels;
+};
+
+// out[r] = Σ over sources and channels of rows[r][c] · weight[c], for kRows rows and kVectors vectors of outputs.
+template <int kRows, int kVectors>
+SWIN_ALWAYS_INLINE void multiply_tile(const Rows* sources, int count, int64_t row, const float* weight, float* out) {
+  constexpr int64_t kWidth = kVectors * kLanes<float>;
+  Vec<float> sums[kRows][kVectors] = {};
+  for (int s = 0; s < count; ++s) {
+    const int64_t stride = sources[s].stride;
+    const float* x = sources[s].first + row * stride;
+    for (int64_t c = 0; c < sources[s].channels; ++c, weight += kWidth) {
+      Vec<float> w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * kLanes<float>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<float> value = broadcast(x[r * stride + c]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += value * w[v];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + r * kWidth + v * kLanes<float>, sums[r][v]);
+  }
+}
+
+// The same for any number of rows; out is (rows, kVectors · lanes).
+template <int kVectors>
+void multiply(const Rows* sources, int count, int64_t rows, const float* weight, float* out) {
+  constexpr int64_t kWidth = kVectors * kLanes<float>;
+  int64_t row = 0;
+  for (; row + kTileRows32 <= rows; row += kTileRows32)
+    multiply_tile<kTileRows32, kVectors>(sources, count, row, weight, out + row * kWidth);
+  for (; row < rows; ++row) multiply_tile<1, kVectors>(sources, count, row, weight, out + row * kWidth);
+}
+
+inline void multiply(const Rows* sources, int count, int64_t rows, const float* weight, int64_t width, float* out) {
+  switch (width / kLanes<float>) {
+    case 1: return multiply<1>(sources, count, rows, weight, out);
+    case 2: return multiply<2>(sources, count, rows, weight, out);
+    default: return multiply<3>(sources, count, rows, weight, out);
+  }
+}
+
+// Output channels from `first` on that one panel of packed weights serves; `width` is `count` in whole vectors.
+struct Panel {
+  int64_t first, count, width;
+  const float* weight;
+};
+
+SWIN_ALWAYS_INLINE Panel panel_of(const ConvolutionCall& call, int64_t index) {
+  Panel panel;
+  panel.first = index * kPanel;
+  panel.count = call.out_channels - panel.first < kPanel ? call.out_channels - panel.first : kPanel;
+  panel.width = (panel.count + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
+  const int64_t products = call.kernel == 1 ? 1 : 9 * kFrequencies;
+  panel.weight = call.packed + products * in_channels(call) * panel.first;
+  return panel;
+}
+
+SWIN_ALWAYS_INLINE int64_t panels_of(const ConvolutionCall& call) { return (call.out_channels + kPanel - 1) / kPanel; }
+
+inline int64_t packed_weights(const ConvolutionCall& call) {
+  const int64_t vectors = (call.out_channels + kLanes<float> - 1) / kLanes<float>;
+  return (call.kernel == 1 ? 1 : 9 * kFrequencies) * in_channels(call) * vectors * kLanes<float>;
+}
+
+// Weights of one panel for one of the 9 taps across, as (frequency, tap, in, width); or (in, width) for 1×1×1.
+inline void pack_weights(const ConvolutionCall& call, int64_t item) {
+  const int64_t taps = call.kernel == 1 ? 1 : 9, tap = item % taps, in = in_channels(call);
+  const Panel panel = panel_of(call, item / taps);
+  float* packed = const_cast<float*>(panel.weight) + tap * in * panel.width;
+  for (int64_t i = 0; i < in; ++i) {
+    for (int64_t o = 0; o < panel.width; ++o, ++packed) {
+      const bool real = o < panel.count;
+      const float* w =
+          call.weight + (real ? (panel.first + o) * call.weight_out_stride : 0) + i * call.weight_in_stride;
+      if (call.kernel == 1) {
+        *packed = real ? *w : 0;
+        continue;
+      }
+      const float* row = w + (call.flip ? 8 - tap : tap) * 3;
+      const double g0 = real ? row[call.flip ? 2 : 0] : 0, g1 = real ? row[1] : 0,
+                   g2 = real ? row[call.flip ? 0 : 2] : 0;
+      const int64_t stride = 9 * in * panel.width;
+      for (int64_t f = 0; f < kFrequencies - 1; ++f)
+        packed[f * stride] = static_cast<float>((g0 + kPoints[f] * (g1 + kPoints[f] * g2)) / kDenominators[f]);
+      packed[5 * stride] = static_cast<float>(g2);
+    }
+  }
+}
+
+// A block of output rows (d, h .. h + height, all of w) and the memory it is computed in.
+class WinogradWorker {
+ public:
+  WinogradWorker(const ConvolutionCall& call, float* scratch)
+      : call_(call),
+        in_(in_channels(call)),
+        tiles_((call.extent[2] + kOutputs - 1) / kOutputs),
+        plane_((call.block_height + 2) * tiles_ * in_),
+        inputs_(scratch),
+        products_(inputs_ + 3 * kFrequencies * plane_),
+        zeros_(products_ + kFrequencies * call.block_height * tiles_ * kPanel) {
+    for (int64_t c = 0; c < in_; ++c) zeros_[c] = 0;
+  }
+
+  static int64_t scratch(const ConvolutionCall& call) {
+    const int64_t tiles = (call.extent[2] + kOutputs - 1) / kOutputs, in = in_channels(call);
+    return 3 * kFrequencies * (call.block_height + 2) * tiles * in + kFrequencies * call.block_height * tiles * kPanel +
+           in;
+  }
+
+  void run(int64_t block) {
+    const int64_t per_plane = (call_.extent[1] + call_.block_height - 1) / call_.block_height;
+    const int64_t h = block % per_plane * call_.block_height, plane = block / per_plane;  // plane of the whole batch
+    const int64_t left = call_.extent[1] - h, height = left < call_.block_height ? left : call_.block_height;
+    const int64_t d = plane % call_.extent[0];
+    // Planes beyond the volume are 0 and left out.
+    const int64_t first = d == 0 ? 1 : 0, last = d == call_.extent[0] - 1 ? 1 : 2;
+    for (int64_t k = first; k <= last; ++k)
+      for (int64_t row = 0; row < height + 2; ++row) transform_row(plane + k - 1, h + row - 1, k, row);
+    for (int64_t p = 0; p < panels_of(call_); ++p) {
+      const Panel panel = panel_of(call_, p);
+      for (int64_t f = 0; f < kFrequencies; ++f) {
+        Rows taps[9];
+        int count = 0;
+        for (int64_t k = first; k <= last; ++k)
+          for (int64_t row = 0; row < 3; ++row)
+            taps[count++] = {inputs_ + (k * kFrequencies + f) * plane_ + row * tiles_ * in_, in_, in_};
+        multiply(taps, count, height * tiles_, panel.weight + (f * 9 + first * 3) * in_ * panel.width, panel.width,
+                 products_ + f * height * tiles_ * panel.width);
+      }
+      for (int64_t row = 0; row < height; ++row) finish_row(plane * call_.extent[1] + h + row, row, height, panel);
+    }
+  }
+
+ private:
+  // Tiles of input row (plane, h) to inputs_[k][frequency][row].
+  void transform_row(int64_t plane, int64_t h, int64_t k, int64_t row) {
+    const int64_t width = call_.extent[2];
+    const bool outside = h < 0 || h >= call_.extent[1];
+    for (int64_t t = 0; t < tiles_; ++t) {
+      float* to = inputs_ + k * kFrequencies * plane_ + (row * tiles_ + t) * in_;
+      for (int s = 0; s < 2; ++s) {
+        const int64_t channels = call_.channels[s];
+        const float* x[kFrequencies];
+        for (int64_t i = 0; i < kFrequencies; ++i) {
+          const int64_t w = t * kOutputs + i - 1;
+          x[i] = outside || w < 0 || w >= width
+                     ? zeros_
+                     : call_.source[s] + ((plane * call_.extent[1] + h) * width + w) * channels;
+        }
+        transform(x, channels, to);
+        to += channels;
+      }
+    }
+  }
+
+  void transform(const float* const (&x)[kFrequencies], int64_t channels, float* to) const {
+    const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5];
+    float *to0 = to, *to1 = to + plane_, *to2 = to1 + plane_, *to3 = to2 + plane_, *to4 = to3 + plane_,
+          *to5 = to4 + plane_;
+    constexpr float kA = kNear, kB = kFar, kA2 = kNear2, kB2 = kFar2;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) {
+      const float near_even = x4[c] - kB2 * x2[c], near_odd = kA * (x3[c] - kB2 * x1[c]);
+      const float far_even = x4[c] - kA2 * x2[c], far_odd = kB * (x3[c] - kA2 * x1[c]);
+      to0[c] = x4[c] - (kA2 + kB2) * x2[c] + kA2 * kB2 * x0[c];
+      to1[c] = near_even + near_odd;
+      to2[c] = near_even - near_odd;
+      to3[c] = far_even + far_odd;
+      to4[c] = far_even - far_odd;
+      to5[c] = x5[c] - (kA2 + kB2) * x3[c] + kA2 * kB2 * x1[c];
+    }
+  }
+
+  // The outputs of row `row` of the block, row `index` of all volumes, from its products.
+  void finish_row(int64_t index, int64_t row, int64_t height, const Panel& panel) const {
+    const int64_t width = call_.extent[2], stride = height * tiles_ * panel.width;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      const float* p = products_ + (row * tiles_ + t) * panel.width;
+      const float *p0 = p, *p1 = p + stride, *p2 = p1 + stride, *p3 = p2 + stride, *p4 = p3 + stride, *p5 = p4 + stride;
+      float* y = call_.out + (index * width + t * kOutputs) * call_.out_channels + panel.first;
+      const int64_t real = width - t * kOutputs < kOutputs ? width - t * kOutputs : kOutputs;
+      float spare[kPanel];
+      constexpr float kA = kNear, kB = kFar;
+      float *y0 = y, *y1 = real > 1 ? y + call_.out_channels : spare,
+            *y2 = real > 2 ? y + 2 * call_.out_channels : spare, *y3 = real > 3 ? y + 3 * call_.out_channels : spare;
+#pragma GCC ivdep
+      for (int64_t c = 0; c < panel.count; ++c) {
+        const float near_sum = p1[c] + p2[c], near_difference = p1[c] - p2[c];
+        const float far_sum = p3[c] + p4[c], far_difference = p3[c] - p4[c];
+        y0[c] = p0[c] + near_sum + far_sum;
+        y1[c] = kA * near_difference + kB * far_difference;
+        y2[c] = kA * kA * near_sum + kB * kB * far_sum;
+        y3[c] = kA * kA * kA * near_difference + kB * kB * kB * far_difference + p5[c];
+      }
+    }
+  }
+
+  const ConvolutionCall& call_;
+  int64_t in_, tiles_, plane_;
+  float* inputs_;    // (plane, frequency, row, tile, in)
+  float* products_;  // (frequency, row, tile, width)
+  float* zeros_;     // (in)
+};
+
+// 1×1×1: a block of voxels times the weights.
+class PointwiseWorker {
+ public:
+  PointwiseWorker(const ConvolutionCall& call, float* scratch) : call_(call), products_(scratch) {}
+
+  static int64_t scratch(const ConvolutionCall& call) { return call.block_height * kPanel; }
+
+  void run(int64_t block) {
+    const int64_t voxels = call_.batch * call_.extent[0] * call_.extent[1] * call_.extent[2];
+    const int64_t first = block * call_.block_height;
+    const int64_t rows = voxels - first < call_.block_height ? voxels - first : call_.block_height;
+    Rows sources[2];
+    for (int s = 0; s < 2; ++s)
+      sources[s] = {call_.source[s] + first * call_.channels[s], call_.channels[s], call_.channels[s]};
+    for (int64_t p = 0; p < panels_of(call_); ++p) {
+      const Panel panel = panel_of(call_, p);
+      multiply(sources, 2, rows, panel.weight, panel.width, products_);
+      for (int64_t row = 0; row < rows; ++row) {
+        const float* from = products_ + row * panel.width;
+        float* to = call_.out + (first + row) * call_.out_channels + panel.first;
+        for (int64_t c = 0; c < panel.count; ++c) to[c] = from[c];
+      }
+    }
+  }
+
+ private:
+  const ConvolutionCall& call_;
+  float* products_;
+};
+
+}  // namespace SWIN_ISA
+}  // namespace swin
