@@ -1,0 +1,83 @@
+"""The losses of pretraining: rotation, contrast, reconstruction.
+
+Sources: Tang et al., https://arxiv.org/abs/2111.14791; contrast (NT-Xent): Chen et al., "A Simple Framework for
+Contrastive Learning of Visual Representations", https://arxiv.org/abs/2002.05709.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def contrast(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+    """NT-Xent of two views' embeddings ``(B, E)``, with the views of every rank as negatives.
+
+    The loss is the mean over this rank's ``2B`` rows. Gradients flow into the other ranks' embeddings too, so the
+    mean over ranks, and the gradient that data parallel training averages over them, are those of one process with
+    the concatenated batch.
+
+    Raises:
+        ValueError: there is but one pair on all ranks, which has no negatives; the shapes differ.
+    """
+    if first.shape != second.shape or first.dim() != 2:
+        raise ValueError(
+            f"contrast: embeddings are {tuple(first.shape)} and {tuple(second.shape)}; accepted are equal (B, E)"
+        )
+    # float32: a sum of exponentials over many rows.
+    own = F.normalize(torch.stack([first, second], dim=1).float(), dim=-1)  # (B, 2, E)
+    everyone = gather(own).flatten(0, 1)  # (2·B·ranks, E), a pair side by side
+    if len(everyone) == 2:
+        raise ValueError("contrast: one crop on all ranks; accepted are 2 or more, since a pair alone has no negatives")
+    rows = 2 * len(first) * _rank() + torch.arange(2 * len(first), device=first.device)  # own rows among everyone's
+    similarity = own.flatten(0, 1) @ everyone.T / temperature  # (2B, 2·B·ranks)
+    similarity = similarity.scatter(1, rows[:, None], -torch.inf)  # nothing is its own negative
+    return F.cross_entropy(similarity, rows ^ 1)  # a row's positive is its neighbour in the pair
+
+
+def reconstruction(found: torch.Tensor, expected: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:
+    """L1 distance of images ``(B, C, *S)``: over all voxels, or over those that were `cut` out.
+
+    Args:
+        cut: bool ``(B, 1, *S)``; each image counts alike, however much of it was cut. An image of which nothing was
+            cut counts 0. None: all voxels.
+    """
+    distance = (found.float() - expected.float()).abs()  # (B, C, *S)
+    if cut is None:
+        return distance.mean()
+    per_image = (distance * cut).flatten(1).sum(1) / (cut.flatten(1).sum(1).clamp(min=1) * distance.shape[1])  # (B,)
+    return per_image.mean()
+
+
+def rotation(logits: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of ``logits (B, 4)`` and quarter turns ``(B,)``."""
+    return F.cross_entropy(logits.float(), turns)
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` ``(B, …)`` of every rank, one after the other: ``(B·ranks, …)``; differentiable.
+
+    The shape must be the same on every rank. Without a process group, `tensor` itself.
+    """
+    return _Gather.apply(tensor) if dist.is_available() and dist.is_initialized() else tensor
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather whose backward sums what every rank's loss says about this rank's part."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)  # (B·ranks, …)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

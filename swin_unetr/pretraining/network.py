@@ -1,0 +1,100 @@
+"""The encoder with a head for each task of pretraining.
+
+Source: Tang et al., "Self-Supervised Pre-Training of Swin Transformers for 3D Medical Image Analysis",
+https://arxiv.org/abs/2111.14791, and the code published with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from monai.networks.layers.factories import Conv, Norm
+
+from .views import QUARTER_TURNS
+
+DEEPEST = 16  # channels of the deepest map over the encoder's first
+STRIDE = 32  # voxels of the image in one token of the deepest map, an axis
+
+
+class Answers(NamedTuple):
+    """What the heads say of images ``(B, C, *S)``.
+
+    Attributes:
+        turns: logits of the rotation ``(B, 4)``.
+        embedding: for contrast ``(B, E)``.
+        image: the reconstruction ``(B, C, *S)``.
+    """
+
+    turns: torch.Tensor
+    embedding: torch.Tensor
+    image: torch.Tensor
+
+
+class PretrainingNetwork(nn.Module):
+    """An encoder and its heads, all on the deepest feature map ``(B, D, *S / 32)``.
+
+    As published, rotation reads the map's first token and contrast its second; reconstruction upsamples the map by
+    convolutions. The encoder is called ``swinViT`` as in `SwinUNETR`, so a state dict of this network loads into one.
+    """
+
+    def __init__(self, encoder: nn.Module, in_channels: int, spatial_dims: int = 3, embedding: int = 512) -> None:
+        """
+        Args:
+            encoder: the ``swinViT`` of a `swin_unetr.SwinUNETR`.
+            in_channels: channels of the image.
+            spatial_dims: 2 or 3.
+            embedding: length ``E`` of the vectors that contrast compares.
+        """
+        super().__init__()
+        depth = DEEPEST * encoder.embed_dim
+        self.swinViT = encoder
+        self.rotation_head = nn.Linear(depth, QUARTER_TURNS)
+        self.contrastive_head = nn.Linear(depth, embedding)
+        self.reconstruction_head = _upsampling(depth, in_channels, spatial_dims)
+
+    def forward(self, image: torch.Tensor) -> Answers:
+        """Answers for ``image (B, C, *S)``, whose extents divide by 32.
+
+        Raises:
+            ValueError: an extent does not divide by 32, or `image` is too small (`check_extents`).
+        """
+        check_extents(image.shape[2:])
+        deepest = self.swinViT(image)[-1]  # (B, D, *S / 32)
+        tokens = deepest.flatten(2)  # (B, D, n)
+        return Answers(
+            turns=self.rotation_head(tokens[..., 0]),  # (B, 4)
+            embedding=self.contrastive_head(tokens[..., 1]),  # (B, E)
+            image=self.reconstruction_head(deepest),  # (B, C, *S)
+        )
+
+
+def check_extents(extents: Sequence[int]) -> None:
+    """Raise `ValueError` unless a crop of `extents` voxels can be pretrained on."""
+    if any(extent % STRIDE or extent < STRIDE for extent in extents):
+        raise ValueError(f"roi is {tuple(extents)}; accepted are multiples of {STRIDE} on every axis")
+    if math.prod(extents) == STRIDE ** len(extents):
+        raise ValueError(
+            f"roi is {tuple(extents)}, whose deepest feature map is a single voxel: instance norm makes zero of it and "
+            f"contrast has no token of its own; accepted is a roi with at least one axis of {2 * STRIDE} or more"
+        )
+
+
+def _upsampling(depth: int, out_channels: int, spatial_dims: int) -> nn.Sequential:
+    """From the deepest map to the image: five times convolution, instance norm, LeakyReLU and twice the extent."""
+    convolution, norm = Conv[Conv.CONV, spatial_dims], Norm[Norm.INSTANCE, spatial_dims]
+    mode = {2: "bilinear", 3: "trilinear"}[spatial_dims]
+    widths = [depth, *(max(1, depth // 2**i) for i in (1, 2, 3, 4, 4))]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [
+            convolution(before, after, kernel_size=3, padding=1),
+            norm(after),
+            nn.LeakyReLU(),
+            nn.Upsample(scale_factor=2, mode=mode, align_corners=False),
+        ]
+    return nn.Sequential(*layers, convolution(widths[-1], out_channels, kernel_size=1))
