@@ -1,0 +1,140 @@
+"""Label maps on disk: finding each prediction's label, and reading both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+from nibabel.affines import voxel_sizes
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mhd")
+NIFTI = (".nii.gz", ".nii")
+AGREEMENT = 1e-3  # mm; files keep float32 geometry
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """A label map and where it lies.
+
+    Attributes:
+        values: integers ``(X, Y, Z)``, or ``(X, Y)``.
+        affine: voxel index to mm in RAS+ ``(4, 4)``.
+    """
+
+    values: np.ndarray
+    affine: np.ndarray
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel extents in mm."""
+        return tuple(float(extent) for extent in voxel_sizes(self.affine)[: self.values.ndim])
+
+
+def find(folder: Path) -> dict[str, Path]:
+    """The label maps in `folder`, not below it, by name without suffix; hidden files are none.
+
+    Raises:
+        ValueError: `folder` is no folder or has none, or two of them have one name.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.name.endswith(SUFFIXES):
+            continue
+        name = case_name(path)
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} are both case {name!r}")
+        found[name] = path
+    if not found:
+        raise ValueError(f"{folder} has no label maps; accepted are files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def case_name(path: Path) -> str:
+    """A file's name without its suffix, of two parts where it has one."""
+    suffix = max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len, default="")
+    return path.name.removesuffix(suffix)
+
+
+def pair(predictions: Mapping[str, Path], labels: Iterable[str]) -> dict[str, Path]:
+    """For each of `labels` that has one, the prediction: of the same name, or of that name and ``_…`` after it.
+
+    A prediction belongs to the longest name that fits: ``liver_10_seg`` to ``liver_10``, never to ``liver_1``.
+
+    Raises:
+        ValueError: two predictions belong to one label.
+    """
+    names = set(labels)
+    found: dict[str, Path] = {}
+    for name, path in predictions.items():
+        parts = name.split("_")
+        starts = ("_".join(parts[:n]) for n in range(len(parts), 0, -1))
+        label = next((start for start in starts if start in names), None)
+        if label is None:
+            continue
+        if label in found:
+            raise ValueError(f"{found[label]} and {path} are both predictions of case {label!r}")
+        found[label] = path
+    return found
+
+
+def read(path: Path) -> LabelMap:
+    """The label map in a file.
+
+    Raises:
+        ValueError: the file is damaged or no label map; its name is in the message.
+    """
+    try:
+        values, affine = (_read_nifti if path.name.endswith(NIFTI) else _read_itk)(path)
+    # EOFError: a truncated gzip stream. RuntimeError: SimpleITK's.
+    except (OSError, EOFError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"{path}: cannot be read: {str(error).strip() or type(error).__name__}") from error
+    if values.ndim > 3 and all(extent == 1 for extent in values.shape[3:]):
+        values = values.reshape(values.shape[:3])  # (X, Y, Z, 1, …) -> (X, Y, Z)
+    if values.ndim not in (2, 3):
+        raise ValueError(f"{path}: has shape {values.shape}; accepted is a label map of 2 or 3 axes")
+    if not np.issubdtype(values.dtype, np.integer):
+        rounded = np.rint(values)
+        if not np.array_equal(rounded, values):
+            raise ValueError(f"{path}: has values that are no integers; accepted is a label map")
+        values = rounded.astype(np.int64)
+    return LabelMap(values, affine)
+
+
+def check_same_grid(prediction: LabelMap, label: LabelMap) -> None:
+    """Raise `ValueError` unless both have the same voxels at the same places."""
+    if prediction.values.shape != label.values.shape:
+        raise ValueError(f"prediction has {prediction.values.shape} voxels, label {label.values.shape}")
+    farthest = np.abs(_corners(prediction) - _corners(label)).max()
+    if farthest > max(AGREEMENT, 1e-2 * min(label.spacing)):
+        raise ValueError(f"prediction and label lie {farthest:.3g} mm apart at a corner; accepted is one geometry")
+
+
+def _corners(of: LabelMap) -> np.ndarray:
+    """Where the corners lie: ``(8, 3)`` in mm."""
+    extents = (*of.values.shape, 1)[:3]
+    corners = np.array(np.meshgrid(*[(0, extent - 1) for extent in extents])).reshape(3, -1).T  # (8, 3)
+    return nibabel.affines.apply_affine(of.affine, corners)
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    image = nibabel.load(path)
+    return np.asanyarray(image.dataobj), image.affine
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    image = sitk.ReadImage(str(path))
+    if image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(f"has {image.GetNumberOfComponentsPerPixel()} components a voxel; accepted is one")
+    dimension = image.GetDimension()
+    affine = np.eye(4)
+    directions = np.array(image.GetDirection()).reshape(dimension, dimension)
+    affine[:dimension, :dimension] = directions * image.GetSpacing()
+    affine[:dimension, 3] = image.GetOrigin()
+    to_ras = np.diag([-1, -1, 1, 1])  # ITK's patient axes are left, posterior, superior
+    return sitk.GetArrayFromImage(image).T, to_ras @ affine
