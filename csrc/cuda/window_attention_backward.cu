@@ -50,7 +50,7 @@ struct Call {
   uint32_t* seams;     // (windows_a_volume): whether the window holds tokens of two regions
   int* rasters;        // (padded): bias_raster of a token
   uint4* tiles;        // (2, heads, padded / 16, padded / 16, pieces, 32): see BiasTile
-  float2* rows;        // (windows, heads, padded): lse and -delta
+  float2* rows;        // (windows, heads, padded): lse and -delta, see prepare_rows
   float* planes;       // (heads, parts, padded, padded): bias gradient before reduction
   float* pad_parts;    // (pad_rows, 2C): gradient of k and v of padding tokens before reduction
   float* grad_q_part;  // (windows, heads, padded, head_dim): between blocks of keys
@@ -197,8 +197,7 @@ SWIN_DEVICE int64_t tile_offset(const Call& call, int orientation, int head, int
 }
 
 template <class T>
-SWIN_DEVICE BiasTile<T> load_tile(const Call& call, int orientation, int head, int row_tile, int column_tile) {
-  const uint4* at = call.tiles + tile_offset<T>(call, orientation, head, row_tile, column_tile);
+SWIN_DEVICE BiasTile<T> load_tile(const uint4* at) {
   BiasTile<T> tile;
   SWIN_UNROLL
   for (int i = 0; i < BiasTile<T>::kPieces; ++i) tile.piece[i] = at[32 * i];
@@ -262,7 +261,8 @@ __global__ void __launch_bounds__(256) prepare_bias(const Call call) {
   }
 }
 
-// lse and -delta of every query; an infinite lse makes the weights of a query without output zero.
+// lse (for 16-bit tensors times log2(e)) and -delta of every query; an infinite lse makes the weights of a query
+// without output zero.
 template <class T>
 __global__ void __launch_bounds__(256) prepare_rows(const Call call) {
   const int64_t thread = thread_of_grid();
@@ -282,7 +282,8 @@ __global__ void __launch_bounds__(256) prepare_rows(const Call call) {
     for (int piece = 0; piece < call.head_dim * static_cast<int>(sizeof(T)) / 16; ++piece) {
       delta += dot_of<T>(out[piece], grad[piece]);
     }
-    row = make_float2(call.lse[position * call.heads + head], -delta);
+    const float lse = call.lse[position * call.heads + head];
+    row = make_float2(sizeof(T) == 2 ? lse * kLog2E : lse, -delta);
   }
   call.rows[(window * call.heads + head) * call.padded + t] = row;
 }
@@ -321,6 +322,7 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
   const int g = lane / 4, t = lane % 4;
   const int window_index = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
   const int block_keys = warps * C::kWarpKeys, ds_stride = query_block + 8;
+  const int tile_size = 32 * BiasTile<T>::kPieces, tile_row = call.padded / kTile * tile_size;
   const int64_t channels = channels_of(call);
   const Window window = window_at(call, window_index);
   const T* q = part_of<T>(call, window, head, 0);
@@ -354,6 +356,7 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
     const int needed = call.n - first_key < keys ? call.n - first_key : keys;
     const int key_steps = (needed + kTile - 1) / kTile;  // of ds^T k
     const bool active = own < call.n;                    // the same for a whole warp
+    const uint4* bias_tiles = call.tiles + tile_offset<T>(call, 0, head, active ? own / kTile : 0, 0);
     stage<T, D, C::kDepth>(k_rows, C::kStride, window.tokens + first_key, keys, k, 3 * channels,
                            pad_of<T>(call, head, 1));
     stage<T, D, C::kDepth>(v_rows, C::kStride, window.tokens + first_key, keys, v, 3 * channels,
@@ -393,7 +396,7 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
           BiasTile<T> packed_bias[C::kKeyTiles];
           SWIN_UNROLL
           for (int tile = 0; tile < C::kKeyTiles; ++tile) {
-            packed_bias[tile] = load_tile<T>(call, 0, head, own / kTile + tile, query / kTile);
+            packed_bias[tile] = load_tile<T>(bias_tiles + tile * tile_row + query / kTile * tile_size);
           }
           float s[C::kKeyTiles][2][4] = {}, dp[C::kKeyTiles][2][4];
           float lse[2][2];  // times log2(e), of queries 2t and 2t + 1 of both halves of the tile
@@ -401,16 +404,16 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
           for (int half = 0; half < 2; ++half) {
             const float4 two = load_shared(
                 reinterpret_cast<const float4*>(row_rows + buffer * query_block + step * kTile + half * 8 + 2 * t));
-            lse[half][0] = two.x * kLog2E, lse[half][1] = two.z * kLog2E;
+            lse[half][0] = two.x, lse[half][1] = two.z;
             SWIN_UNROLL
             for (int tile = 0; tile < C::kKeyTiles; ++tile) {
               dp[tile][half][0] = dp[tile][half][2] = two.y, dp[tile][half][1] = dp[tile][half][3] = two.w;
             }
           }
-          const int tile_row = step * kTile * C::kStride;
+          const int first_row = step * kTile * C::kStride;
           SWIN_UNROLL
           for (int depth = 0; depth < C::kSteps; ++depth) {
-            const int at = tile_row + depth * kTile + across_first(lane, C::kStride);
+            const int at = first_row + depth * kTile + across_first(lane, C::kStride);
             uint32_t q_tile[4], grad_tile[4];
             ldmatrix_x4(q_tile, q_block + at);
             ldmatrix_x4(grad_tile, grad_block + at);
@@ -457,7 +460,7 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
           }
           SWIN_UNROLL
           for (int pair = 0; pair < C::kPairs; ++pair) {
-            const int at = tile_row + pair * kTile + down_first(lane, C::kStride);
+            const int at = first_row + pair * kTile + down_first(lane, C::kStride);
             uint32_t q_tile[4], grad_tile[4];
             ldmatrix_x4_trans(q_tile, q_block + at);
             ldmatrix_x4_trans(grad_tile, grad_block + at);
@@ -478,19 +481,24 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
 
       for (int unit = warp; unit < steps * C::kPairs; unit += warps) {
         const int step = unit / C::kPairs, pair = unit % C::kPairs;
-        float sum[2][4] = {};
-        SWIN_NO_UNROLL
-        for (int key_step = 0; key_step < key_steps; ++key_step) {
-          uint32_t ds_tile[4], k_columns[4];
-          ldmatrix_x4_trans(ds_tile,
-                            ds_rows + key_step * kTile * ds_stride + step * kTile + across_first(lane, ds_stride));
-          ldmatrix_x4_trans(k_columns,
-                            k_rows + key_step * kTile * C::kStride + pair * kTile + down_first(lane, C::kStride));
+        float sums[C::kKeyTiles][2][4] = {};  // as many chains of products as tiles of a warp, to hide latency
+        for (int key_step = 0; key_step < key_steps; key_step += C::kKeyTiles) {
           SWIN_UNROLL
-          for (int column = 0; column < 2; ++column) {
-            mma_m16n8k16<T>(sum[column], ds_tile, k_columns[2 * column], k_columns[2 * column + 1], sum[column]);
+          for (int tile = 0; tile < C::kKeyTiles; ++tile) {
+            const int row = (key_step + tile) * kTile;
+            uint32_t ds_tile[4], k_columns[4];
+            ldmatrix_x4_trans(ds_tile, ds_rows + row * ds_stride + step * kTile + across_first(lane, ds_stride));
+            ldmatrix_x4_trans(k_columns, k_rows + row * C::kStride + pair * kTile + down_first(lane, C::kStride));
+            SWIN_UNROLL
+            for (int column = 0; column < 2 && 2 * pair + column < C::kColumns; ++column) {
+              mma_m16n8k16<T>(sums[tile][column], ds_tile, k_columns[2 * column], k_columns[2 * column + 1],
+                              sums[tile][column]);
+            }
           }
         }
+        float (&sum)[2][4] = sums[0];
+        SWIN_UNROLL
+        for (int i = 0; i < 8 * (C::kKeyTiles - 1); ++i) sum[i / 4][i % 4] += sums[C::kKeyTiles - 1][i / 4][i % 4];
         SWIN_UNROLL
         for (int column = 0; column < 2 && 2 * pair + column < C::kColumns; ++column) {
           SWIN_UNROLL
@@ -567,12 +575,13 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
 
 constexpr int kBiasKeys = 64;  // of a block
 constexpr int kBiasWarpQueries = 32;
-constexpr int kBiasMaxWarps = 8;
+constexpr int kBiasMaxWarps = 6;
 
 // A block owns one head and a tile of queries x kBiasKeys, and sums ds over every gridDim.z-th window; a warp keeps the
-// sums of its 32 queries in registers.
+// sums of its 32 queries in registers. Two blocks share a multiprocessor where their registers allow it.
 template <class T, int D>
-__global__ void __launch_bounds__(32 * kBiasMaxWarps) differentiate_bias(const Call call) {
+__global__ void __launch_bounds__(32 * kBiasMaxWarps, D* BiasTile<T>::kPieces <= 16 ? 2 : 1)
+    differentiate_bias(const Call call) {
   using C = Cut<D>;
   constexpr int kTiles = kBiasWarpQueries / kTile, kKeyTiles = kBiasKeys / kTile;
   const int lane = lane_index(), warp = warp_index(), warps = static_cast<int>(blockDim.x / 32);
@@ -585,6 +594,8 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps) differentiate_bias(const C
   const int own = first_query + warp * kBiasWarpQueries;
   const bool active = own < call.n;
   const int64_t channels = channels_of(call);
+  const int tile_size = 32 * BiasTile<T>::kPieces, tile_row = call.padded / kTile * tile_size;
+  const uint4* bias_tiles = call.tiles + tile_offset<T>(call, 1, head, active ? own / kTile : 0, first_key / kTile);
 
   T* q_rows = reinterpret_cast<T*>(shared_memory());                                  // (2, block_queries, kStride)
   T* grad_rows = q_rows + 2 * block_queries * C::kStride;                             // (2, block_queries, kStride)
@@ -633,7 +644,6 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps) differentiate_bias(const C
       for (int lower = 0; lower < 2; ++lower) {
         row[tile][lower] =
             load_shared(row_rows + buffer * block_queries + warp * kBiasWarpQueries + tile * kTile + lower * 8 + g);
-        row[tile][lower].x *= kLog2E;
       }
     }
     SWIN_UNROLL
@@ -643,7 +653,7 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps) differentiate_bias(const C
       BiasTile<T> packed_bias[kTiles];
       SWIN_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
-        packed_bias[tile] = load_tile<T>(call, 1, head, own / kTile + tile, first_key / kTile + key_tile);
+        packed_bias[tile] = load_tile<T>(bias_tiles + tile * tile_row + key_tile * tile_size);
         SWIN_UNROLL
         for (int i = 0; i < 8; ++i) dp[tile][i / 4][i % 4] = row[tile][i / 2 % 2].y;
       }
@@ -992,7 +1002,7 @@ const char* cut_half(const DeviceLimits& limits, Plan* plan) {
   const int64_t key_units = divide_up(plan->n, C::kWarpKeys);
   plan->key_blocks = static_cast<int>(divide_up(key_units, C::kMaxWarps));
   plan->key_warps = static_cast<int>(divide_up(key_units, plan->key_blocks));
-  plan->query_block = 64;
+  plan->query_block = plan->padded < 128 ? plan->padded : 128;
   while (qkv_shared_bytes<D>(plan->key_warps, plan->query_block) > limits.shared_per_block && plan->query_block > 16) {
     plan->query_block /= 2;
   }
