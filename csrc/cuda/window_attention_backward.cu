@@ -580,7 +580,7 @@ constexpr int kBiasMaxWarps = 6;
 // A block owns one head and a tile of queries x kBiasKeys, and sums ds over every gridDim.z-th window; a warp keeps the
 // sums of its 32 queries in registers. Two blocks share a multiprocessor where their registers allow it.
 template <class T, int D>
-__global__ void __launch_bounds__(32 * kBiasMaxWarps, D* BiasTile<T>::kPieces <= 16 ? 2 : 1)
+__global__ void __launch_bounds__(32 * kBiasMaxWarps, BiasTile<T>::kPieces == 1 && D <= 16 ? 2 : 1)
     differentiate_bias(const Call call) {
   using C = Cut<D>;
   constexpr int kTiles = kBiasWarpQueries / kTile, kKeyTiles = kBiasKeys / kTile;
