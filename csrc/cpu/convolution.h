@@ -37,14 +37,15 @@ struct Rows {
   int64_t stride, channels;
 };
 
-// out[r] = Σ over sources and channels of rows[r][c] · weight[c], for kRows rows and kVectors vectors of outputs.
+// out[r] = Σ over sources and channels of rows[r][c] · weight[c], for kRows rows and kVectors vectors of outputs. Each
+// source is summed by itself: several short sums lose fewer digits than a long one.
 template <int kRows, int kVectors>
 SWIN_ALWAYS_INLINE void multiply_tile(const Rows* sources, int count, int64_t row, const float* weight, float* out) {
   constexpr int64_t kWidth = kVectors * kLanes<float>;
-  Vec<float> sums[kRows][kVectors] = {};
   for (int s = 0; s < count; ++s) {
     const int64_t stride = sources[s].stride;
     const float* x = sources[s].first + row * stride;
+    Vec<float> sums[kRows][kVectors] = {};
     for (int64_t c = 0; c < sources[s].channels; ++c, weight += kWidth) {
       Vec<float> w[kVectors];
 #pragma GCC unroll 4
@@ -56,11 +57,14 @@ SWIN_ALWAYS_INLINE void multiply_tile(const Rows* sources, int count, int64_t ro
         for (int v = 0; v < kVectors; ++v) sums[r][v] += value * w[v];
       }
     }
-  }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out + r * kWidth + v * kLanes<float>, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = out + r * kWidth + v * kLanes<float>;
+        store(to, s == 0 ? sums[r][v] : load(to) + sums[r][v]);
+      }
+    }
   }
 }
 

@@ -68,7 +68,19 @@ SWIN_ALWAYS_INLINE VoxelBlock voxel_block(const NormCall& call, int64_t index) {
   return {instance, instance * call.voxels + begin, left < call.block_voxels ? left : call.block_voxels};
 }
 
-// Calls visit(first row, rows) for pieces of a block that the scratch rows hold.
+template <class T>
+SWIN_ALWAYS_INLINE void zero(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
+
+template <class T>
+SWIN_ALWAYS_INLINE void add(const T* from, int64_t count, T* to) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// Calls visit(first row, rows) for pieces of a block that the scratch rows hold. Sums are taken over each piece and
+// then over pieces: short sums lose few digits.
 template <class Visit>
 SWIN_ALWAYS_INLINE void for_each_piece(const VoxelBlock& block, const Visit& visit) {
   for (int64_t done = 0; done < block.count; done += kNormScratchRows) {
@@ -89,26 +101,31 @@ template <class T>
 void block_statistics(const NormCall& call, const void* from, const VoxelBlock& block, T* scratch, T* partial) {
   const int64_t channels = call.channels;
   const RowReader<T> reader(from, call.type, channels, scratch);
-  T *mean = partial, *squares = partial + channels, *origin = scratch + kNormScratchRows * channels;
+  T *mean = partial, *squares = partial + channels;
+  T *origin = scratch + kNormScratchRows * channels, *sums = origin + channels;
   load_origin(call, from, block.instance, 0, channels, origin);
-  for (int64_t c = 0; c < channels; ++c) mean[c] = squares[c] = 0;
+  zero(partial, 2 * channels);
   for_each_piece(block, [&](int64_t first, int64_t count) {
     const T* x = reader.rows(first, count);
+    zero(sums, channels);
     for (int64_t row = 0; row < count; ++row, x += channels) {
 #pragma GCC ivdep
-      for (int64_t c = 0; c < channels; ++c) mean[c] += x[c] - origin[c];
+      for (int64_t c = 0; c < channels; ++c) sums[c] += x[c] - origin[c];
     }
+    add(sums, channels, mean);
   });
   for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<T>(block.count);
   for_each_piece(block, [&](int64_t first, int64_t count) {
     const T* x = reader.rows(first, count);
+    zero(sums, channels);
     for (int64_t row = 0; row < count; ++row, x += channels) {
 #pragma GCC ivdep
       for (int64_t c = 0; c < channels; ++c) {
         const T away = x[c] - origin[c] - mean[c];
-        squares[c] += away * away;
+        sums[c] += away * away;
       }
     }
+    add(sums, channels, squares);
   });
 }
 
@@ -226,13 +243,15 @@ void norm_backward_partials(const NormBackwardCall& call, int64_t begin, int64_t
     const VoxelBlock block = voxel_block(call, i);
     const T* mean = static_cast<const T*>(call.statistics) + block.instance * statistics_rows(call) * channels;
     const T *scale = mean + channels, *residual_mean = mean + 2 * channels, *residual_scale = mean + 3 * channels;
-    T* sums = static_cast<T*>(call.partials) + i * gradient_rows(call) * channels;
+    T* partial = static_cast<T*>(call.partials) + i * gradient_rows(call) * channels;
+    T* sums = static_cast<T*>(scratch) + 4 * kNormScratchRows * channels;
     T *products = sums + channels, *residual_products = products + channels;
-    for (int64_t c = 0; c < gradient_rows(call) * channels; ++c) sums[c] = 0;
+    zero(partial, gradient_rows(call) * channels);
     for_each_piece(block, [&](int64_t first, int64_t count) {
       const T *grad = rows.grad.rows(first, count), *y = rows.y.rows(first, count);
       const T* x = kFromOutput ? y : rows.x.rows(first, count);
       const T* r = kNormalizeResidual ? rows.residual.rows(first, count) : y;
+      zero(sums, gradient_rows(call) * channels);
       for (int64_t row = 0; row < count; ++row, grad += channels, y += channels, x += channels, r += channels) {
 #pragma GCC ivdep
         for (int64_t c = 0; c < channels; ++c) {
@@ -244,6 +263,7 @@ void norm_backward_partials(const NormBackwardCall& call, int64_t begin, int64_t
             residual_products[c] += e.grad * ((r[c] - residual_mean[c]) * residual_scale[c]);
         }
       }
+      add(sums, gradient_rows(call) * channels, partial);
     });
   }
 }
