@@ -1,0 +1,250 @@
+"""`convolution`: every backend against PyTorch's convolution of the concatenation in float64, forward and backward."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swin_kernels import backends, convolution
+
+from .tolerances import assert_close, largest
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        name: id of the test.
+        spatial: extents of the volume.
+        channels, skip: channels of `x` and of `skip`; 0 is no skip.
+        out: output channels.
+        kernel: extent of the kernel.
+        batch: instances.
+        layout: memory of `x`, `skip` and the output's gradient: "channels_last", "contiguous" or "strided" (every
+            second element of a larger buffer, NaN between).
+    """
+
+    name: str
+    spatial: tuple[int, ...] = (5, 6, 7)
+    channels: int = 5
+    skip: int = 0
+    out: int = 6
+    kernel: int = 3
+    batch: int = 1
+    layout: str = "channels_last"
+
+
+CASES = (
+    Case("plain"),
+    Case("skip", skip=3),
+    Case("pointwise", kernel=1),
+    Case("pointwise skip", kernel=1, skip=7, out=17),
+    Case("batch", batch=3, skip=2),
+    Case("one channel", channels=1, out=48),
+    Case("one output", channels=20, out=1),
+    *(Case(f"{out} outputs", channels=4, out=out) for out in (12, 16, 24, 32, 33, 48, 50, 96, 100)),
+    *(Case(f"{out} outputs pointwise", channels=4, out=out, kernel=1) for out in (14, 48, 100)),
+    *(Case(f"last axis {n}", (3, 4, n), 3, out=5) for n in (1, 2, 3, 4, 5, 8, 9)),
+    *(Case(f"thin {s}", s, 3, skip=2) for s in ((1, 1, 1), (1, 9, 1), (9, 1, 4), (2, 1, 6), (1, 2, 2))),
+    Case("several blocks", (3, 37, 10), 16, skip=16, out=16, batch=2),
+    Case("feature size 24", (6, 6, 6), 24, skip=24, out=24),
+    Case("wide", (4, 4, 4), 96, skip=96, out=96),
+    Case("wide pointwise", (7, 6, 9), 96, skip=96, out=48, kernel=1),
+    *(
+        Case(f"{layout}{k}", layout=layout, skip=3, kernel=k, batch=2)
+        for layout in ("contiguous", "strided")
+        for k in (1, 3)
+    ),
+)
+CASES_2D = (Case("2d", (6, 7)), Case("2d skip", (6, 7), skip=3), Case("2d pointwise", (6, 7), skip=3, kernel=1))
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The values of `x` ``(B, C, *S)`` in memory of another `layout` (see `Case.layout`)."""
+    if layout == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "strided":
+        buffer = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), math.nan)
+        buffer[..., ::2] = x
+        return buffer[..., ::2]
+    return x.contiguous()
+
+
+def make_inputs(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """`x`, the weight, `skip` if there is one, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = laid_out(normal(case.batch, case.channels, *case.spatial), case.layout)
+    weight = normal(case.out, case.channels + case.skip, *[case.kernel] * len(case.spatial))
+    leaves = [x, weight]
+    if case.skip:
+        leaves.append(laid_out(normal(case.batch, case.skip, *case.spatial), case.layout))
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    return leaves, laid_out(normal(case.batch, case.out, *case.spatial), case.layout)
+
+
+def plain(x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+    both = x if skip is None else torch.cat([x, skip], 1)
+    return (F.conv2d if x.dim() == 4 else F.conv3d)(both, weight, padding=weight.shape[-1] // 2)
+
+
+def why_declined(backend: str, case: Case, dtype: torch.dtype) -> str | None:
+    window = (case.kernel,) * len(case.spatial)
+    return backends.decline_reason(backend, backends.Call("convolution", "cpu", dtype, head_dim=0, window=window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES + CASES_2D, ids=lambda case: case.name)
+def test_contract(backend, case, dtype):
+    leaves, grad_out = make_inputs(case, dtype)
+    if reason := why_declined(backend, case, dtype):
+        assert backend == "cpu"
+        assert dtype != torch.float32 or len(case.spatial) != 3
+        with pytest.raises(RuntimeError, match=re.escape(reason)):
+            convolution(*leaves, backend=backend)
+        return
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    results = []
+    for run, inputs in (
+        (lambda *t: convolution(*t, backend=backend), leaves),
+        (plain, leaves),
+        (plain, wide),
+    ):
+        out = run(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(out.dtype))])
+    for name, value, p, t in zip(["out", "grad of x", "grad of weight", "grad of skip"], *results, strict=False):
+        assert value.dtype == dtype
+        assert_close(name, value, p, t, largest(t))
+
+
+def test_result_is_channels_last(backend):
+    for layout in ("channels_last", "contiguous", "strided"):
+        (x, weight, skip), _ = make_inputs(Case("format", skip=2, layout=layout), torch.float32)
+        out = convolution(x, weight, skip, backend=backend)
+        assert out.movedim(1, -1).is_contiguous()
+        gradients = torch.autograd.grad(out.sum(), (x, skip))
+        assert all(g.movedim(1, -1).is_contiguous() for g in gradients)
+
+
+def test_empty_batch(backend):
+    (x, weight, skip), grad_out = make_inputs(Case("empty", batch=0, skip=2), torch.float32)
+    out = convolution(x, weight, skip, backend=backend)
+    assert out.shape == grad_out.shape
+    gradients = torch.autograd.grad(out, (x, weight, skip), grad_out)
+    assert [g.shape for g in gradients] == [x.shape, weight.shape, skip.shape]
+    assert gradients[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_gradients_one_by_one(backend, wanted):
+    leaves, grad_out = make_inputs(Case("some", skip=3), torch.float32)
+    every = torch.autograd.grad(convolution(*leaves, backend=backend), leaves, grad_out)
+    leaves = [leaf.detach().requires_grad_(i in wanted) for i, leaf in enumerate(leaves)]
+    some = torch.autograd.grad(convolution(*leaves, backend=backend), [leaves[i] for i in wanted], grad_out)
+    assert all(torch.equal(a, every[i]) for a, i in zip(some, wanted, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_near(backend, value):
+    """Within the kernel's reach, and the four outputs along the last axis that are computed together."""
+    (x, weight), _ = make_inputs(Case("not finite", (8, 8, 24)), torch.float32)
+    x = x.detach()
+    expected = convolution(x, weight, backend=backend)
+    x[0, 1, 4, 4, 13] = value
+    out = convolution(x, weight, backend=backend)
+    assert not out[0, :, 3:6, 3:6, 12:15].isfinite().any()
+    far = torch.ones(8, 8, 24, dtype=torch.bool)
+    far[3:6, 3:6, 12:16] = False
+    assert torch.equal(out[:, :, far], expected[:, :, far])
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=lambda case: case.name)
+def test_opcheck(backend, case):
+    leaves, _ = make_inputs(case, torch.float32)
+    x, weight, skip = leaves
+    torch.library.opcheck(torch.ops.swin_kernels.convolution.default, (x, skip, weight, backend))
+    torch.library.opcheck(
+        torch.ops.swin_kernels.convolution.default, (x, None, weight[:, : x.shape[1]].detach(), backend)
+    )
+
+
+def test_gradcheck_on_the_reference():
+    leaves, _ = make_inputs(Case("gradcheck", (2, 3, 2), 2, skip=1, out=2), torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: convolution(*t, backend="reference"), leaves)
+
+
+def test_differentiable_once(backend):
+    leaves, _ = make_inputs(Case("twice", skip=2), torch.float32)
+    (grad,) = torch.autograd.grad(convolution(*leaves, backend=backend).sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="convolution: differentiable once"):
+        grad.sum().backward()
+
+
+def test_autocast(backend):
+    """Under autocast it computes what PyTorch's convolution does there, on the reference."""
+    leaves, grad_out = make_inputs(Case("autocast", skip=2), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        if backend == "cpu":
+            with pytest.raises(RuntimeError, match=r"dtype torch\.bfloat16 has no kernel"):
+                convolution(*leaves, backend=backend)
+            backend = None
+        out, expected = convolution(*leaves, backend=backend), plain(*leaves)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)
+    for a, b in zip(*(torch.autograd.grad(o, leaves, grad_out.bfloat16()) for o in (out, expected)), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * largest(b))
+
+
+def test_compile_and_export(backend):
+    leaves, grad_out = make_inputs(Case("compile", skip=3), torch.float32)
+
+    class Block(torch.nn.Module):
+        def forward(self, x, weight, skip):
+            return convolution(2 * x, weight, skip + 1, backend=backend)
+
+    eager = Block()(*leaves)
+    compiled = torch.compile(Block(), fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(*(torch.autograd.grad(out, leaves, grad_out) for out in (eager, compiled)), strict=True):
+        torch.testing.assert_close(a, b)
+    program = torch.export.export(Block(), tuple(leaves))
+    torch.testing.assert_close(program.module()(*leaves), eager)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_bits_do_not_depend_on_threads(cpu_backend, threads, kernel):
+    leaves, grad_out = make_inputs(Case("threads", (7, 19, 23), 17, skip=11, out=20, kernel=kernel), torch.float32)
+    results = []
+    for count in (1, 2, 3, 7):
+        threads(count)
+        out = convolution(*leaves, backend=cpu_backend)
+        gradients = torch.autograd.grad(out, (leaves[0], leaves[2]), grad_out)  # the weight's is PyTorch's
+        results.append([out, *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize(
+    "case", [CASES[1], CASES[3], Case("widths", (5, 6, 11), 24, 24, 50)], ids=lambda case: case.name
+)
+def test_vector_widths(cpu_backend, monkeypatch, isa, case):
+    monkeypatch.setenv("SWIN_KERNELS_ISA", isa)
+    try:
+        torch.ops.swin_kernels_cpu.isa()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    test_contract(cpu_backend, case, torch.float32)
