@@ -29,7 +29,7 @@ REPORTED = {
         "missing barrier": RACE,
         "early overwrite": RACE,
         "past shared memory": r"thread 63: writes 4 bytes at 256 of 256 bytes of shared memory",
-        "misaligned": r"reads 4 bytes at 2 of shared memory: not aligned",
+        "misaligned": r"reads 4 bytes at 2 of 256 bytes of shared memory: not aligned",
     },
     "turn_warps": {
         "shuffle for barrier": RACE,

@@ -4,7 +4,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -35,6 +34,7 @@ constexpr size_t kPage = 4096;
 constexpr int kMostThreads = 1024;
 constexpr int kMostWarps = kMostThreads / kLanes;
 constexpr int kMostReports = 8;
+constexpr char kWarpBarrier[] = "warp_barrier";
 
 // ---- fibers --------------------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ struct Copy {
 };
 
 struct Thread {
-  Context context;
+  Context context = {};
   unsigned char* stack = nullptr;
   const char* waits_in = nullptr;  // null while it can run
   bool done = false;
@@ -88,7 +88,8 @@ struct Thread {
 struct Warp {
   int arrived = 0;
   const char* operation = nullptr;
-  void* brought[kLanes];
+  uint64_t meetings = 0;
+  alignas(16) unsigned char brought[2][kLanes * kMostBrought];
 };
 
 // Who touched a byte of shared memory, where, and in which phase of the warp: phases end at barriers. Zero: nobody.
@@ -108,8 +109,8 @@ struct Shadow {
 Context scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
-std::array<Thread, kMostThreads> threads;
-std::array<Warp, kMostWarps> warps;
+Thread threads[kMostThreads];
+Warp warps[kMostWarps];
 int thread_count, warp_count, running, alive, at_block_barrier;
 const std::function<void()>* entry_kernel = nullptr;
 std::string report;
@@ -192,8 +193,7 @@ void explain_deadlock() {
 }
 
 unsigned char* new_stack() {
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  void* memory = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, flags, -1, 0);
+  void* memory = mmap(nullptr, kPage + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE)) throw std::bad_alloc();
   return static_cast<unsigned char*>(memory) + kPage;
 }
@@ -210,12 +210,10 @@ void start_block() {
   }
   ++last_phase;
   for (int t = 0; t < thread_count; ++t) {
-    Thread& thread = threads[t];
-    unsigned char* const stack = thread.stack ? thread.stack : new_stack();
+    unsigned char* const stack = threads[t].stack ? threads[t].stack : new_stack();
     ASAN_UNPOISON_MEMORY_REGION(stack, kStack);  // what a failed launch left
-    thread = Thread{};
-    thread.stack = stack;
-    prepare(&thread.context, stack, thread_entry);
+    threads[t] = Thread{.stack = stack};
+    prepare(&threads[t].context, stack, thread_entry);
   }
 }
 
@@ -291,7 +289,6 @@ const char* run(const Launch& launch, const std::function<void()>& kernel) {
     blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
     run_block();
   }
-  if (reports > kMostReports) report += "\nand " + std::to_string(reports - kMostReports) + " reports more";
   return report.empty() ? nullptr : report.c_str();
 }
 
@@ -309,20 +306,14 @@ unsigned char* shared_memory() { return shared->data(); }
 void touch_shared(const void* address, size_t bytes, bool write, const Site& site) {
   const std::string verb = write ? "writes " : "reads ";
   const auto offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(shared->data());
-  if (offset > shared->bytes() || shared->bytes() - offset < bytes) {
+  const bool outside = offset > shared->bytes() || shared->bytes() - offset < bytes;
+  if (outside || offset % bytes) {
     fail(verb + std::to_string(bytes) + " bytes at " + std::to_string(static_cast<intptr_t>(offset)) + " of " +
-             std::to_string(shared->bytes()) + " bytes of shared memory",
-         &site);
-  }
-  if (offset % bytes) {
-    fail(verb + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of shared memory: not aligned",
+             std::to_string(shared->bytes()) + " bytes of shared memory" + (outside ? "" : ": not aligned"),
          &site);
   }
   const int warp = running / kLanes;
-  Access mine;
-  mine.phase = phase[warp];
-  mine.line = site.line();
-  mine.thread = running;
+  const Access mine{phase[warp], site.line(), static_cast<uint64_t>(running)};
   const auto races = [&](const Access& other) {
     return other.phase > known[warp][other.warp()] && other.thread != mine.thread;
   };
@@ -363,28 +354,29 @@ void block_barrier() {
   to_scheduler();
 }
 
-void meet(const char* name, void* mine, void (*compute)(void* const (&lanes)[kLanes])) {
+const void* gather(const char* name, const void* mine, size_t bytes) {
   Warp& warp = warps[running / kLanes];
   if (thread_count % kLanes) fail(std::string(name) + " in a block that ends with a part of a warp");
   if (warp.arrived > 0 && std::strcmp(warp.operation, name) != 0) {
     fail(std::string("the lanes of a warp part: this one is at ") + name + ", others at " + warp.operation);
   }
   warp.operation = name;
-  warp.brought[running % kLanes] = mine;
+  unsigned char* const brought = warp.brought[warp.meetings % 2];
+  std::memcpy(brought + running % kLanes * bytes, mine, bytes);
   if (++warp.arrived < kLanes) {
     threads[running].waits_in = name;
     to_scheduler();
-    return;
+    return brought;
   }
-  compute(warp.brought);
   warp.arrived = 0;
-  const int first = running / kLanes * kLanes;
-  for (int t = first; t < first + kLanes; ++t) threads[t].waits_in = nullptr;
+  ++warp.meetings;
+  const int index = running / kLanes;
+  if (std::strcmp(name, kWarpBarrier) == 0) order(index, index + 1);
+  for (int t = index * kLanes; t < (index + 1) * kLanes; ++t) threads[t].waits_in = nullptr;
+  return brought;
 }
 
-void warp_barrier() {
-  meet("warp_barrier", nullptr, [](void* const(&)[kLanes]) { order(running / kLanes, running / kLanes + 1); });
-}
+void warp_barrier() { gather(kWarpBarrier, "", 1); }
 
 void copy_later(void* destination, const void* global, bool valid, const Site& site) {
   if (valid && reinterpret_cast<uintptr_t>(global) % 16) fail("cp_async_16 of a global address not aligned", &site);

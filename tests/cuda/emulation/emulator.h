@@ -6,7 +6,6 @@
 // as the PTX memory model has it: shuffles, votes, ldmatrix and mma do not.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
@@ -17,6 +16,7 @@
 namespace emulation {
 
 constexpr int kLanes = 32;
+constexpr int kMostBrought = 64;         // bytes of a lane
 constexpr unsigned char kPoison = 0xff;  // every float32, bfloat16 and float16 made of it is NaN
 
 using Site = std::source_location;
@@ -72,8 +72,9 @@ void touch_shared(const void* address, size_t bytes, bool write, const Site& sit
 void block_barrier();
 void warp_barrier();
 
-// Meets the other lanes of the warp, all with the same `name`. The last one calls `compute` with what each brought.
-void meet(const char* name, void* mine, void (*compute)(void* const (&lanes)[kLanes]));
+// Meets the other lanes of the warp, all with the same `name` and number of bytes, of kMostBrought at most. Returns
+// what each brought, lane after lane; it stays until the warp meets for the second time from here.
+const void* gather(const char* name, const void* mine, size_t bytes);
 
 void copy_later(void* shared, const void* global, bool valid, const Site& site);
 void close_copies();

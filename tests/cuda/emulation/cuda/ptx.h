@@ -2,16 +2,15 @@
 // the rounding and the accuracy of the hardware (PTX ISA 9.0, sections on ldmatrix, mma.m16n8k16, ex2 and cvt).
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "../emulator.h"
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define SWIN_DEVICE static inline
@@ -81,42 +80,23 @@ SWIN_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
 SWIN_DEVICE void block_barrier() { emulation::block_barrier(); }
 SWIN_DEVICE void warp_barrier() { emulation::warp_barrier(); }
 
-// What each lane brings to an instruction of the warp, and takes from it.
+// What all lanes bring, by lane.
 template <class T>
-struct Brought {
-  T value;
-  int lane;
-  T result;
-};
-
-// Every lane gets the value of the lane that it names.
-template <class T>
-SWIN_DEVICE T exchange(const char* name, T value, int lane) {
-  Brought<T> mine{value, lane, value};
-  emulation::meet(name, &mine, [](void* const(&lanes)[32]) {
-    for (void* one : lanes) {
-      auto* const b = static_cast<Brought<T>*>(one);
-      b->result = static_cast<Brought<T>*>(lanes[b->lane & 31])->value;
-    }
-  });
-  return mine.result;
+SWIN_DEVICE const T* gather(const char* name, const T& mine) {
+  static_assert(sizeof(T) <= emulation::kMostBrought);
+  return static_cast<const T*>(emulation::gather(name, &mine, sizeof(T)));
 }
 template <class T>
 SWIN_DEVICE T shuffle(T value, int lane) {
-  return exchange("shuffle", value, lane);
+  return gather("shuffle", value)[lane & 31];
 }
 template <class T>
 SWIN_DEVICE T shuffle_xor(T value, int mask) {
-  return exchange("shuffle_xor", value, lane_index() ^ mask);
+  return gather("shuffle_xor", value)[lane_index() ^ mask];
 }
 SWIN_DEVICE bool warp_any(bool predicate) {
-  Brought<bool> mine{predicate, 0, false};
-  emulation::meet("warp_any", &mine, [](void* const(&lanes)[32]) {
-    bool any = false;
-    for (void* one : lanes) any |= static_cast<Brought<bool>*>(one)->value;
-    for (void* one : lanes) static_cast<Brought<bool>*>(one)->result = any;
-  });
-  return mine.result;
+  const bool* const all = gather("warp_any", predicate);
+  return std::any_of(all, all + 32, [](bool one) { return one; });
 }
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
@@ -144,32 +124,25 @@ SWIN_DEVICE void cp_async_wait() {
   emulation::finish_copies(Groups);
 }
 
-// ldmatrix of Count matrices: lane 8 m + r brings row r of matrix m; lane 4 g + t takes row g, columns 2t and 2t+1, or
-// of the transposed matrix, hence of the stored one rows 2t and 2t+1 of column g.
-template <int Count, bool Transposed>
-struct Matrices {
-  const uint16_t* row;
-  uint32_t* fragment;
-  static void load(void* const (&lanes)[32]) {
-    const auto element = [&](int matrix, int row, int column) {
-      return uint32_t{static_cast<Matrices*>(lanes[8 * matrix + row])->row[column]};
-    };
-    for (int lane = 0; lane < 32; ++lane) {
-      const int g = lane / 4, t = lane % 4;
-      for (int m = 0; m < Count; ++m) {
-        const uint32_t lower = Transposed ? element(m, 2 * t, g) : element(m, g, 2 * t);
-        const uint32_t upper = Transposed ? element(m, 2 * t + 1, g) : element(m, g, 2 * t + 1);
-        static_cast<Matrices*>(lanes[lane])->fragment[m] = lower | upper << 16;
-      }
-    }
-  }
-};
+// Lane 8 m + r brings row r of matrix m; lane 4 g + t takes row g, columns 2t and 2t+1, or of the transposed matrix,
+// hence of the stored one rows 2t and 2t+1 of column g.
 template <int Count, bool Transposed>
 SWIN_DEVICE void load_matrices(const char* name, uint32_t (&fragment)[Count], const void* row,
                                const emulation::Site& site) {
-  if (lane_index() < 8 * Count) emulation::touch_shared(row, 16, false, site);
-  Matrices<Count, Transposed> mine{static_cast<const uint16_t*>(row), fragment};
-  emulation::meet(name, &mine, Matrices<Count, Transposed>::load);
+  struct Row {
+    uint16_t value[8];
+  } mine = {};
+  if (lane_index() < 8 * Count) {
+    emulation::touch_shared(row, 16, false, site);
+    mine = *static_cast<const Row*>(row);
+  }
+  const Row* const rows = gather(name, mine);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  for (int m = 0; m < Count; ++m) {
+    const uint32_t lower = Transposed ? rows[8 * m + 2 * t].value[g] : rows[8 * m + g].value[2 * t];
+    const uint32_t upper = Transposed ? rows[8 * m + 2 * t + 1].value[g] : rows[8 * m + g].value[2 * t + 1];
+    fragment[m] = lower | upper << 16;
+  }
 }
 #define LDMATRIX(name, count, transposed)                                    \
   SWIN_DEVICE void name(uint32_t (&fragment)[count], const void* row,        \
@@ -204,39 +177,22 @@ SWIN_DEVICE float tensor_core_sum(float sum, const float* a, const float* b) {
 }
 
 template <class T>
-struct Product {
-  const uint32_t* a;
-  uint32_t b[2];
-  const float* c;
-  float d[4];
-  static void compute(void* const (&lanes)[32]) {
-    float a[16][16], b[8][16];  // b transposed
-    for (int lane = 0; lane < 32; ++lane) {
-      const auto& mine = *static_cast<Product*>(lanes[lane]);
-      const int g = lane / 4, t = lane % 4;
-      for (int half = 0; half < 2; ++half) {
-        const float2 pairs[] = {unpack<T>(mine.a[2 * half]), unpack<T>(mine.a[2 * half + 1]), unpack<T>(mine.b[half])};
-        const int k = 8 * half + 2 * t;
-        a[g][k] = pairs[0].x, a[g][k + 1] = pairs[0].y;
-        a[g + 8][k] = pairs[1].x, a[g + 8][k + 1] = pairs[1].y;
-        b[g][k] = pairs[2].x, b[g][k + 1] = pairs[2].y;
-      }
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      auto& mine = *static_cast<Product*>(lanes[lane]);
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-        const float lower = tensor_core_sum(mine.c[i], a[row], b[column]);
-        mine.d[i] = tensor_core_sum(lower, a[row] + 8, b[column] + 8);
-      }
-    }
-  }
-};
-template <class T>
 SWIN_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-  Product<T> mine{a, {b0, b1}, c, {}};
-  emulation::meet("mma_m16n8k16", &mine, Product<T>::compute);
-  std::memcpy(d, mine.d, sizeof d);
+  struct Factors {
+    uint32_t a[4], b[2];
+  };
+  const Factors* const all = gather("mma_m16n8k16", Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  for (int i = 0; i < 4; ++i) {  // of D: row g + i / 2 * 8, column 2t + i % 2
+    float row[16], column[16];
+    for (int k = 0; k < 16; k += 2) {
+      const int lane = k % 8 / 2, half = k / 8;
+      const float2 left = unpack<T>(all[4 * g + lane].a[2 * half + i / 2]);
+      const float2 right = unpack<T>(all[4 * (2 * t + i % 2) + lane].b[half]);
+      row[k] = left.x, row[k + 1] = left.y, column[k] = right.x, column[k + 1] = right.y;
+    }
+    d[i] = tensor_core_sum(tensor_core_sum(c[i], row, column), row + 8, column + 8);
+  }
 }
 
 // Subnormal arguments and results are zero; a relative error of up to 2^-22 as PTX grants it, drawn from the argument.
