@@ -68,6 +68,13 @@ def scores(
     }
 
 
+def by_case(scores_of: Mapping[str, Mapping[str, Score]], metric: str) -> dict[str, dict[str, float]]:
+    """One of `METRICS` by case and class, of scores by case and class."""
+    return {
+        case: {name: getattr(score, metric) for name, score in classes.items()} for case, classes in scores_of.items()
+    }
+
+
 def _score(found: np.ndarray, expected: np.ndarray, spacing: Sequence[float], tolerance: float) -> Score:
     """The score of two masks ``(*S)``."""
     spacing = [float(extent) for extent in spacing]

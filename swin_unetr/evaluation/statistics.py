@@ -7,7 +7,7 @@ Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; interval
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +86,7 @@ def summary(by_case: Mapping[str, Mapping[str, float]], how: Bootstrap) -> dict[
     names = dict.fromkeys(name for case in by_case.values() for name in case)
     columns = {name: [case[name] for case in by_case.values() if name in case] for name in names}
     if len(columns) > 1:
-        columns[MEAN] = [_mean(case.values()) for case in by_case.values()]
+        columns[MEAN] = [mean(case.values()) for case in by_case.values()]
     return {name: estimate(values, how) for name, values in columns.items()}
 
 
@@ -101,6 +101,7 @@ def differences(
     }
 
 
-def _mean(values) -> float:
+def mean(values: Iterable[float]) -> float:
+    """The mean of those `values` that are not NaN; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return math.fsum(known) / len(known) if known else math.nan

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from PIL import Image
+from rich.console import Console
 
+from swin_unetr import evaluate
 from swin_unetr.evaluation import label_maps, statistics
 from swin_unetr.evaluation.scores import scores
 
@@ -185,3 +192,140 @@ def test_files_that_are_no_label_maps_are_named(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=rf"{name}: {message}"):
             label_maps.read(tmp_path / name)
+
+
+# --- the command ---
+
+
+def run_of(folder, quality, *, cases=6, missing=(), seed=0):
+    """Label maps of blobs and predictions of them: the lower `quality`, the smaller than the label."""
+    random = np.random.default_rng(seed)
+    for i in range(cases):
+        grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
+        distance = np.linalg.norm(grid - 12 - random.uniform(-2, 2, 3)[:, None, None, None], axis=0)
+        radius = random.uniform(5, 8)
+        label = (distance < radius).astype(np.uint8) + (distance < radius / 2)
+        error = random.normal(0, 1 - quality) - (1 - quality)
+        prediction = (distance < radius + error).astype(np.uint8) + (distance < radius / 2 + 2 * error)
+        write(folder / "labels" / f"case_{i}.nii.gz", label)
+        if i not in missing:
+            write(folder / "predictions" / f"case_{i}_seg.nii.gz", prediction)
+    return folder
+
+
+def evaluated(folder, **options):
+    terminal = io.StringIO()
+    options = {"classes": CLASSES, "resamples": 500} | options
+    out = options.pop("out", folder / "evaluation")
+    status = evaluate.run(
+        evaluate.Options(folder / "predictions", folder / "labels", out, **options),
+        Console(file=terminal, width=140),
+    )
+    return status, json.loads((out / "evaluation.json").read_text()), terminal.getvalue()
+
+
+def test_files_and_terminal_tell_the_same(tmp_path):
+    status, results, terminal = evaluated(run_of(tmp_path, 0.7))
+    assert status == 0
+    with (tmp_path / "evaluation" / "scores.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [(row["case"], row["class"]) for row in table] == [
+        (f"case_{i}", name) for i in range(6) for name in ("organ", "tumour")
+    ]
+    for row in table:
+        score = results["scores"][row["case"]][row["class"]]
+        assert {key: float(row[key]) for key in score} == score
+    for metric in ("dice", "nsd", "hd95"):
+        organ = results["summary"][metric]["organ"]
+        values = [float(row[metric]) for row in table if row["class"] == "organ"]
+        assert organ["mean"] == pytest.approx(np.mean(values))
+        assert organ["low"] < organ["mean"] < organ["high"]
+        digits = 1 if metric == "hd95" else 3
+        cell = f"{organ['mean']:.{digits}f} [{organ['low']:.{digits}f}, {organ['high']:.{digits}f}]"
+        assert any("organ" in line and cell in line for line in terminal.splitlines())
+    # And the files hold what was scored.
+    label, prediction = (
+        nibabel.load(tmp_path / kind / name).get_fdata() > 0
+        for kind, name in (("labels", "case_3.nii.gz"), ("predictions", "case_3_seg.nii.gz"))
+    )
+    dice = 2 * (label & prediction).sum() / (label.sum() + prediction.sum())
+    assert results["scores"]["case_3"]["organ"]["dice"] == pytest.approx(dice)
+    pixels = np.asarray(Image.open(tmp_path / "evaluation" / "scores.png").convert("L"))
+    assert pixels.std() > 10
+
+
+def test_classes_are_the_labels_values_unless_given(tmp_path):
+    _, results, _ = evaluated(run_of(tmp_path, 0.7, cases=2), classes=None)
+    assert results["classes"] == {"1": [1], "2": [2]}
+
+
+def test_two_runs_are_compared_by_case(tmp_path):
+    worse, better = run_of(tmp_path / "worse", 0.4), run_of(tmp_path / "better", 0.9, missing=(5,))
+    evaluated(worse)
+    status, results, terminal = evaluated(better, compare=worse / "evaluation" / "evaluation.json")
+    assert status == 1  # case 5 has no prediction
+    assert "No prediction for: case_5" in terminal
+    comparison = results["comparison"]
+    assert comparison["only_there"] == ["case_5"]
+    assert "Not compared, only in the other: case_5" in terminal
+    assert comparison["differences"]["dice"]["organ"]["cases"] == 5
+    assert comparison["differences"]["dice"]["organ"]["low"] > 0
+    assert comparison["differences"]["hd95"]["organ"]["high"] < 0
+    assert (better / "evaluation" / "comparison.png").stat().st_size > 5000
+
+
+def test_runs_that_cannot_be_compared(tmp_path):
+    first, other_labels = run_of(tmp_path / "a", 0.7), run_of(tmp_path / "b", 0.7, seed=1)
+    evaluated(first)
+    record = first / "evaluation" / "evaluation.json"
+    with pytest.raises(ValueError, match="case 'case_0' was scored against another label"):
+        evaluated(other_labels, compare=record)
+    assert (other_labels / "evaluation" / "scores.csv").exists()  # what was scored is not lost
+    with pytest.raises(ValueError, match=r"has an NSD at 2.0 mm, this run at 1.0 mm"):
+        evaluated(first, compare=record, tolerance=1.0, out=tmp_path / "c")
+    with pytest.raises(ValueError, match=r"scores classes .*organ.* this run .*'1'"):
+        evaluated(first, compare=record, classes=None, out=tmp_path / "c")
+    (tmp_path / "text.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"compare: .*text.json is no evaluation: KeyError: 'format'"):
+        evaluated(first, compare=tmp_path / "text.json")
+
+
+def test_a_broken_case_is_reported_and_the_others_go_on(tmp_path):
+    run_of(tmp_path, 0.7, cases=4)
+    (tmp_path / "predictions" / "case_1_seg.nii.gz").write_bytes(b"no image")
+    write(tmp_path / "predictions" / "case_2_seg.nii.gz", np.zeros((24, 24, 24), np.uint8), np.eye(4))
+    write(tmp_path / "predictions" / "stranger.nii.gz", np.zeros((24, 24, 24), np.uint8))
+    status, results, terminal = evaluated(tmp_path)
+    assert status == 1
+    assert set(results["scores"]) == {"case_0", "case_3"}
+    assert "case_1_seg.nii.gz: cannot be read" in results["failed"]["case_1"]
+    assert "mm apart at a corner" in results["failed"]["case_2"]
+    assert [path for path in results["without_label"] if path.endswith("stranger.nii.gz")]
+    for stated in ("Not scored: case_1", "Not scored: case_2", "No label for: "):
+        assert stated in terminal
+
+
+def test_nothing_to_score(tmp_path):
+    run_of(tmp_path, 0.7, cases=1)
+    with pytest.raises(ValueError, match="nowhere is no folder"):
+        evaluate.run(evaluate.Options(tmp_path / "nowhere", tmp_path / "labels", tmp_path / "out"))
+    with pytest.raises(ValueError, match="has no label maps"):
+        evaluate.run(evaluate.Options(tmp_path, tmp_path / "labels", tmp_path / "out"))
+    (tmp_path / "labels" / "case_0.nii.gz").rename(tmp_path / "labels" / "other.nii.gz")
+    with pytest.raises(ValueError, match=r"no prediction in .* belongs to a label in .*: case_0_seg against other"):
+        evaluated(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": 0.0}, "tolerance is 0.0; accepted is a distance in mm above 0"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
+        ({"classes": {}}, "classes is {}; accepted is at least one class"),
+        ({"classes": {"organ": []}}, "each with a label value"),
+        ({"classes": {"mean": [1]}}, "classes has 'mean', the name of the mean over classes"),
+    ],
+)
+def test_options_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.Options(Path("a"), Path("b"), **options)

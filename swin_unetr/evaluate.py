@@ -1,0 +1,188 @@
+"""`swin-unetr evaluate`: score label maps against labels, with confidence intervals, and compare two runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .evaluation import label_maps, report, statistics
+from .evaluation.scores import METRICS, Score, by_case, scores
+
+FORMAT = "swin-unetr evaluation 1"
+
+
+@dataclass
+class Options:
+    """Score predicted label maps against labels.
+
+    Writes scores.csv (one line a case and class), evaluation.json (everything), scores.png, and comparison.png where
+    there is another run. A case that cannot be scored is reported and the others go on.
+
+    Args:
+        predictions: folder of predicted label maps (NIfTI, NRRD, MetaImage).
+        labels: folder of labels; a prediction belongs to the label of the same name, or of that name before "_...".
+        out: folder for the results; those of an earlier evaluation in it are overwritten.
+        classes: label values by class name, such as {liver: [1, 2], cancer: [2]}; classes may overlap. By default every
+            value above 0 that the labels have is a class.
+        tolerance: mm up to which surfaces agree, for NSD.
+        resamples: draws of the bootstrap.
+        confidence: of the intervals.
+        seed: of the draws.
+        compare: evaluation.json of another run on the same labels; differences are this run minus that.
+    """
+
+    predictions: Path
+    labels: Path
+    out: Path = Path("evaluation")
+    classes: dict[str, list[int]] | None = None
+    tolerance: float = 2.0
+    resamples: int = 9999
+    confidence: float = 0.95
+    seed: int = 0
+    compare: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise ValueError(f"tolerance is {self.tolerance}; accepted is a distance in mm above 0")
+        if self.classes is not None and not (self.classes and all(self.classes.values())):
+            raise ValueError(f"classes is {self.classes}; accepted is at least one class, each with a label value")
+        if self.classes is not None and statistics.MEAN in self.classes:
+            raise ValueError(f"classes has {statistics.MEAN!r}, the name of the mean over classes; accepted is another")
+
+
+def run(options: Options, console: Console | None = None) -> int:
+    """Evaluate; returns the exit status: 0, or 1 if a case has no prediction or could not be scored.
+
+    Raises:
+        ValueError: no case can be scored, or `options.compare` is no evaluation of the same labels.
+        OSError: `options.out` cannot be written to.
+    """
+    console = console or Console()
+    how = statistics.Bootstrap(options.resamples, options.confidence, options.seed)
+    other = _read_other(options.compare) if options.compare else None
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = _score_cases(options, console)
+    results = {"format": FORMAT, "options": asdict(options), **found}
+    results["summary"] = {metric: statistics.summary(by_case(found["scores"], metric), how) for metric in METRICS}
+    report.write(results, options.out)  # before a comparison that may be refused
+    if other is not None:
+        results["comparison"] = _compare(results, other, options, how)
+        report.write(results, options.out)
+    report.show(results, options.out, console)
+    return 1 if found["failed"] or found["without_prediction"] else 0
+
+
+def _score_cases(options: Options, console: Console) -> dict[str, object]:
+    """Scores of every case, and which cases have none."""
+    labels, predictions = label_maps.find(options.labels), label_maps.find(options.predictions)
+    pairs = label_maps.pair(predictions, labels)
+    if not pairs:
+        raise ValueError(
+            f"no prediction in {options.predictions} belongs to a label in {options.labels}: "
+            f"{_examples(predictions)} against {_examples(labels)}"
+        )
+    classes = options.classes or _values_of(labels[name] for name in pairs)
+    scored: dict[str, dict[str, Score]] = {}
+    failed: dict[str, str] = {}
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for name in progress.track(sorted(pairs)):
+            try:
+                prediction, label = label_maps.read(pairs[name]), label_maps.read(labels[name])
+                label_maps.check_same_grid(prediction, label)
+            except ValueError as error:
+                failed[name] = str(error)
+                continue
+            scored[name] = scores(prediction.values, label.values, classes, label.spacing, options.tolerance)
+    if not scored:
+        raise ValueError("no case could be scored: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+    used = set(pairs.values())
+    return {
+        "classes": {name: list(values) for name, values in classes.items()},
+        "scores": scored,
+        "files": {name: {"prediction": str(pairs[name]), "label": str(labels[name])} for name in scored},
+        "failed": failed,
+        "without_prediction": sorted(set(labels) - set(pairs)),
+        "without_label": sorted(str(path) for path in predictions.values() if path not in used),
+    }
+
+
+def _values_of(labels) -> dict[str, list[int]]:
+    """A class for each value above 0 in the files `labels`; a file that cannot be read is the scoring's to report."""
+    values: set[int] = set()
+    for path in labels:
+        try:
+            values |= {int(value) for value in np.unique(label_maps.read(path).values)}
+        except ValueError:
+            continue
+    classes = {str(value): [value] for value in sorted(values) if value > 0}
+    if not classes:
+        raise ValueError("the labels have no value above 0: there is nothing to score")
+    return classes
+
+
+def _read_other(path: Path) -> dict[str, object]:
+    """The evaluation in a file, its scores as `Score`."""
+    try:
+        other = json.loads(path.read_text())
+        if other["format"] != FORMAT:
+            raise ValueError(f"format is {other['format']!r}; accepted is {FORMAT!r}")
+        other["scores"] = {
+            case: {
+                name: Score(**{key: math.nan if value is None else value for key, value in score.items()})
+                for name, score in classes.items()
+            }
+            for case, classes in other["scores"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"compare: {path} is no evaluation: {type(error).__name__}: {error}") from error
+    return other
+
+
+def _compare(results: Mapping, other: Mapping, options: Options, how: statistics.Bootstrap) -> dict[str, object]:
+    """Differences of the scores that both runs have.
+
+    Raises:
+        ValueError: the runs share no case, or were scored by other classes, tolerance or labels.
+    """
+    if other["classes"] != results["classes"]:
+        raise ValueError(f"compare: {options.compare} scores classes {other['classes']}, this run {results['classes']}")
+    if other["options"]["tolerance"] != options.tolerance:
+        raise ValueError(
+            f"compare: {options.compare} has an NSD at {other['options']['tolerance']} mm, this run at "
+            f"{options.tolerance} mm"
+        )
+    ours, theirs = results["scores"], other["scores"]
+    common = sorted(set(ours) & set(theirs))
+    if not common:
+        raise ValueError(
+            f"compare: {options.compare} has none of this run's cases: {_examples(theirs)} against {_examples(ours)}"
+        )
+    for case in common:
+        if any(
+            not math.isclose(ours[case][name].label_ml, theirs[case][name].label_ml, rel_tol=1e-6)
+            for name in ours[case]
+        ):
+            raise ValueError(f"compare: case {case!r} was scored against another label in {options.compare}")
+    return {
+        "with": str(options.compare),
+        "cases": common,
+        "only_here": sorted(set(ours) - set(common)),
+        "only_there": sorted(set(theirs) - set(common)),
+        "differences": {
+            metric: statistics.summary(statistics.differences(by_case(ours, metric), by_case(theirs, metric)), how)
+            for metric in METRICS
+        },
+    }
+
+
+def _examples(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")

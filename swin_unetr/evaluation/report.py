@@ -1,0 +1,142 @@
+"""What an evaluation writes to its folder and says on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import figure, statistics
+from .scores import METRICS, Score, by_case
+
+FILES = {
+    "scores": "scores.csv",
+    "evaluation": "evaluation.json",
+    "plot": "scores.png",
+    "comparison": "comparison.png",
+}
+
+
+def write(results: Mapping, out: Path) -> None:
+    """Write `FILES` into the folder `out`, the comparison only if there is one."""
+    (out / FILES["evaluation"]).write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
+    _write_table(results["scores"], out / FILES["scores"])
+    summary, options = results["summary"], results["options"]
+    by_metric = {metric: by_case(results["scores"], metric) for metric in METRICS}
+    values = {
+        metric: {name: [_value(case, name) for case in by_metric[metric].values()] for name in summary[metric]}
+        for metric in METRICS
+    }
+    tolerance, interval = f"NSD at {options['tolerance']:g} mm.", f"{options['confidence']:.0%} bootstrap interval"
+    figure.draw_scores(
+        values,
+        summary,
+        f"{_count(len(results['scores']))} scored against labels",
+        f"Dot: a case. Circle and bar: the mean over cases and its {interval}. {tolerance} "
+        "HD95 of a class that only one of the two maps has: the volume's diagonal.",
+        out / FILES["plot"],
+    )
+    if "comparison" in results:
+        comparison = results["comparison"]
+        figure.draw_differences(
+            comparison["differences"],
+            f"This run minus {_end(comparison['with'])}: {_count(len(comparison['cases']))}, paired",
+            f"Circle and bar: mean difference and its {interval}, coloured where it leaves out 0. {tolerance}",
+            out / FILES["comparison"],
+        )
+
+
+def _write_table(scores: Mapping[str, Mapping[str, Score]], path: Path) -> None:
+    """One line a case and class; an unknown score is an empty cell."""
+    columns = [field.name for field in fields(Score)]
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["case", "class", *columns])
+        for case, classes in scores.items():
+            for name, score in classes.items():
+                values = (getattr(score, column) for column in columns)
+                table.writerow([case, name, *("" if math.isnan(value) else value for value in values)])
+
+
+def _value(case: Mapping[str, float], name: str) -> float:
+    """A case's value in the row of a class, or of the mean over classes."""
+    return statistics.mean(case.values()) if name == statistics.MEAN else case.get(name, math.nan)
+
+
+def show(results: Mapping, out: Path, console: Console) -> None:
+    """Print what `write` wrote to `out`: means, differences, and what was left out."""
+    summary = results["summary"]
+    table = _table("class", "cases", "Dice", f"NSD at {results['options']['tolerance']:g} mm", "HD95 in mm")
+    for name in summary["dice"]:
+        cells = [_cell(summary[metric][name], "" if metric != "hd95" else "mm") for metric in METRICS]
+        style = "bold" if name == statistics.MEAN else None
+        table.add_row(name, str(summary["dice"][name].cases), *cells, style=style)
+    console.print(table)
+    note = f"Means over cases [{results['options']['confidence']:.0%} bootstrap interval]."
+    console.print(note, style="dim", markup=False)
+    if "comparison" in results:
+        comparison = results["comparison"]
+        table = _table("class", "cases", "Δ Dice", "Δ NSD", "Δ HD95 in mm")
+        for name in comparison["differences"]["dice"]:
+            row = [comparison["differences"][metric][name] for metric in METRICS]
+            table.add_row(name, str(row[0].cases), *(_cell(e, "mm" if i == 2 else "", "+") for i, e in enumerate(row)))
+        console.print(f"\nThis run minus {comparison['with']}, paired by case", markup=False, highlight=False)
+        console.print(table)
+        for key, where in (("only_here", "only in this run"), ("only_there", "only in the other")):
+            if comparison[key]:
+                console.print(f"Not compared, {where}: {', '.join(comparison[key])}", style="yellow", markup=False)
+    for name, why in results["failed"].items():
+        console.print(f"Not scored: {name}: {why}", style="red", markup=False)
+    if results["without_prediction"]:
+        console.print(f"No prediction for: {', '.join(results['without_prediction'])}", style="red", markup=False)
+    if results["without_label"]:
+        console.print(f"No label for: {', '.join(results['without_label'])}", style="yellow", markup=False)
+    written = [name for key, name in FILES.items() if key != "comparison" or "comparison" in results]
+    console.print(f"\nIn {out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _end(path: str) -> str:
+    """As much of the end of `path` as a title has room for."""
+    return path if len(path) <= 70 else "…" + path[-69:]
+
+
+def _count(cases: int) -> str:
+    return f"{cases} case" + "s" * (cases != 1)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    return table
+
+
+def _cell(estimate: statistics.Estimate, unit: str, sign: str = "") -> str:
+    """``0.912 [0.890, 0.930]``."""
+    if math.isnan(estimate.mean):
+        return "–"
+    digits = 1 if unit else 3
+    text = f"{estimate.mean:{sign}.{digits}f}"
+    if not math.isnan(estimate.low):
+        text += f" \\[{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
+    return text
+
+
+def _plain(value: object) -> object:
+    """`value` as JSON knows it: NaN is null, paths are text, dataclasses are objects."""
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and math.isnan(value) else value
