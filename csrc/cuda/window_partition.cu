@@ -10,8 +10,8 @@
 namespace swin {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kInFlight = 4;  // pieces of a thread: 16 KiB a block, 128 KiB a multiprocessor at full occupancy
+constexpr int kThreads = 256;  // of a block at most; the blocks of a window share it evenly
+constexpr int kInFlight = 4;   // pieces of a thread: 16 KiB a block, 128 KiB a multiprocessor at full occupancy
 
 // Where a copy reads and writes, in pieces: a token is `pieces` of them. 32-bit where only one window is concerned.
 struct Copy {
@@ -20,6 +20,7 @@ struct Copy {
   uint32_t spatial[kAxes], window[kAxes], shift[kAxes], counts[kAxes];
   uint32_t pieces;         // of a token
   uint32_t window_pieces;  // of a window
+  uint32_t window_blocks;  // blocks that copy one window
 };
 
 // The volume's side of one window.
@@ -56,18 +57,19 @@ SWIN_DEVICE int64_t volume_token(const Copy& copy, const Window& window, uint32_
   return real ? window.first + token : -1;
 }
 
-// One block copies kThreads * kInFlight pieces of one window; blockIdx.x counts windows, blockIdx.y blocks of one.
+// One block copies kInFlight pieces a thread of one window.
 template <class Piece, bool kReverse>
 __global__ void __launch_bounds__(kThreads) copy_windows(const Copy copy) {
   const Piece* source = static_cast<const Piece*>(copy.source);
   Piece* target = static_cast<Piece*>(copy.target);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * copy.window_pieces;  // on the windows' side
-  const Window window = locate(copy, blockIdx.x);
+  const uint32_t index = blockIdx.x / copy.window_blocks, block = blockIdx.x - index * copy.window_blocks;
+  const int64_t first = static_cast<int64_t>(index) * copy.window_pieces;  // on the windows' side
+  const Window window = locate(copy, index);
   Piece value[kInFlight] = {};
   int64_t at[kInFlight];  // on the volume's side; -1 for padding and beyond the window
   SWIN_UNROLL
   for (int i = 0; i < kInFlight; ++i) {
-    const uint32_t piece = (blockIdx.y * kInFlight + i) * kThreads + threadIdx.x;
+    const uint32_t piece = (block * kInFlight + i) * blockDim.x + threadIdx.x;
     const uint32_t local = piece / copy.pieces;
     const int64_t token = piece < copy.window_pieces ? volume_token(copy, window, local) : -1;
     at[i] = token < 0 ? -1 : token * copy.pieces + (piece - local * copy.pieces);
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) copy_windows(const Copy copy) {
   }
   SWIN_UNROLL
   for (int i = 0; i < kInFlight; ++i) {
-    const uint32_t piece = (blockIdx.y * kInFlight + i) * kThreads + threadIdx.x;
+    const uint32_t piece = (block * kInFlight + i) * blockDim.x + threadIdx.x;
     if (kReverse) {
       if (at[i] >= 0) target[at[i]] = value[i];
     } else if (piece < copy.window_pieces) {
@@ -87,9 +89,10 @@ __global__ void __launch_bounds__(kThreads) copy_windows(const Copy copy) {
 template <class Piece, bool kReverse>
 const char* start(const Copy& copy, int64_t windows, void* stream) {
   LaunchGrid blocks;
-  blocks.x = windows;
-  blocks.y = (copy.window_pieces + kThreads * kInFlight - 1) / (kThreads * kInFlight);
-  return launch(copy_windows<Piece, kReverse>, blocks, kThreads, 0, stream, copy);
+  blocks.x = windows * copy.window_blocks;
+  const uint32_t lanes = 32 * kInFlight * copy.window_blocks;
+  const int threads = static_cast<int>((copy.window_pieces + lanes - 1) / lanes) * 32;
+  return launch(copy_windows<Piece, kReverse>, blocks, threads, 0, stream, copy);
 }
 
 template <bool kReverse>
@@ -98,14 +101,17 @@ const char* copy_all(const SwinPartition& call, const void* source, void* target
   const int64_t windows = call.batch * product(call.grid.counts),
                 window_bytes = product(call.grid.window) * token_bytes;
   if (windows == 0 || token_bytes == 0) return nullptr;
-  if (windows > INT32_MAX) return "window_partition: more than 2^31 - 1 windows";
-  if (window_bytes > INT32_MAX / 2) return "window_partition: a window of more than 1 GiB";
   // The widest access that divides a token and both addresses: a view may begin anywhere in its storage.
   const uint64_t steps =
       static_cast<uint64_t>(token_bytes) | reinterpret_cast<uintptr_t>(source) | reinterpret_cast<uintptr_t>(target);
   int64_t piece_bytes = 16;
   while (steps % static_cast<uint64_t>(piece_bytes) != 0) piece_bytes /= 2;
-  Copy copy{source, target, {}, {}, {}, {}, 0, 0};
+  Copy copy{source, target, {}, {}, {}, {}, 0, 0, 0};
+  const int64_t window_pieces = window_bytes / piece_bytes;
+  const int64_t window_blocks = (window_pieces + kThreads * kInFlight - 1) / (kThreads * kInFlight);
+  if (window_pieces > INT32_MAX / 2) return "window_partition: a window of more than 2^30 pieces of up to 16 bytes";
+  if (windows > INT32_MAX / window_blocks)
+    return "window_partition: more than 2^31 - 1 blocks of up to 1024 such pieces";
   for (int axis = 0; axis < kAxes; ++axis) {
     if (call.grid.spatial[axis] > INT32_MAX / 2) return "window_partition: an axis of more than 2^30 tokens";
     copy.spatial[axis] = static_cast<uint32_t>(call.grid.spatial[axis]);
@@ -114,7 +120,8 @@ const char* copy_all(const SwinPartition& call, const void* source, void* target
     copy.counts[axis] = static_cast<uint32_t>(call.grid.counts[axis]);
   }
   copy.pieces = static_cast<uint32_t>(token_bytes / piece_bytes);
-  copy.window_pieces = static_cast<uint32_t>(window_bytes / piece_bytes);
+  copy.window_pieces = static_cast<uint32_t>(window_pieces);
+  copy.window_blocks = static_cast<uint32_t>(window_blocks);
   switch (piece_bytes) {
     case 16: return start<uint4, kReverse>(copy, windows, stream);
     case 8: return start<uint2, kReverse>(copy, windows, stream);
