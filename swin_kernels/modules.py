@@ -76,20 +76,29 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         _init_bias_table(self.relative_position_bias_table)
 
-    def forward(self, x: torch.Tensor, shift_size: int | Sequence[int] = 0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, shift_size: int | Sequence[int] = 0, norm: nn.Module | None = None
+    ) -> torch.Tensor:
         """Attend; ``(B, *S, C)`` to ``(B, *S, C)``.
 
         Args:
-            x: tokens ``(B, *S, C)``, normalised.
+            x: tokens ``(B, *S, C)``, normalised unless `norm` does it.
             shift_size: cyclic shift of the windows, an int or one per axis.
+            norm: applied to `x` first, by the kernel where it can.
         """
         dropout_p = self.attn_drop.p if self.training else 0.0
         table = self.relative_position_bias_table
-        if dropout_p == 0 and not torch.is_grad_enabled() and _is_plain(self.qkv):
+        if dropout_p == 0 and not torch.is_grad_enabled() and _is_plain(self.qkv, nn.Linear):
+            affine = {}
+            if _is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
+                affine = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+            elif norm is not None:
+                x = norm(x)
             out = projected_window_attention(
-                x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale
+                x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale, **affine
             )
         else:
+            x = x if norm is None else norm(x)
             out = window_attention(
                 self.qkv(x),  # (B, *S, 3C)
                 table,
@@ -104,9 +113,9 @@ class WindowAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether `linear` does nothing but its product: no other class (as low-rank adapters bring), no hooks."""
-    return type(linear) is nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
+def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether `module` does what its class says and no more: no subclass (as adapters bring), no hooks."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _init_bias_table(table: torch.Tensor) -> None:
@@ -203,7 +212,7 @@ class SwinTransformerBlock(nn.Module):
 
     def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
         """The attention branch, without residual."""
-        return self.attn(self.norm1(x), self.shift_size)
+        return self.attn(x, self.shift_size, self.norm1)
 
     def forward_part2(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP branch, without residual."""

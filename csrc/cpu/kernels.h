@@ -39,9 +39,13 @@ struct ForwardCall : AttentionCall {
   void* lse;  // (B, *S, heads) accumulate, natural logarithm
 };
 
-// The forward of qkv = x · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32.
+// The forward of qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32.
 struct ProjectedForwardCall : ForwardCall {
-  const float* x;       // (B, *S, C)
+  const float* x;            // (B, *S, C)
+  bool normalize;            // else x is taken as it is
+  const float* norm_weight;  // (C,) or null for ones
+  const float* norm_bias;    // (C,) or null for zeros
+  float norm_eps;
   const float* weight;  // (3C, C)
   const float* bias;    // (3C,) or null for zeros
 };

@@ -40,7 +40,7 @@ void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64
 }
 
 // Where qkv of a group of windows stays in the second-level cache.
-constexpr int64_t kMostChannels = 64;
+constexpr int64_t kMostChannels = AmxProjection::kMostPieces * kTileRows;
 
 bool projects(const AttentionCall& call) {
   return on_tiles(call) && call.heads * call.head_dim <= kMostChannels && call.bias_type == ElementType::kFloat32;

@@ -239,10 +239,15 @@ class WindowGroup {
   // Looks up the bias of queries [first, last) of a region, at most kBlock, for the keys of that region.
   // Columns of its vectors that belong to no token of the region are -inf.
   void look_up_bias(const Region& own, int64_t first, int64_t last) {
+    constexpr int kTogether = 4;
     block_first_ = first;
-    for (int64_t q = first; q < last; ++q) {
+    const int64_t run = pattern_->run_begin[own.index], end = pattern_->run_begin[own.index + 1];
+    int64_t q = first;
+    for (; q + kTogether <= last; q += kTogether)
+      copy_runs<kTogether>(q, run, end, bias_ + (q - first) * padded_tokens_);
+    for (; q < last; ++q) copy_runs<1>(q, run, end, bias_ + (q - first) * padded_tokens_);
+    for (q = first; q < last; ++q) {
       T* row = bias_ + (q - first) * padded_tokens_;
-      copy_runs(q, pattern_->run_begin[own.index], pattern_->run_begin[own.index + 1], row);
       for (int64_t k = own.begin; k < own.first; ++k) row[k] = kNothing;
       for (int64_t k = own.last; k < own.end; ++k) row[k] = kNothing;
     }
@@ -268,7 +273,7 @@ class WindowGroup {
     const T* bias[kRows];
     for (int r = 0; r < kRows; ++r) {
       T* row = whole_bias_ + r * padded_tokens_;
-      copy_runs(queries[r], 0, pattern_->run_begin[pattern_->region_count], row);
+      copy_runs<1>(queries[r], 0, pattern_->run_begin[pattern_->region_count], row);
       for (int64_t k = 0; k < tokens_; ++k)
         if (k < own.first || k >= own.last) row[k] += mask();
       for (int64_t k = tokens_; k < padded_tokens_; ++k) row[k] = kNothing;
@@ -337,14 +342,20 @@ class WindowGroup {
     return call_.type == (sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
   }
 
-  // Bias of `query` for the keys of runs [first, last). A run is copied in whole vectors: what is written
-  // beyond it is overwritten by the next run, by the caller, or by the next row.
-  void copy_runs(int64_t query, int64_t first, int64_t last, T* row) const {
-    const T* column = column_ + origin_ - pattern_->bias_raster[query];
+  // Bias of queries [query, query + kCount) for the keys of runs [first, last), a row each. A run is copied in whole
+  // vectors: what is written beyond it is overwritten by the next run or by the caller, and stays inside the row.
+  template <int kCount>
+  void copy_runs(int64_t query, int64_t first, int64_t last, T* rows) const {
+    const T* columns[kCount];
+    for (int i = 0; i < kCount; ++i) columns[i] = column_ + origin_ - pattern_->bias_raster[query + i];
     const int32_t* begin = pattern_->run_token;
     for (int64_t run = first; run < last; ++run) {
-      const T* from = column + pattern_->bias_raster[begin[run]] - begin[run];
-      for (int64_t k = begin[run]; k < begin[run + 1]; k += kLanes<T>) store(row + k, load(from + k));
+      const int64_t from = pattern_->bias_raster[begin[run]] - begin[run];
+      int64_t k = begin[run];
+      for (; k < begin[run + 1] && k + kLanes<T> <= padded_tokens_; k += kLanes<T>)
+        for (int i = 0; i < kCount; ++i) store(rows + i * padded_tokens_ + k, load(columns[i] + from + k));
+      for (; k < begin[run + 1]; ++k)
+        for (int i = 0; i < kCount; ++i) rows[i * padded_tokens_ + k] = columns[i][from + k];
     }
   }
 

@@ -31,6 +31,8 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
       nothing_[i] = -INFINITY;
       no_row_[i] = 0;
     }
+    for (const WindowParts& parts : parts_)  // the second half of the last pair, where there are no keys
+      std::memset(parts.keys + (2 * pairs_ - 1) * kRightBlockBytes, 0, kRightBlockBytes);
     const TileUse tiles;
     if (projected_) projection_.prepare();
     const int64_t heads = projected_ ? call_.heads : call_.heads % kHeads == 0 ? kHeads : 1;
@@ -323,7 +325,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
       const int64_t t = tile.first + i;
       __m512 x = _mm512_setzero_ps();
       if (t < tile.last && tile.window->token[t] >= 0) x = load(row(tile.g, t, 0)) * factor;
-      const float square = sum_lanes<float>(x * x);
+      const float square = _mm512_reduce_add_ps(x * x);
       norm = square > norm ? square : norm;
       norm += square * 0;  // NaN stays
       split_left_row(x, i, tiles);

@@ -236,8 +236,9 @@ bool projects(int64_t heads, int64_t channels) {
   return table.projects != nullptr && channels % heads == 0 && table.projects(call);
 }
 
-Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor bias_table, Ints nominal,
-                                  Ints window, Ints shift, double scale) {
+Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor bias_table,
+                                  std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+                                  std::optional<double> norm_eps, Ints nominal, Ints window, Ints shift, double scale) {
   const char* op = "projected_window_attention";
   ProjectedForwardCall call{};
   const Attention attention(op, x, bias_table, bias, std::nullopt, nominal, window, shift, scale, 0, call, 3);
@@ -247,6 +248,16 @@ Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor>
   require(weight.scalar_type() == x.scalar_type(), op, "weight must have the dtype of x");
   Tensor out = torch::stable::empty(shape(x), x.scalar_type());
   Tensor lse = torch::stable::empty(attention.with_channels(call.heads), attention.accumulate_type);
+  const auto of_channels = [&](const char* name, const std::optional<Tensor>& t) -> const float* {
+    if (!t) return nullptr;
+    require_shape(op, name, *t, {attention.channels});
+    require(t->scalar_type() == x.scalar_type(), op, name, " must have the dtype of x");
+    return static_cast<const float*>(t->const_data_ptr());
+  };
+  call.normalize = norm_eps.has_value();
+  call.norm_weight = of_channels("norm_weight", norm_weight);
+  call.norm_bias = of_channels("norm_bias", norm_bias);
+  call.norm_eps = static_cast<float>(norm_eps.value_or(0));
   call.qkv = nullptr;
   call.pad_qkv = nullptr;
   call.x = static_cast<const float*>(x.const_data_ptr());
@@ -427,8 +438,8 @@ STABLE_TORCH_LIBRARY(swin_kernels_cpu, m) {
       "Tensor out, Tensor lse, int[] nominal, int[] window, int[] shift, float scale, float dropout_p) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "projected_window_attention(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, int[] nominal, "
-      "int[] window, int[] shift, float scale) -> Tensor");
+      "projected_window_attention(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, Tensor? norm_weight, "
+      "Tensor? norm_bias, float? norm_eps, int[] nominal, int[] window, int[] shift, float scale) -> Tensor");
   m.def("projects(int heads, int channels) -> bool");
   m.def("window_partition(Tensor x, int[] window, int[] shift) -> Tensor");
   m.def("window_reverse(Tensor windows, int[] window, int[] shift, int[] spatial) -> Tensor");

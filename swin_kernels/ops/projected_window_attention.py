@@ -1,8 +1,8 @@
-"""`projected_window_attention`: window attention with the projection to queries, keys and values inside.
+"""`projected_window_attention`: window attention with the layer norm and the projection to qkv before it inside.
 
-Contract: ``window_attention(linear(x, weight, bias), bias_table, ..., pad_qkv=bias)``. Where a kernel takes the call,
-qkv, three times the size of `x`, is never written to memory; elsewhere those two operators run one after the other. It
-serves inference: where a gradient is asked for, qkv is needed anyway.
+Contract: ``window_attention(linear(layer_norm(x), weight, bias), bias_table, ..., pad_qkv=bias)``. Where a kernel takes
+the call, qkv, three times the size of `x`, is never written to memory; elsewhere those operators run one after the
+other. It serves inference: where a gradient is asked for, qkv is needed anyway.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _ENGINE = "cpu"
 """The one backend that has a kernel."""
 
 define(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, int[] window_size, int[] shift_size, "
-    "float scale, str backend) -> Tensor"
+    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, "
+    "float? norm_eps, int[] window_size, int[] shift_size, float scale, str backend) -> Tensor"
 )
 
 
@@ -35,22 +35,28 @@ def projected_window_attention(
     window_size: int | Sequence[int],
     shift_size: int | Sequence[int] = 0,
     *,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    norm_eps: float | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Project a volume to queries, keys and values and attend inside its (shifted) windows.
+    """Normalise a volume's tokens, project them to queries, keys and values, attend inside its (shifted) windows.
 
     Args:
         x: ``(B, *S, C)``, two or three spatial axes.
         weight: ``(3C, C)``; rows are q, k, v, then heads, then head_dim.
         bias: ``(3C,)`` or None; padding tokens carry it.
+        norm_weight, norm_bias: ``(C,)`` or None, of the layer norm.
+        norm_eps: of the layer norm, which is left out if this is None.
         bias_table, window_size, shift_size, scale, backend: as in `window_attention`.
 
     Returns:
         ``(B, *S, C)``. Differentiable in every tensor.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `window_attention`; `weight` or `bias` not of the shape above.
+        TypeError, ValueError, RuntimeError: as `window_attention`; `weight`, `bias`, `norm_weight` or `norm_bias` not
+            of the shape above.
     """
     check_tensor(_NAME, "x", x, FLOATING)
     check_volume(_NAME, "x", x)
@@ -58,13 +64,16 @@ def projected_window_attention(
     check_tensor(_NAME, "weight", weight, FLOATING)
     if tuple(weight.shape) != (3 * channels, channels):
         raise ValueError(f"{_NAME}: weight has shape {tuple(weight.shape)}; accepted is {(3 * channels, channels)}")
-    if bias is not None:
-        check_tensor(_NAME, "bias", bias, FLOATING)
-        if tuple(bias.shape) != (3 * channels,):
-            raise ValueError(f"{_NAME}: bias has shape {tuple(bias.shape)}; accepted is ({3 * channels},)")
-    tensors = [t for t in (x, weight, bias, bias_table) if t is not None]
+    vectors = {"bias": (bias, 3 * channels), "norm_weight": (norm_weight, channels), "norm_bias": (norm_bias, channels)}
+    for name, (vector, length) in vectors.items():
+        if vector is not None:
+            check_tensor(_NAME, name, vector, FLOATING)
+            if tuple(vector.shape) != (length,):
+                raise ValueError(f"{_NAME}: {name} has shape {tuple(vector.shape)}; accepted is ({length},)")
+    tensors = [t for t in (x, weight, bias, bias_table, norm_weight, norm_bias) if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if differentiated or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1:
+        x = _layer_norm(x, norm_weight, norm_bias, norm_eps)
         qkv = F.linear(x, weight, bias)  # (B, *S, 3C)
         return window_attention(
             qkv, bias_table, window_size, shift_size, pad_qkv=bias, scale=scale, backend=backend
@@ -73,8 +82,22 @@ def projected_window_attention(
     if scale is None:
         scale = (channels // bias_table.shape[1]) ** -0.5
     return torch.ops.swin_kernels.projected_window_attention(
-        x, weight, bias, bias_table, window, shift, float(scale), forced_name(_NAME, backend)
+        x,
+        weight,
+        bias,
+        bias_table,
+        norm_weight,
+        norm_bias,
+        norm_eps,
+        window,
+        shift,
+        float(scale),
+        forced_name(_NAME, backend),
     )
+
+
+def _layer_norm(x, weight, bias, eps):
+    return x if eps is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def declined(
@@ -92,11 +115,12 @@ def declined(
     return decline_reason(_ENGINE, call)
 
 
-def _run(x, weight, bias, bias_table, window, shift, scale, backend):
+def _run(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, window, shift, scale, backend):
     if declined(x, bias_table, window, shift, backend) is None and bias_table.shape[0] == bias_table_length(window):
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
-        inputs = (None if t is None else t.contiguous() for t in (x, weight, bias, bias_table))
-        return load(_ENGINE).projected_window_attention.forward(*inputs, grid, scale)
+        inputs = (None if t is None else t.contiguous() for t in (x, weight, bias, bias_table, norm_weight, norm_bias))
+        return load(_ENGINE).projected_window_attention.forward(*inputs, norm_eps, grid, scale)
+    x = _layer_norm(x, norm_weight, norm_bias, norm_eps)
     return window_attention(
         F.linear(x, weight, bias), bias_table, window, shift, pad_qkv=bias, scale=scale, backend=backend or None
     )
@@ -106,5 +130,5 @@ library.impl(_NAME, _run, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}", lib=library)
-def _(x, weight, bias, bias_table, window, shift, scale, backend):
+def _(x, *rest):
     return x.new_empty(x.shape)

@@ -13,7 +13,6 @@ from torch import nn
 from swin_kernels import backends, modules
 from swin_kernels.geometry import bias_table_length
 from swin_kernels.ops.projected_window_attention import declined, projected_window_attention
-from swin_kernels.ops.window_attention import window_attention
 
 from .cases import Case, plain_attention
 from .tolerances import assert_close, largest
@@ -48,11 +47,21 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tens
         "weight": normal(3 * channels, channels) * case.magnitude * channels**-0.5,
         "bias": normal(3 * channels) if case.pad else None,
         "bias_table": normal(bias_table_length(case.window), case.heads) * case.bias,
+        "norm_weight": normal(channels) if case.pad else None,
+        "norm_bias": normal(channels) if case.pad else None,
     }
 
 
+EPS = 1e-3
+
+
+def attend(inputs: dict[str, torch.Tensor | None], case: Case) -> torch.Tensor:
+    return projected_window_attention(**inputs, norm_eps=EPS, window_size=case.window, shift_size=case.shift)
+
+
 def plainly(inputs: dict[str, torch.Tensor | None], case: Case) -> torch.Tensor:
-    qkv = F.linear(inputs["x"], inputs["weight"], inputs["bias"])
+    x = F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["norm_weight"], inputs["norm_bias"], EPS)
+    qkv = F.linear(x, inputs["weight"], inputs["bias"])
     return plain_attention(qkv, inputs["bias_table"], inputs["bias"], case)[0]
 
 
@@ -65,7 +74,7 @@ def in_float64(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor
 def test_contract(case, dtype):
     inputs = make(case, dtype)
     with torch.no_grad():
-        value = projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift)
+        value = attend(inputs, case)
         truth = plainly(in_float64(inputs), case)
         assert_close("out", value, plainly(inputs, case), truth, largest(truth))
 
@@ -77,9 +86,22 @@ def test_result_does_not_depend_on_threads(threads):
     for count in (1, 2, 3):
         threads(count)
         with torch.no_grad():
-            results.append(projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift))
+            results.append(attend(inputs, case))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("case", CASES[1:3], ids=lambda c: c.name)
+def test_without_norm(case):
+    inputs = make(case) | {"norm_weight": None, "norm_bias": None}
+    with torch.no_grad():
+        value = projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift)
+        wide = in_float64(inputs)
+        truth, plain = (
+            plain_attention(F.linear(i["x"], i["weight"], i["bias"]), i["bias_table"], i["bias"], case)[0]
+            for i in (wide, inputs)
+        )
+    assert_close("out", value, plain, truth, largest(truth))
 
 
 def test_not_finite_is_as_in_plain_pytorch():
@@ -88,22 +110,15 @@ def test_not_finite_is_as_in_plain_pytorch():
         inputs = make(case)
         inputs[name].view(-1)[5] = value
         with torch.no_grad():
-            got = projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift)
-            wanted = window_attention(
-                F.linear(inputs["x"], inputs["weight"], inputs["bias"]),
-                inputs["bias_table"],
-                case.window,
-                case.shift,
-                pad_qkv=inputs["bias"],
-                backend="reference",
-            )
+            got = attend(inputs, case)
+            wanted = plainly(inputs, case)
         assert torch.equal(got.isfinite(), wanted.isfinite()), name
 
 
 def test_gradients_are_those_of_the_two_operators():
     case = CASES[1]
     inputs = {name: t.requires_grad_() for name, t in make(case, torch.float64).items()}
-    out = projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift)
+    out = attend(inputs, case)
     wanted = plainly(inputs, case)
     cotangent = torch.randn_like(out)
     for name, got, expected in zip(
@@ -118,7 +133,7 @@ def test_gradients_are_those_of_the_two_operators():
 @pytest.mark.parametrize("case", [CASES[1], CASES[10]], ids=lambda c: c.name)
 def test_opcheck(case):
     inputs = make(case)
-    arguments = (*inputs.values(), case.window, case.shift, 0.25, "")
+    arguments = (*inputs.values(), EPS, case.window, case.shift, 0.25, "")
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.swin_kernels.projected_window_attention, arguments, test_utils=tests)
 
