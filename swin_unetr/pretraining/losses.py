@@ -21,19 +21,39 @@ def contrast(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5
     Raises:
         ValueError: there is but one pair on all ranks, which has no negatives; the shapes differ.
     """
+    pairs = _pairs(first, second)
+    return _nt_xent(pairs, gather(pairs), _rank() * len(pairs), temperature)
+
+
+def contrast_of(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
+    """NT-Xent of embeddings ``(B, E)`` that are all at hand: no other rank is asked.
+
+    Raises:
+        ValueError: as for `contrast`.
+    """
+    pairs = _pairs(first, second)
+    return _nt_xent(pairs, pairs, 0, temperature)
+
+
+def _pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Both views of a crop side by side, of length 1: ``(B, 2, E)``."""
     if first.shape != second.shape or first.dim() != 2:
         raise ValueError(
             f"contrast: embeddings are {tuple(first.shape)} and {tuple(second.shape)}; accepted are equal (B, E)"
         )
     # float32: a sum of exponentials over many rows.
-    own = F.normalize(torch.stack([first, second], dim=1).float(), dim=-1)  # (B, 2, E)
-    everyone = gather(own).flatten(0, 1)  # (2·B·ranks, E), a pair side by side
-    if len(everyone) == 2:
+    return F.normalize(torch.stack([first, second], dim=1).float(), dim=-1)
+
+
+def _nt_xent(own: torch.Tensor, everyone: torch.Tensor, start: int, temperature: float) -> torch.Tensor:
+    """The mean loss of the views of ``own (B, 2, E)``, which lie in ``everyone (N, 2, E)`` from `start` on."""
+    if len(everyone) == 1:
         raise ValueError("contrast: one crop on all ranks; accepted are 2 or more, since a pair alone has no negatives")
-    rows = 2 * len(first) * _rank() + torch.arange(2 * len(first), device=first.device)  # own rows among everyone's
-    similarity = own.flatten(0, 1) @ everyone.T / temperature  # (2B, 2·B·ranks)
+    own, everyone = own.flatten(0, 1), everyone.flatten(0, 1)  # (2B, E), (2N, E)
+    rows = 2 * start + torch.arange(len(own), device=own.device)  # of `own` among everyone
+    similarity = own @ everyone.T / temperature  # (2B, 2N)
     similarity = similarity.scatter(1, rows[:, None], -torch.inf)  # nothing is its own negative
-    return F.cross_entropy(similarity, rows ^ 1)  # a row's positive is its neighbour in the pair
+    return F.cross_entropy(similarity, rows ^ 1)  # a view's positive is its neighbour in the pair
 
 
 def reconstruction(found: torch.Tensor, expected: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:

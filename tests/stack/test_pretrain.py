@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from monai.losses import ContrastiveLoss
 
 from swin_unetr import SwinUNETR, load_pretrained
 from swin_unetr.pretraining import losses
-from swin_unetr.pretraining.network import PretrainingNetwork, check_extents
+from swin_unetr.pretraining.network import Answers, PretrainingNetwork, check_extents
+from swin_unetr.pretraining.task import Tasks, answer, step_losses, two_views, validation_losses
 from swin_unetr.pretraining.views import Cutout, check_rotation, cut_out, view
 
 
@@ -235,3 +238,59 @@ def test_two_ranks_contrast_as_one_process_with_the_whole_batch(tmp_path):
     # The test can tell: without the other rank's negatives the loss is another.
     alone = losses.contrast(*(head(batch[:2]) for batch in _embeddings()))
     assert alone.item() != pytest.approx(expected.item(), rel=0.05)
+
+
+# --- the tasks together ---
+
+
+def test_a_step_weighs_its_three_losses_and_repeats_under_a_seed():
+    model, crops = network(), torch.rand(2, 1, 64, 32, 32)
+    tasks = Tasks(rotation=2.0, contrast=0.5, reconstruction=3.0)
+    parts, again = (step_losses(model, crops, tasks, generator(4)) for _ in range(2))
+    expected = 2 * parts["rotation"] + 0.5 * parts["contrast"] + 3 * parts["reconstruction"]
+    torch.testing.assert_close(parts["loss"], expected)
+    torch.testing.assert_close(parts, again, rtol=0, atol=0)
+    masked = step_losses(model, crops, dataclasses.replace(tasks, region="masked"), generator(4))
+    assert masked["reconstruction"] != parts["reconstruction"]
+    assert masked["rotation"] == parts["rotation"]
+
+
+def test_reconstruction_is_asked_for_what_was_cut_out():
+    """The target is the rotated crop with nothing cut out, of both views."""
+    crops, tasks = torch.rand(3, 1, 64, 64), Tasks(rotation_axes=(0, 1))
+    views = two_views(crops, tasks, generator(1))
+    perfect = Answers(torch.zeros(6, 4), torch.randn(6, 8), views.whole)
+    found = step_losses(lambda image: perfect, crops, tasks, generator(1))
+    assert found["reconstruction"] == 0
+    turns = torch.nn.functional.one_hot(views.turns, 4) * 100.0
+    assert step_losses(lambda image: perfect._replace(turns=turns), crops, tasks, generator(1))["rotation"] == 0
+
+
+def test_validation_does_not_depend_on_how_cases_are_shared():
+    model, tasks = network(), Tasks(rotation_axes=(1, 2))
+    crops = torch.rand(3, 2, 1, 64, 32, 32)
+    answers = [answer(model, i, crops[i], tasks, seed=5) for i in range(3)]
+    expected = validation_losses(answers, tasks)
+    # Two ranks, of which the second repeats a case so that both have as many.
+    shared = [answer(model, i, crops[i], tasks, seed=5) for i in (0, 2, 1, 0)]
+    assert validation_losses(shared, tasks) == expected
+    assert expected["loss"] == pytest.approx(
+        expected["rotation"] + expected["contrast"] + expected["reconstruction"], rel=1e-6
+    )
+    assert expected["rotation"] == pytest.approx(np.mean([case.rotation for case in answers]))
+    assert 0 <= expected["rotation_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotation": -1.0}, r"weights of rotation, contrast, reconstruction are \[-1.0, 1.0, 1.0\]"),
+        ({"rotation": 0.0, "contrast": 0.0, "reconstruction": 0.0}, "accepted are numbers ≥ 0, not all of them 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; accepted is a number above 0"),
+        ({"region": "outside"}, "region is 'outside'; accepted are 'whole' and 'masked'"),
+        ({"region": "masked", "cutout": Cutout(max_fraction=0)}, "cutout.max_fraction 0"),
+    ],
+)
+def test_tasks_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        Tasks(**options)

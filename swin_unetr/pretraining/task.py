@@ -1,0 +1,147 @@
+"""The three tasks together: what a step of pretraining computes, and what its validation measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from . import losses
+from .network import Answers, check_extents
+from .views import Cutout, View, check_rotation, view
+
+TASKS = ("rotation", "contrast", "reconstruction")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of pretraining and what each counts.
+
+    Args:
+        rotation: weight of the rotation's cross-entropy.
+        contrast: weight of NT-Xent.
+        reconstruction: weight of the L1 distance.
+        region: where the distance is measured: in the whole view, or where it was cut out.
+        temperature: of NT-Xent.
+        rotation_axes: the two spatial axes that span the plane of rotation; crops are as long on one as on the other.
+        cutout: what is cut out of a view.
+    """
+
+    rotation: float = 1.0
+    contrast: float = 1.0
+    reconstruction: float = 1.0
+    region: Literal["whole", "masked"] = "whole"
+    temperature: float = 0.5
+    rotation_axes: tuple[int, int] = (1, 2)
+    cutout: Cutout = field(default_factory=Cutout)
+
+    def __post_init__(self) -> None:
+        weights = [getattr(self, name) for name in TASKS]
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            raise ValueError(
+                f"weights of {', '.join(TASKS)} are {weights}; accepted are numbers ≥ 0, not all of them 0"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; accepted is a number above 0")
+        if self.region not in ("whole", "masked"):
+            raise ValueError(f"region is {self.region!r}; accepted are 'whole' and 'masked'")
+        if self.region == "masked" and self.reconstruction and not self.cutout.max_fraction:
+            raise ValueError("region is 'masked' and cutout.max_fraction 0; accepted is a fraction above 0")
+
+    def check(self, roi: Sequence[int]) -> None:
+        """Raise `ValueError` unless crops of `roi` voxels can be pretrained on."""
+        check_extents(roi)
+        check_rotation(roi, self.rotation_axes)
+
+
+def two_views(crops: torch.Tensor, tasks: Tasks, random: np.random.Generator) -> View:
+    """Two views of each of `crops` ``(B, C, *S)``, first all first ones: ``2B``."""
+    pair = [view(crops, tasks.cutout, tasks.rotation_axes, random) for _ in range(2)]
+    return View(*(torch.cat([getattr(v, name) for v in pair]) for name in View.__dataclass_fields__))
+
+
+def step_losses(
+    network: nn.Module, crops: torch.Tensor, tasks: Tasks, random: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    """The losses of one step on ``crops (B, C, *S)`` in 0..1, by name in `TASKS`, and their weighted sum as ``loss``.
+
+    The views of all ranks are each other's negatives, so every rank calls this with as many crops.
+
+    Args:
+        network: a `PretrainingNetwork`, wrapped for data parallel training or not. It is called once, on both views:
+            what it computes of one image does not depend on the others of the batch.
+        random: decides the views.
+    """
+    views = two_views(crops, tasks, random)
+    answers = Answers(*network(views.image))
+    parts = {
+        "rotation": losses.rotation(answers.turns, views.turns),
+        "contrast": losses.contrast(*answers.embedding.chunk(2), tasks.temperature),
+        "reconstruction": _distance(answers, views, tasks),
+    }
+    return {"loss": weighted(parts, tasks), **parts}
+
+
+def weighted(parts: dict, tasks: Tasks):
+    """The sum of the losses `parts` by the weights of `tasks`."""
+    return sum(getattr(tasks, name) * parts[name] for name in TASKS)
+
+
+@dataclass(frozen=True)
+class CaseAnswers:
+    """What validation keeps of one case, on the CPU.
+
+    Attributes:
+        index: which case.
+        rotation, reconstruction: mean losses over its views.
+        accuracy: part of its rotations that were told right.
+        embeddings: of its crops' views ``(2, n, E)``.
+    """
+
+    index: int
+    rotation: float
+    reconstruction: float
+    accuracy: float
+    embeddings: torch.Tensor
+
+
+@torch.no_grad()
+def answer(network: nn.Module, index: int, crops: torch.Tensor, tasks: Tasks, seed: int) -> CaseAnswers:
+    """What `network` answers on case `index`, of which ``crops (n, C, *S)`` were taken.
+
+    The views depend on `seed` and `index` alone: the same in every validation, on any number of ranks.
+    """
+    views = two_views(crops, tasks, np.random.default_rng([seed, index]))
+    answers = Answers(*network(views.image))
+    return CaseAnswers(
+        index=index,
+        rotation=losses.rotation(answers.turns, views.turns).item(),
+        reconstruction=_distance(answers, views, tasks).item(),
+        accuracy=(answers.turns.argmax(1) == views.turns).float().mean().item(),
+        embeddings=torch.stack(answers.embedding.float().cpu().chunk(2)),  # (2, n, E)
+    )
+
+
+def validation_losses(cases: Iterable[CaseAnswers], tasks: Tasks) -> dict[str, float]:
+    """Means over the cases of all ranks, each counted once, and the weighted sum as ``loss``.
+
+    Contrast compares all views of all cases, so that it does not depend on how cases were shared among ranks.
+    """
+    # A case that padding gave to two ranks counts once; the order of ranks does not show in the sums.
+    cases = [case for _, case in sorted({case.index: case for case in cases}.items())]
+    first, second = torch.cat([case.embeddings for case in cases], dim=1)  # (2, N, E)
+    mean = {
+        name: math.fsum(getattr(case, name) for case in cases) / len(cases) for name in ("rotation", "reconstruction")
+    }
+    parts = mean | {"contrast": losses.contrast_of(first, second, tasks.temperature).item()}
+    accuracy = math.fsum(case.accuracy for case in cases) / len(cases)
+    return {"loss": weighted(parts, tasks), **{name: parts[name] for name in TASKS}, "rotation_accuracy": accuracy}
+
+
+def _distance(answers: Answers, views: View, tasks: Tasks) -> torch.Tensor:
+    return losses.reconstruction(answers.image, views.whole, views.cut if tasks.region == "masked" else None)
