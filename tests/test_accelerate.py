@@ -10,10 +10,11 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
+from monai.networks.blocks import UnetrBasicBlock, UnetResBlock
 from monai.networks.nets import swin_unetr as monai
 
 import swin_unetr
-from swin_kernels import accelerate, modules, restore
+from swin_kernels import accelerate, convolution_blocks, modules, restore
 
 
 def monai_encoder(**options) -> monai.SwinTransformer:
@@ -245,3 +246,84 @@ def test_nothing_to_take_over():
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"model is a dict; accepted is a torch\.nn\.Module"):
         function({})
+
+
+def whole_image() -> torch.Tensor:
+    return torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def monai_model(**options) -> monai.SwinUNETR:
+    torch.manual_seed(0)
+    return monai.SwinUNETR(**({"in_channels": 1, "out_channels": 2, "feature_size": 12, "spatial_dims": 2} | options))
+
+
+def convolution_blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    accepted = (convolution_blocks.ResidualBlock, convolution_blocks.UpBlock, convolution_blocks.OutBlock)
+    return {name: module for name, module in model.named_modules() if isinstance(module, accepted)}
+
+
+@pytest.mark.parametrize(("use_v2", "count"), [(False, 5 + 5 * 2 + 1), (True, 4 + 5 + 5 * 2 + 1)])
+def test_convolution_blocks_of_the_whole_model(use_v2, count):
+    model = monai_model(use_v2=use_v2)
+    before = types(model)
+    accelerate(model, strict=True)
+    assert len(convolution_blocks_of(model)) == count
+    assert isinstance(model.encoder1.layer, UnetResBlock)
+    assert types(accelerate(model)) == types(copy.deepcopy(model))
+    assert types(restore(model)) == before
+
+
+def test_convolution_blocks_of_other_networks_are_left():
+    other = UnetrBasicBlock(2, 3, 3, 3, 1, "instance", res_block=True)
+    model = nn.ModuleList([monai_model(), other])
+    accelerate(model, strict=True)
+    assert not convolution_blocks_of(other)
+
+
+class OtherResBlock(UnetResBlock):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("norm_name", ["batch", ("instance", {"affine": True}), ("group", {"num_groups": 3})], ids=str)
+def test_other_norms_run_monais_code(norm_name):
+    model = monai_model(norm_name=norm_name)
+    x = whole_image().expand(2, -1, -1, -1).clone()
+    expected = model(x)
+    torch.testing.assert_close(accelerate(copy.deepcopy(model))(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_changed_convolution_blocks():
+    """A subclass, a replaced forward and hooks on what the fused forward does not call keep their effect."""
+    model = monai_model()
+    model.encoder2.layer.__class__ = OtherResBlock
+    calls = []
+    model.encoder3.layer.norm1.register_forward_hook(lambda *_: calls.append("norm"))
+    model.encoder4.layer.lrelu.register_forward_hook(lambda *_: calls.append("activation"))
+    model.decoder2.conv_block.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs)))
+    seen = []
+    model.decoder3.conv_block.conv1.register_forward_hook(lambda _, __, out: seen.append(out))
+    x = whole_image()
+    expected = model(x)
+    before = [out.clone() for out in seen]
+    called = list(calls)
+    out_forward = model.out.forward
+    model.out.forward = lambda t: 3 * out_forward(t)
+    with pytest.warns(UserWarning, match="left on MONAI's code: out: the forward of this UnetOutBlock was replaced"):
+        accelerate(model)
+    calls.clear()
+    seen.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), 3 * expected, rtol=1e-4, atol=1e-4)
+    assert calls == called
+    torch.testing.assert_close(seen, before, rtol=1e-4, atol=1e-4)
+    assert type(model.encoder2.layer) is OtherResBlock
+
+
+def test_logits_are_contiguous_and_inputs_are_kept():
+    model = accelerate(monai_model()).eval()
+    x = whole_image()
+    before = x.clone()
+    with torch.no_grad():
+        assert model(x).is_contiguous()
+    assert torch.equal(x, before)

@@ -229,7 +229,8 @@ Tensor convolve(const char* op, const Tensor& first_source, const std::optional<
   call.channels[1] = second_source ? second_source->size(4) : 0;
   require(in_channels(call) == (gradient ? weight.size(0) : weight_in), op, "x and skip have ", in_channels(call),
           " channels together; weight has shape ", text(shape(weight)));
-  require(!gradient || (first >= 0 && count >= 1 && first + count <= weight_in), op, "channels out of range");
+  require(!gradient || (first >= 0 && count >= 1 && first < weight_in && count <= weight_in - first), op,
+          "channels out of range");
   call.source[0] = static_cast<const float*>(first_source.const_data_ptr());
   call.source[1] = second_source ? static_cast<const float*>(second_source->const_data_ptr()) : nullptr;
   call.weight = static_cast<const float*>(weight.const_data_ptr()) + (gradient ? first * taps : 0);

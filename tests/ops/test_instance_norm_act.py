@@ -287,3 +287,81 @@ def test_vector_widths(cpu_backend, monkeypatch, isa, dtype):
     except RuntimeError as error:
         pytest.skip(str(error))
     test_contract(cpu_backend, case, dtype)
+
+
+X = torch.zeros(2, 3, 4, 5)
+BAD = [
+    ("x", {"x": None}),
+    ("x", {"x": X.to_sparse()}),
+    ("x", {"x": X.long()}),
+    ("x", {"x": torch.zeros(2, 3)}),
+    ("x", {"x": torch.zeros(2, 3, 1, 1, 1, 2)}),
+    ("x", {"x": torch.zeros(2, 0, 4, 5)}),
+    ("x", {"x": torch.zeros(2, 3, 0, 5)}),
+    ("x", {"x": torch.zeros(2, 3, 1, 1)}),
+    ("residual", {"residual": 1.0}),
+    ("residual", {"residual": X.double()}),
+    ("residual", {"residual": torch.zeros(2, 3, 5, 4)}),
+    ("residual", {"residual": torch.zeros(3, 4, 5)}),
+    ("residual", {"residual": torch.zeros(2, 3, 4, 5, device="meta")}),
+    ("normalize_residual", {"normalize_residual": True}),
+    *(
+        (name, {name: value})
+        for name in ("eps", "negative_slope")
+        for value in (-0.1, math.nan, math.inf, "1", None, True)
+    ),
+    ("backend", {"backend": "gpu"}),
+]
+
+
+@pytest.mark.parametrize(("argument", "changes"), BAD, ids=[f"{name} {i}" for i, (name, _) in enumerate(BAD)])
+def test_error_names_the_argument(backend, argument, changes):
+    with pytest.raises((TypeError, ValueError), match=rf"instance_norm_act: (.*\b)?{argument}\b"):
+        instance_norm_act(**({"x": X, "backend": backend} | changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 3), None, False), "x has shape"),
+        ((torch.zeros(2, 0, 3), None, False), "x has shape"),
+        ((torch.zeros(2, 4, 3).mT, None, False), "x is not contiguous"),
+        ((torch.zeros(2, 4, 3).long(), None, False), "x has a dtype"),
+        ((torch.zeros(2, 4, 3), torch.zeros(2, 4, 2), False), "residual has shape"),
+        ((torch.zeros(2, 4, 3), torch.zeros(2, 4, 3).double(), False), "residual must have the dtype"),
+        ((torch.zeros(2, 4, 3), None, True), "residual is missing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("operator", ["instance_norm_act_forward", "instance_norm_act_inplace"])
+def test_kernel_refuses_to_read_out_of_bounds(cpu_backend, operator, arguments, message):
+    with pytest.raises(RuntimeError, match=f"instance_norm_act: {message}"):
+        getattr(torch.ops.swin_kernels_cpu, operator)(*arguments, 1e-5, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad_y": torch.zeros(2, 5, 3)}, "grad_y has shape"),
+        ({"x": None}, "x is missing"),
+        ({"x": torch.zeros(1, 4, 3)}, "x has shape"),
+        ({"residual": None}, "residual is missing"),
+        ({"residual": torch.zeros(2, 4, 4)}, "residual has shape"),
+        ({"statistics": torch.zeros(2, 2, 3)}, "statistics has shape"),
+        ({"statistics": torch.zeros(2, 4, 3).double()}, "statistics has the wrong dtype"),
+        ({"has_residual": False}, "normalize_residual needs a residual"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_backward_kernel_refuses_to_read_out_of_bounds(cpu_backend, changes, message):
+    good = {name: torch.zeros(2, 4, 3) for name in ("grad_y", "y", "x", "residual")}
+    good |= {
+        "statistics": torch.zeros(2, 4, 3),
+        "has_residual": True,
+        "normalize_residual": True,
+        "negative_slope": 0.1,
+    }
+    run = torch.ops.swin_kernels_cpu.instance_norm_act_backward
+    assert run(**good)[0].shape == (2, 4, 3)
+    with pytest.raises(RuntimeError, match=f"instance_norm_act_backward: {message}"):
+        run(**(good | changes))
