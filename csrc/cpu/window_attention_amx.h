@@ -52,13 +52,14 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
         }
         attend(windows);
       }
-      while (fetch_window_ < fetch_windows_) fetch();
+      while (fetch_next_ != fetch_end_) fetch();
       i = following;
     }
   }
 
  private:
   static constexpr int64_t kPair = 2 * kTileRows;         // keys that one tile of weights spans
+  static constexpr int64_t kPairBytes = 3 * kTileBytes;   // their parts
   static constexpr int64_t kQueryBytes = 3 * kTileBytes;  // the parts of 16 queries: tiles of parts 1 1, 2 2, 1 3
   static constexpr int kLargestQueue = kGroup * kBlock / kTileRows;
   static constexpr int64_t kHeads = 3;
@@ -100,7 +101,9 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
       parts.keys = arena.take<char>(pairs_ * 2 * kRightBlockBytes);
       parts.values = arena.take<char>(pairs_ * 3 * kTileBytes);
     }
-    for (int64_t*& tokens : next_tokens_) tokens = arena.take<int64_t>(group_.tokens());
+    tokens_ = arena.take<int64_t>(group_.tokens());
+    fetch_rows_ = arena.take<const char*>(kGroup * group_.tokens());
+    fetch_next_ = fetch_end_ = fetch_rows_;
   }
 
   static const ProjectedForwardCall& no_projection() {
@@ -111,39 +114,31 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   int64_t window_qkv_size() const { return AmxProjection::padded_rows(group_.tokens()) * 3 * group_.channels(); }
   float* window_qkv(int g) const { return qkv_ + g * window_qkv_size(); }
 
-  // What the next group will read and write lies far away: its rows are asked for a few at a time, while this group is
-  // worked on, so that the memory is never idle and nothing waits for it.
+  // What the next group will read lies far away: its rows are asked for a few at a time, while this group is worked on,
+  // so that the memory is never idle and nothing waits for it.
   void fetch_later(const WindowChunk& chunk) {
-    fetch_windows_ = static_cast<int>(chunk.end - chunk.begin);
-    fetch_window_ = 0;
-    fetch_token_ = 0;
-    fetch_head_ = chunk.head;
-    for (int g = 0; g < fetch_windows_; ++g)
-      group_.locate(call_.patterns[chunk.pattern], chunk.begin + g, next_tokens_[g]);
+    const int64_t channels = group_.channels();
+    const char* volume = static_cast<const char*>(projected_ ? projected_->x : call_.qkv);
+    const int64_t row = projected_ ? channels : 3 * channels, head = projected_ ? 0 : chunk.head * kHeadDim;
+    fetch_next_ = fetch_end_ = fetch_rows_;
+    for (int64_t i = chunk.begin; i < chunk.end; ++i) {
+      group_.locate(call_.patterns[chunk.pattern], i, tokens_);
+      for (int64_t t = 0; t < group_.tokens(); ++t)
+        if (tokens_[t] >= 0) *fetch_end_++ = volume + (tokens_[t] * row + head) * static_cast<int64_t>(sizeof(float));
+    }
   }
 
   SWIN_ALWAYS_INLINE void fetch() {
-    if (fetch_window_ >= fetch_windows_) return;
-    const int64_t token = next_tokens_[fetch_window_][fetch_token_];
-    if (++fetch_token_ == group_.tokens()) {
-      fetch_token_ = 0;
-      ++fetch_window_;
-    }
-    if (token < 0) return;
-    constexpr int kToL2 = 2, kLine = 16;
-    const int64_t channels = group_.channels();
+    if (fetch_next_ == fetch_end_) return;
+    constexpr int kToL2 = 2;
+    const char* row = *fetch_next_++;
+    const int64_t part = group_.channels() * static_cast<int64_t>(sizeof(float));
     if (projected_) {
-      for (int64_t c = 0; c < channels; c += kLine) {
-        __builtin_prefetch(projected_->x + token * channels + c, 0, kToL2);
-        __builtin_prefetch(static_cast<float*>(call_.out) + token * channels + c, 1, kToL2);
-      }
+      for (int64_t byte = 0; byte < part; byte += kTileRowBytes) __builtin_prefetch(row + byte, 0, kToL2);
     } else {
-      const float* row = static_cast<const float*>(call_.qkv) + token * 3 * channels + fetch_head_ * kHeadDim;
       const int64_t heads = call_.heads % kHeads == 0 ? kHeads : 1;
-      for (int64_t c = 0; c < heads * kHeadDim; c += kLine) {
-        for (int part = 0; part < 3; ++part) __builtin_prefetch(row + part * channels + c, 0, kToL2);
-        __builtin_prefetch(static_cast<float*>(call_.out) + token * channels + fetch_head_ * kHeadDim + c, 1, kToL2);
-      }
+      for (int64_t head = 0; head < heads; ++head)
+        for (int i = 0; i < 3; ++i) __builtin_prefetch(row + i * part + head * kTileRowBytes, 0, kToL2);
     }
   }
 
@@ -246,15 +241,34 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   void attend_queue(int count, const Region& region) {
     const int64_t begin = region.begin / kPair, end = (region.end + kPair - 1) / kPair;
     const int64_t steps = count * (end - begin);
-    Step last{}, now = step_of(0, begin, region), next = now;
-    const auto advance = [&](Step& step) {
-      step = step.pair + 1 < end ? step_of(step.tile, step.pair + 1, region) : step_of(step.tile + 1, begin, region);
+    // -inf stands for the bias of the 16 keys at either end that are there for the others of their pair.
+    const bool first_half = region.begin % kPair == 0, last_half = region.end % kPair == 0;
+    const int64_t bias_bytes = group_.padded_tokens() * static_cast<int64_t>(sizeof(float));
+    const auto score_step = [&](const Step& step, int parity, int instruction) __attribute__((always_inline)) {
+      const bool second = instruction >= kScoreSteps;
+      const bool inside = second ? last_half || step.pair + 1 < end : first_half || step.pair > begin;
+      score(step, inside ? step.bias + second * kTileRows : nothing_, inside ? bias_bytes : 0, parity, instruction);
+    };
+    const auto start_of = [&](int tile) {
+      const QueryTile& queries = queue_[tile];
+      return Step{tile, begin, group_.bias_row(queries.first) + begin * kPair, queries.parts->keys + begin * kPairBytes,
+                  queries.parts->values + begin * kPairBytes};
+    };
+    Step last{}, now = start_of(0), next = now;
+    const auto advance = [&](Step& step) __attribute__((always_inline)) {
+      if (++step.pair < end) {
+        step.bias += kPair;
+        step.keys += kPairBytes;
+        step.values += kPairBytes;
+      } else {
+        step = start_of(step.tile + 1);
+      }
     };
     tile_load<kOnes>(ones_, 0);
     tile_zero<kSums>();
     tile_zero<kTotals>();
     load_queries(0);
-    for (int i = 0; i < 2 * kScoreSteps; ++i) score(now, 0, i);
+    for (int i = 0; i < 2 * kScoreSteps; ++i) score_step(now, 0, i);
     for (int64_t i = 0; i < steps; ++i) {
       const int parity = i % 2;
       const bool more = i + 1 < steps, started = i > 0;
@@ -267,7 +281,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
           if (work == 0) {
             if (new_tile) load_queries(next.tile);
           } else if (summing < 0) {
-            if (more) score(next, !parity, work - 1);
+            if (more) score_step(next, !parity, work - 1);
           } else if (summing < kSumSteps) {
             if (started) add_values(last, !parity, summing);
           } else if (tile_done) {
@@ -285,30 +299,13 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     finish(queue_[last.tile]);
   }
 
-  // 32 keys of a tile of queries: where their parts and the bias lie.
+  // A pair of 16 keys of a tile of queries: where their parts and the bias lie.
   struct Step {
     int tile;
     int64_t pair;
-    const float* bias[2];   // of 16 keys each; -inf for keys outside the region's columns
-    int64_t bias_bytes[2];  // of a row
+    const float* bias;
     const char *keys, *values;
   };
-
-  SWIN_ALWAYS_INLINE Step step_of(int tile, int64_t pair, const Region& region) const {
-    const QueryTile& queries = queue_[tile];
-    Step step;
-    step.tile = tile;
-    step.pair = pair;
-    for (int half = 0; half < 2; ++half) {
-      const int64_t column = pair * kPair + half * kTileRows;
-      const bool inside = column >= region.begin && column < region.end;
-      step.bias[half] = inside ? group_.bias_row(queries.first) + column : nothing_;
-      step.bias_bytes[half] = inside ? group_.padded_tokens() * static_cast<int64_t>(sizeof(float)) : 0;
-    }
-    step.keys = queries.parts->keys + pair * 2 * kRightBlockBytes;
-    step.values = queries.parts->values + pair * 3 * kTileBytes;
-    return step;
-  }
 
   SWIN_ALWAYS_INLINE void load_queries(int tile) const {
     const char* queries = queries_ + tile * kQueryBytes;
@@ -344,11 +341,11 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
 
   // Scores of twice 16 keys, an instruction at a time: queries · keys + bias.
   static constexpr int kScoreSteps = 7;
-  SWIN_ALWAYS_INLINE void score(const Step& step, int parity, int instruction) {
+  SWIN_ALWAYS_INLINE void score(const Step& step, const float* bias, int64_t bias_bytes, int parity, int instruction) {
     const int half = instruction / kScoreSteps;
     const char* keys = step.keys + half * kRightBlockBytes;
     switch (instruction % kScoreSteps) {
-      case 0: tile_load<kLeft>(step.bias[half], step.bias_bytes[half]); break;
+      case 0: tile_load<kLeft>(bias, bias_bytes); break;
       case 1: tile_load<kRight>(keys + kTileBytes / 2, kTileRowBytes); break;  // parts 1, 2
       case 2: tile_multiply<kLeft, kQuery22, kRight>(); break;
       case 3: tile_multiply<kLeft, kQuery11, kRight>(); break;
@@ -457,9 +454,8 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   float* qkv_;  // of the group's windows
   WindowParts parts_[kGroup];
   QueryTile queue_[kLargestQueue];
-  int64_t* next_tokens_[kGroup];
-  int64_t fetch_head_ = 0, fetch_token_ = 0;
-  int fetch_window_ = 0, fetch_windows_ = 0;
+  int64_t* tokens_;                                       // of the window being located
+  const char **fetch_rows_, **fetch_next_, **fetch_end_;  // rows to ask for
 };
 
 }  // namespace SWIN_ISA
