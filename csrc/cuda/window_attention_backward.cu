@@ -310,60 +310,68 @@ struct Cut {
 SWIN_DEVICE int down_first(int lane, int stride) { return lane % 16 * stride + lane / 16 * 8; }
 SWIN_DEVICE int across_first(int lane, int stride) { return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8; }
 
-// A block owns one window and one head. A warp owns kWarpKeys keys at a time, whose k and v stay in its registers as do
-// the sums for dk and dv; queries pass by in blocks. Score tiles have keys in rows: as the mma leaves p and ds, they
-// are the left factors of dv += p grad_out and dk += ds q. dq needs the sum over all keys, so the warps put ds into
-// shared memory, and each then multiplies some tiles of ds^T k.
+// A block owns one head and every gridDim.x-th window; while it works on one, the next is on its way into shared
+// memory. A warp owns kWarpKeys keys at a time, whose k and v stay in its registers as do the sums for dk and dv;
+// queries pass by in blocks. Score tiles have keys in rows: as the mma leaves p and ds, they are the left factors of dv
+// += p grad_out and dk += ds q. dq needs the sum over all keys, so the warps put ds into shared memory, and each then
+// multiplies some tiles of ds^T k.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
     differentiate_qkv(const Call call, const int key_blocks, const int query_block) {
   using C = Cut<D>;
   const int lane = lane_index(), warp = warp_index(), warps = static_cast<int>(blockDim.x / 32);
   const int g = lane / 4, t = lane % 4;
-  const int window_index = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
+  const int head = static_cast<int>(blockIdx.y), stride = static_cast<int>(gridDim.x);
   const int block_keys = warps * C::kWarpKeys, ds_stride = query_block + 8;
   const int tile_size = 32 * BiasTile<T>::kPieces, tile_row = call.padded / kTile * tile_size;
   const int64_t channels = channels_of(call);
-  const Window window = window_at(call, window_index);
-  const T* q = part_of<T>(call, window, head, 0);
-  const T* k = part_of<T>(call, window, head, 1);
-  const T* v = part_of<T>(call, window, head, 2);
-  const T* grad = grad_of<T>(call, window, head);
-  const float2* rows = rows_of(call, window_index, head);
-  T* grad_qkv = static_cast<T*>(call.grad_qkv) + window.first * 3 * channels + head * D;
 
-  T* k_rows = reinterpret_cast<T*>(shared_memory());      // (block_keys, kStride)
-  T* v_rows = k_rows + block_keys * C::kStride;           // (block_keys, kStride)
-  T* q_rows = v_rows + block_keys * C::kStride;           // (2, query_block, kStride)
-  T* grad_rows = q_rows + 2 * query_block * C::kStride;   // (2, query_block, kStride)
-  T* ds_rows = grad_rows + 2 * query_block * C::kStride;  // (block_keys, ds_stride): keys in rows
+  T* all_k_rows = reinterpret_cast<T*>(shared_memory());     // (2, block_keys, kStride)
+  T* all_v_rows = all_k_rows + 2 * block_keys * C::kStride;  // (2, block_keys, kStride)
+  T* q_rows = all_v_rows + 2 * block_keys * C::kStride;      // (2, query_block, kStride)
+  T* grad_rows = q_rows + 2 * query_block * C::kStride;      // (2, query_block, kStride)
+  T* ds_rows = grad_rows + 2 * query_block * C::kStride;     // (block_keys, ds_stride): keys in rows
   float2* row_rows = reinterpret_cast<float2*>(ds_rows + block_keys * ds_stride);  // (2, query_block)
 
-  const auto stage_queries = [&](int first, int buffer) {
+  const auto stage_keys = [&](int window_index, int key_block, int buffer) {
+    const Window window = window_at(call, window_index);
+    const int first = key_block * block_keys, at = buffer * block_keys * C::kStride;
+    const int count = block_keys < call.padded - first ? block_keys : call.padded - first;
+    stage<T, D, C::kDepth>(all_k_rows + at, C::kStride, window.tokens + first, count, part_of<T>(call, window, head, 1),
+                           3 * channels, pad_of<T>(call, head, 1));
+    stage<T, D, C::kDepth>(all_v_rows + at, C::kStride, window.tokens + first, count, part_of<T>(call, window, head, 2),
+                           3 * channels, pad_of<T>(call, head, 2));
+  };
+  const auto stage_queries = [&](int window_index, int first, int buffer) {
+    const Window window = window_at(call, window_index);
     const int count = query_block < call.padded - first ? query_block : call.padded - first;
     const int at = buffer * query_block;
-    stage<T, D, C::kDepth>(q_rows + at * C::kStride, C::kStride, window.tokens + first, count, q, 3 * channels,
-                           nullptr);
-    stage<T, D, C::kDepth>(grad_rows + at * C::kStride, C::kStride, window.tokens + first, count, grad, channels,
-                           nullptr);
-    stage_rows(row_rows + at, rows + first, count);
+    stage<T, D, C::kDepth>(q_rows + at * C::kStride, C::kStride, window.tokens + first, count,
+                           part_of<T>(call, window, head, 0), 3 * channels, nullptr);
+    stage<T, D, C::kDepth>(grad_rows + at * C::kStride, C::kStride, window.tokens + first, count,
+                           grad_of<T>(call, window, head), channels, nullptr);
+    stage_rows(row_rows + at, rows_of(call, window_index, head) + first, count);
     cp_async_commit();
   };
 
-  for (int key_block = 0; key_block < key_blocks; ++key_block) {
+  int window_index = static_cast<int>(blockIdx.x), key_block = 0;
+  int buffer = 0;  // of the queries
+  stage_keys(window_index, 0, 0);
+  stage_queries(window_index, 0, 0);
+  cp_async_wait<0>();
+  block_barrier();
+  for (int key_buffer = 0; window_index < call.windows; key_buffer ^= 1) {
+    const int next_key_block = key_block + 1 < key_blocks ? key_block + 1 : 0;
+    const int next_window = next_key_block > 0 ? window_index : window_index + stride;
+    const Window window = window_at(call, window_index);
+    T* grad_qkv = static_cast<T*>(call.grad_qkv) + window.first * 3 * channels + head * D;
+    const T* k_rows = all_k_rows + key_buffer * block_keys * C::kStride;
+    const T* v_rows = all_v_rows + key_buffer * block_keys * C::kStride;
     const int first_key = key_block * block_keys, own = first_key + warp * C::kWarpKeys;
-    const int left = call.padded - first_key, keys = block_keys < left ? block_keys : left;
-    const int needed = call.n - first_key < keys ? call.n - first_key : keys;
-    const int key_steps = (needed + kTile - 1) / kTile;  // of ds^T k
-    const bool active = own < call.n;                    // the same for a whole warp
+    const int left = call.n - first_key, keys = block_keys < left ? block_keys : left;
+    const int key_steps = (keys + kTile - 1) / kTile;  // of ds^T k
+    const bool active = own < call.n;                  // the same for a whole warp
     const uint4* bias_tiles = call.tiles + tile_offset<T>(call, 0, head, active ? own / kTile : 0, 0);
-    stage<T, D, C::kDepth>(k_rows, C::kStride, window.tokens + first_key, keys, k, 3 * channels,
-                           pad_of<T>(call, head, 1));
-    stage<T, D, C::kDepth>(v_rows, C::kStride, window.tokens + first_key, keys, v, 3 * channels,
-                           pad_of<T>(call, head, 2));
-    stage_queries(0, 0);
-    cp_async_wait<0>();
-    block_barrier();
 
     uint32_t k_tile[C::kKeyTiles][C::kSteps][4], v_tile[C::kKeyTiles][C::kSteps][4];
     uint32_t region[C::kKeyTiles][2];
@@ -383,8 +391,13 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
       }
     }
 
-    for (int first = 0, buffer = 0; first < call.n; first += query_block, buffer ^= 1) {
-      if (first + query_block < call.n) stage_queries(first + query_block, buffer ^ 1);
+    for (int first = 0; first < call.n; first += query_block, buffer ^= 1) {
+      if (first + query_block < call.n) {
+        stage_queries(window_index, first + query_block, buffer ^ 1);
+      } else if (next_window < call.windows) {
+        stage_keys(next_window, next_key_block, key_buffer ^ 1);
+        stage_queries(next_window, 0, buffer ^ 1);
+      }
       const int queries = call.n - first < query_block ? call.n - first : query_block;
       const int steps = (queries + kTile - 1) / kTile;
       const T* q_block = q_rows + buffer * query_block * C::kStride;
@@ -398,17 +411,14 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
           for (int tile = 0; tile < C::kKeyTiles; ++tile) {
             packed_bias[tile] = load_tile<T>(bias_tiles + tile * tile_row + query / kTile * tile_size);
           }
-          float s[C::kKeyTiles][2][4] = {}, dp[C::kKeyTiles][2][4];
+          float s[C::kKeyTiles][2][4] = {}, dp[C::kKeyTiles][2][4], delta[2][4];
           float lse[2][2];  // times log2(e), of queries 2t and 2t + 1 of both halves of the tile
           SWIN_UNROLL
           for (int half = 0; half < 2; ++half) {
             const float4 two = load_shared(
                 reinterpret_cast<const float4*>(row_rows + buffer * query_block + step * kTile + half * 8 + 2 * t));
             lse[half][0] = two.x, lse[half][1] = two.z;
-            SWIN_UNROLL
-            for (int tile = 0; tile < C::kKeyTiles; ++tile) {
-              dp[tile][half][0] = dp[tile][half][2] = two.y, dp[tile][half][1] = dp[tile][half][3] = two.w;
-            }
+            delta[half][0] = delta[half][2] = two.y, delta[half][1] = delta[half][3] = two.w;
           }
           const int first_row = step * kTile * C::kStride;
           SWIN_UNROLL
@@ -424,7 +434,7 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
                 mma_m16n8k16<T>(s[tile][half], k_tile[tile][depth], q_tile[2 * half], q_tile[2 * half + 1],
                                 s[tile][half]);
                 mma_m16n8k16<T>(dp[tile][half], v_tile[tile][depth], grad_tile[2 * half], grad_tile[2 * half + 1],
-                                dp[tile][half]);
+                                depth == 0 ? delta[half] : dp[tile][half]);
               }
             }
           }
@@ -523,7 +533,7 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
         }
       }
       cp_async_wait<0>();
-      block_barrier();  // the next queries are there, ds may be overwritten
+      block_barrier();  // the next queries (and keys) are there, ds may be overwritten
     }
 
     float pad_sum[2][C::kColumns][2] = {};  // of k and v, channels 2t and 2t + 1 of each column block
@@ -568,6 +578,7 @@ __global__ void __launch_bounds__(32 * Cut<D>::kMaxWarps)
       }
       block_barrier();
     }
+    window_index = next_window, key_block = next_key_block;
   }
 }
 
@@ -974,7 +985,7 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 // How one call is cut; everything follows from the call and the device.
 struct Plan {
   int n, padded, windows_a_volume, windows;
-  int key_warps, key_blocks, query_block;  // differentiate_qkv
+  int key_warps, key_blocks, query_block, qkv_blocks;  // differentiate_qkv
   int64_t qkv_shared;
   int row_blocks;  // differentiate_rows_float
   int bias_warps, parts;
@@ -986,7 +997,7 @@ template <int D>
 int64_t qkv_shared_bytes(int warps, int query_block) {
   using C = Cut<D>;
   const int64_t keys = warps * C::kWarpKeys;
-  return 2 * (2 * keys * C::kStride + 4 * query_block * C::kStride + keys * (query_block + 8)) + 2 * query_block * 8;
+  return 2 * (4 * keys * C::kStride + 4 * query_block * C::kStride + keys * (query_block + 8)) + 2 * query_block * 8;
 }
 
 template <int D>
@@ -997,7 +1008,7 @@ int64_t bias_shared_bytes(int warps) {
 
 // Returns nullptr, or why the 16-bit kernels cannot run.
 template <int D>
-const char* cut_half(const DeviceLimits& limits, Plan* plan) {
+const char* cut_half(const DeviceLimits& limits, int64_t heads, Plan* plan) {
   using C = Cut<D>;
   const int64_t key_units = divide_up(plan->n, C::kWarpKeys);
   plan->key_blocks = static_cast<int>(divide_up(key_units, C::kMaxWarps));
@@ -1007,6 +1018,15 @@ const char* cut_half(const DeviceLimits& limits, Plan* plan) {
     plan->query_block /= 2;
   }
   plan->qkv_shared = qkv_shared_bytes<D>(plan->key_warps, plan->query_block);
+  // As many blocks as are resident at a time, shared among the heads; by shared memory, registers and threads.
+  const int threads = plan->key_warps * 32;
+  const int64_t by_shared = limits.shared_per_multiprocessor / (plan->qkv_shared + 1024);
+  const int64_t by_registers = 65536 / (threads * (D <= 16 ? 168 : 255)), by_threads = 1536 / threads;
+  int64_t resident = by_shared < by_registers ? by_shared : by_registers;
+  if (by_threads < resident) resident = by_threads;
+  int64_t blocks = (resident < 1 ? 1 : resident) * limits.multiprocessors / heads;
+  if (blocks > plan->windows) blocks = plan->windows;
+  plan->qkv_blocks = static_cast<int>(blocks < 1 ? 1 : blocks);
 
   const int64_t query_units = divide_up(plan->n, kBiasWarpQueries);
   plan->bias_warps = static_cast<int>(divide_up(query_units, divide_up(query_units, kBiasMaxWarps)));
@@ -1047,7 +1067,7 @@ struct CutFor {
   Plan* plan;
   template <int D>
   const char* operator()() const {
-    return call.element == kSwinFloat32 ? cut_float<D>(plan) : cut_half<D>(limits, plan);
+    return call.element == kSwinFloat32 ? cut_float<D>(plan) : cut_half<D>(limits, call.heads, plan);
   }
 };
 
@@ -1118,7 +1138,7 @@ struct Passes {
   template <int D>
   const char* operator()() const {
     const char* error = nullptr;
-    const LaunchGrid owners = blocks_of(plan.windows, call.heads),
+    const LaunchGrid owners = blocks_of(plan.qkv_blocks, call.heads),
                      tiles = blocks_of(plan.bias_tiles, call.heads, plan.parts);
     if constexpr (sizeof(T) == 4) {
       const LaunchGrid rows = blocks_of(plan.windows, call.heads, plan.row_blocks);
