@@ -9,11 +9,11 @@
 //   gradient of the bias table = sum of ds over windows and over the pairs of tokens that share an entry
 //
 // Passes: 1. `find_tokens`, `prepare_bias`, `prepare_rows`: where tokens lie, bias tiles in the order of fragments, lse
-// and delta of each query by window. 2. `differentiate_qkv`: a block owns one window and head. 3. `differentiate_bias`:
-// a block owns one head and one tile of queries x keys, and walks over windows. 4. Sums in a fixed order. Passes 2 and
-// 3 both compute p again: the n x n bias gradient of a head does not fit beside anything else on a multiprocessor, and
-// writing ds to memory would cost more than the second exponential. float32 has its own kernels for 2 and 3, which
-// multiply in float32 proper. Nothing is accumulated by atomics; results repeat bit by bit.
+// and delta of each query by window. 2. `differentiate_qkv`: a block owns a head and takes window after window.
+// 3. `differentiate_bias`: a block owns one head and one tile of queries x keys, in all windows. 4. Sums in a fixed
+// order. Passes 2 and 3 both compute p again: the n x n bias gradient of a head does not fit beside anything else on a
+// multiprocessor, and writing ds to memory would cost more than the second exponential. float32 has its own kernels for
+// 2 and 3, which multiply in float32 proper. Nothing is accumulated by atomics; results repeat bit by bit.
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
 #include "cuda/ptx.h"
