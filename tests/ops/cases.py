@@ -94,6 +94,10 @@ CASES = (
     Case("window 6 clipped in 7", (6, 6, 6), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16),
     Case("window 7", (9, 8, 7), (7, 7, 7), (3, 3, 3), heads=2, head_dim=16),
     Case("window 7 2d", (15, 9), (7, 7), (3, 3), heads=3, head_dim=8),
+    # head_dim 16 on matrix units: heads that are taken three at a time or singly, scores at both ends of their range
+    Case("six heads of 16", (5, 8, 6), (4, 4, 4), (2, 2, 2), heads=6, head_dim=16),
+    Case("four heads of 16", (5, 8, 6), (4, 4, 4), (2, 2, 0), heads=4, head_dim=16, batch=2, pad=False),
+    Case("scores of some hundred", (5, 8, 6), (4, 4, 4), (2, 2, 2), heads=3, head_dim=16, magnitude=4.0),
     # batch, heads, head_dim
     replace(BASE, name="batch 0", batch=0),
     replace(BASE, name="batch 2", batch=2),
