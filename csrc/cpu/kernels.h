@@ -36,7 +36,7 @@ SWIN_INLINE int64_t bias_stride(const WindowGrid& grid) { return (bias_table_len
 
 struct ForwardCall : AttentionCall {
   void* out;  // (B, *S, C)
-  void* lse;  // (B, *S, heads) accumulate, natural logarithm
+  void* lse;  // (B, *S, heads) accumulate, natural logarithm; null in a projected call
 };
 
 // The forward of qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32.

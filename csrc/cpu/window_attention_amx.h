@@ -415,13 +415,13 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     const __m512i rows = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
     const __m512 total = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, rows, totals_, sizeof(float));
     store(inverse, _mm512_set1_ps(1) / total);
-    store(lse, log(total));
+    if (call_.lse) store(lse, log(total));
     for (int64_t i = 0; i < tile.last - tile.first; ++i) {
       const int64_t token = tile.window->token[tile.first + i];
       if (token < 0) continue;
       store(static_cast<float*>(call_.out) + token * group_.channels() + group_.head() * kHeadDim,
             load(sums_ + i * kHeadDim) * _mm512_set1_ps(inverse[i]));
-      static_cast<float*>(call_.lse)[token * call_.heads + group_.head()] = lse[i];
+      if (call_.lse) static_cast<float*>(call_.lse)[token * call_.heads + group_.head()] = lse[i];
     }
   }
 

@@ -80,8 +80,9 @@ class ForwardWorker {
       const int64_t token = window.token[queries[r]];
       store_row(sums_ + r * width, 1 / sum[r], call_.type, head_dim,
                 at(call_.out, call_.type, token * group_.channels() + group_.head() * head_dim));
-      static_cast<T*>(call_.lse)[token * call_.heads + group_.head()] =
-          (largest[r] + std::log2(sum[r])) * static_cast<T>(kLn2);
+      if (call_.lse)
+        static_cast<T*>(call_.lse)[token * call_.heads + group_.head()] =
+            (largest[r] + std::log2(sum[r])) * static_cast<T>(kLn2);
     }
   }
 

@@ -17,6 +17,7 @@
 
 #include "../cpu/kernels.h"
 #include "checks.h"
+#include "memory.h"
 
 namespace {
 
@@ -31,6 +32,7 @@ using swin::WindowChunk;
 using swin::WindowGrid;
 using swin::WindowPlan;
 using swin::WorkCounter;
+using swin_torch::empty_on_large_pages;
 using swin_torch::grid_of;
 using swin_torch::Ints;
 using swin_torch::require;
@@ -208,7 +210,7 @@ std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_tabl
   const char* op = "window_attention";
   ForwardCall call{};
   const Attention attention(op, qkv, bias_table, pad_qkv, seed, nominal, window, shift, scale, dropout_p, call);
-  Tensor out = torch::stable::empty(attention.with_channels(attention.channels), qkv.scalar_type());
+  Tensor out = empty_on_large_pages(attention.with_channels(attention.channels), qkv.scalar_type());
   Tensor lse = torch::stable::empty(attention.with_channels(call.heads), attention.accumulate_type);
   call.out = out.mutable_data_ptr();
   call.lse = lse.mutable_data_ptr();
@@ -246,8 +248,7 @@ Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor>
           op, "has no kernel for ", call.heads, " heads of ", call.head_dim, " channels in this dtype here");
   require_shape(op, "weight", weight, {3 * attention.channels, attention.channels});
   require(weight.scalar_type() == x.scalar_type(), op, "weight must have the dtype of x");
-  Tensor out = torch::stable::empty(shape(x), x.scalar_type());
-  Tensor lse = torch::stable::empty(attention.with_channels(call.heads), attention.accumulate_type);
+  Tensor out = empty_on_large_pages(shape(x), x.scalar_type());
   const auto of_channels = [&](const char* name, const std::optional<Tensor>& t) -> const float* {
     if (!t) return nullptr;
     require_shape(op, name, *t, {attention.channels});
@@ -264,7 +265,7 @@ Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor>
   call.weight = static_cast<const float*>(weight.const_data_ptr());
   call.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   call.out = out.mutable_data_ptr();
-  call.lse = lse.mutable_data_ptr();
+  call.lse = nullptr;
   if (call.batch > 0) {
     const KernelTable& table = kernels();
     const size_t bytes = (table.projected_scratch(call) + 63) / 64 * 64;
@@ -295,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Te
   require(out.scalar_type() == qkv.scalar_type(), op, "out must have the dtype of qkv");
   require(lse.scalar_type() == attention.accumulate_type, op, "lse must be float32, or float64 for float64 qkv");
 
-  Tensor grad_qkv = torch::stable::empty(shape(qkv), qkv.scalar_type());
+  Tensor grad_qkv = empty_on_large_pages(shape(qkv), qkv.scalar_type());
   Tensor grad_bias_table = torch::stable::empty(shape(bias_table), bias_table.scalar_type());
   Tensor grad_pad_qkv = torch::stable::empty(Ints{3 * attention.channels}, qkv.scalar_type());
   const std::vector<WindowChunk> chunks = window_chunks(call, kBackwardChunk);
