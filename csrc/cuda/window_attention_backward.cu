@@ -642,7 +642,7 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, BiasTile<T>::kPieces == 1 
     const int query_row = (buffer * block_queries + warp * kBiasWarpQueries) * C::kStride;
     const int key_row = buffer * kBiasKeys * C::kStride;
     uint32_t q_tile[kTiles][C::kSteps][4], grad_tile[kTiles][C::kSteps][4];
-    float2 row[kTiles][2];
+    float lse[kTiles][2], delta[kTiles][4];
     SWIN_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) {
       SWIN_UNROLL
@@ -653,8 +653,9 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, BiasTile<T>::kPieces == 1 
       }
       SWIN_UNROLL
       for (int lower = 0; lower < 2; ++lower) {
-        row[tile][lower] =
+        const float2 row =
             load_shared(row_rows + buffer * block_queries + warp * kBiasWarpQueries + tile * kTile + lower * 8 + g);
+        lse[tile][lower] = row.x, delta[tile][2 * lower] = delta[tile][2 * lower + 1] = row.y;
       }
     }
     SWIN_UNROLL
@@ -665,8 +666,6 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, BiasTile<T>::kPieces == 1 
       SWIN_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
         packed_bias[tile] = load_tile<T>(bias_tiles + tile * tile_row + key_tile * tile_size);
-        SWIN_UNROLL
-        for (int i = 0; i < 8; ++i) dp[tile][i / 4][i % 4] = row[tile][i / 2 % 2].y;
       }
       SWIN_UNROLL
       for (int step = 0; step < C::kSteps; ++step) {
@@ -680,7 +679,7 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, BiasTile<T>::kPieces == 1 
           for (int half = 0; half < 2; ++half) {
             mma_m16n8k16<T>(s[tile][half], q_tile[tile][step], k_tile[2 * half], k_tile[2 * half + 1], s[tile][half]);
             mma_m16n8k16<T>(dp[tile][half], grad_tile[tile][step], v_tile[2 * half], v_tile[2 * half + 1],
-                            dp[tile][half]);
+                            step == 0 ? delta[tile] : dp[tile][half]);
           }
         }
       }
@@ -699,7 +698,7 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, BiasTile<T>::kPieces == 1 
         SWIN_UNROLL
         for (int i = 0; i < 8; ++i) {
           const float score = fmaf(s[tile][i / 4][i % 4], call.scale, bias[i / 4][i % 4]);
-          const float p = exp2_approx(fmaf(score, kLog2E, -row[tile][i / 2 % 2].x));
+          const float p = exp2_approx(fmaf(score, kLog2E, -lse[tile][i / 2 % 2]));
           total[tile][key_tile][i / 4][i % 4] = fmaf(p, dp[tile][i / 4][i % 4], total[tile][key_tile][i / 4][i % 4]);
         }
       }
@@ -795,8 +794,12 @@ __global__ void __launch_bounds__(kFloatThreads, 1) differentiate_rows_float(con
         at_a[i] = x.x, at_a[i + 1] = x.y, at_a[i + 2] = x.z, at_a[i + 3] = x.w;
         at_b[i] = y.x, at_b[i + 1] = y.y, at_b[i + 2] = y.z, at_b[i + 3] = y.w;
       }
+      // In the forward's order: the rounding of large scores then cancels against that of lse.
       SWIN_UNROLL
-      for (int i = 0; i < kOwn; ++i) score = fmaf(a[i], at_a[i], score), dp = fmaf(b[i], at_b[i], dp);
+      for (int i = 0; i < kOwn; i += 4) {
+        SWIN_UNROLL
+        for (int j = i + 3; j >= i; --j) score = fmaf(a[j], at_a[j], score), dp = fmaf(b[j], at_b[j], dp);
+      }
       SWIN_UNROLL
       for (int lanes = 1; lanes < kLanes; lanes *= 2) {
         score += shuffle_xor(score, lanes);
@@ -805,9 +808,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1) differentiate_rows_float(con
       if (!works) continue;
       const float2 row = kKeys ? load_shared(other_rows + other) : own_row;
       const int other_raster = call.rasters[first + other];
-      float added = kKeys ? bias_of(call, head, other_raster, raster) : bias_of(call, head, raster, other_raster);
-      if (window.seam && tokens[other].y != token.y) added += kMask;
-      const float p = weight_of(fmaf(score, call.scale, added), row.x), ds = p * (dp + row.y);
+      score = fmaf(score, call.scale,
+                   kKeys ? bias_of(call, head, other_raster, raster) : bias_of(call, head, raster, other_raster));
+      if (window.seam && tokens[other].y != token.y) score += kMask;
+      const float p = weight_of(score, row.x), ds = p * (dp + row.y);
       SWIN_UNROLL
       for (int i = 0; i < kOwn; ++i) {
         grad_a[i] = fmaf(ds, at_a[i], grad_a[i]);
@@ -901,7 +905,7 @@ __global__ void __launch_bounds__(256) differentiate_bias_float(const Call call)
       const int at_query = query + i / 2 * 16, at_key = key + i % 2 * 16;
       const float mask = window.seam && queries[at_query].y != keys[at_key].y ? kMask : 0.f;
       const float2 row = rows[at_query];
-      total[i] = fmaf(weight_of(fmaf(s[i], call.scale, bias[i] + mask), row.x), dp[i] + row.y, total[i]);
+      total[i] = fmaf(weight_of(fmaf(s[i], call.scale, bias[i]) + mask, row.x), dp[i] + row.y, total[i]);
     }
     block_barrier();
   }

@@ -34,6 +34,7 @@ KINDS = {
     "fp32": r"FADD2?|FMUL2?|FFMA2?|FMNMX3?|FSEL|FSETP|HFMA2|HADD2|HMUL2|F2FP|F2F",
     "shared": r"LDS|STS|LDSM|STSM",
     "global_": r"LDG|STG|LDGSTS",
+    "stored": r"STG",
 }
 """Kinds of instructions; those of Triton's table (`tests/triton/compile_gate.py`), with packed conversions in fp32."""
 
@@ -57,6 +58,7 @@ class Resources:
     fp32: int = 0
     shared: int = 0
     global_: int = 0
+    stored: int = 0
     all: int = 0
 
     @property
@@ -117,14 +119,11 @@ def hot_loop(instructions: list[tuple[int, str]]) -> list[str]:
 def scores_in(kernel: str, body: list[str]) -> float:
     """Scores that a warp computes in one turn of `body`.
 
-    One exponential a score and lane; but the 16-bit forward computes some exponentials as polynomials and some for its
-    rescaling: there the multiplications tell.
+    One exponential a score and lane; but the 16-bit forward has some for its rescaling, so there the source tells: 16
+    queries and the 32 keys of its kStepKeys.
     """
-    attend = re.match(r"attend<\w+, (\d+)", kernel)
-    products = sum(text.startswith("HMMA") for text in body)
-    if attend and products:
-        head_dim = int(attend[1])
-        return 128 * products / (max(head_dim, 16) / 16 + head_dim / 16)  # q k and p v, of 16 x 8 scores
+    if re.match(r"attend<\w+, \d+", kernel):
+        return 16 * 32
     return 32 * sum(text.startswith("MUFU.EX2") for text in body)
 
 

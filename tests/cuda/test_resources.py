@@ -88,11 +88,10 @@ def test_occupancy(found, launches):
 
 
 def test_scores_stay_on_chip(found):
-    """Far fewer memory instructions than scores: 1,000 scores are 31 instructions of a warp."""
+    """No loop over scores writes to memory."""
     loops = [one for one in found.values() if one.all]
-    assert {one.kernel.split("<")[0] for one in loops} >= {"differentiate_qkv", "differentiate_bias"}
+    assert {one.kernel.split("<")[0] for one in loops} >= {"attend", "differentiate_qkv", "differentiate_bias"}
     for one in loops:
-        low_precision = "Float16" in one.kernel
-        assert one.global_ <= (40 if low_precision else 160), one
-        if low_precision:
-            assert one.tensor > 0
+        assert one.stored == 0, one
+        if "Float16" in one.kernel:
+            assert one.tensor > 0, one
