@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from .backends import Call, load, select
+from .backends import Call, decline_reason, forced_name, forced_or_environment, load, select
 from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
 
@@ -87,8 +87,13 @@ def _joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
 
 @torch.compiler.assume_constant_result
 def _has_kernel(operator: str, device: str, dtype: torch.dtype, kernel: int) -> bool:
-    """Whether `operator` has a kernel here, beside the reference; `kernel` is a 3D convolution's extent."""
+    """Whether `operator` has a kernel here, beside the reference; `kernel` is a 3D convolution's extent.
+
+    A backend that is forced, for the attention say, and has none of these operators leaves the blocks to PyTorch.
+    """
     call = Call(operator, device, dtype, head_dim=0, window=(kernel,) * 3 if kernel else ())
+    if forced := forced_or_environment(forced_name(operator, None)):
+        return forced != "reference" and decline_reason(forced, call) is None
     return select(call) is not load("reference")
 
 
