@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -106,36 +104,36 @@ def test_checkpointed_attention_with_dropout(tokens, reentrant):
     torch.testing.assert_close(*results)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def test_distributed_data_parallel():
+def test_distributed_data_parallel(tmp_path):
     """Two processes, each half of the batch: their gradients are those of the whole batch in one."""
-    environment = os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", __name__]
     root = Path(__file__).parents[3]
-    processes = [
-        subprocess.Popen(
-            command, env=environment | {"RANK": str(rank)}, cwd=root, text=True, stdout=-1, stderr=subprocess.STDOUT
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    # They meet through a file: a port that was free when we looked may be another process's by the time they bind it.
+    command = [sys.executable, "-m", __name__, str(tmp_path / "store")]
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            processes.append(subprocess.Popen([*command, str(rank)], cwd=root, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    except subprocess.TimeoutExpired:
+        codes = ["timed out"]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join(log.read_text() for log in logs)
 
 
 def _run_rank() -> None:
     importlib.import_module("tests.triton.interpreted.conftest")  # its settings of the interpreter
-    torch.distributed.init_process_group("gloo")
+    store, rank = sys.argv[1:]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
     batch = torch.randn(2, 4, 5, 16, generator=torch.Generator().manual_seed(2))
     net = block()
     whole = on_reference(net, batch)[1:]
     with use_backend("triton"):
         parallel = DistributedDataParallel(net)
-        mine = gradients(parallel, batch[torch.distributed.get_rank()][None])[1:]
+        mine = gradients(parallel, batch[int(rank)][None])[1:]
     torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
     torch.distributed.destroy_process_group()
 
