@@ -1,87 +1,100 @@
-"""The command `swin-unetr`."""
+"""The command `swin-unetr`: each command is a module of this package with `Options`, a dataclass, and `run`.
+
+Exit status: 0 done; 1 done, but something failed that the output names; 2 bad options or input; 75 interrupted by
+SIGTERM or SIGUSR1 after saving, to be started again; 130 interrupted from the keyboard.
+"""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from importlib import resources
 from pathlib import Path
+
+COMMANDS = {
+    "pretrain": "train the encoder on volumes without labels",
+    "train": "train or fine-tune a segmentation network",
+    "predict": "segment images, with volumes of the organs and a report",
+    "evaluate": "score label maps against labels, and compare two runs",
+    "export": "write a trained network for other runtimes, or as a MONAI bundle",
+    "demo": "pretrain, train and predict on two chest CTs, and time it beside MONAI",
+}
+PRESETS = resources.files("swin_unetr") / "presets"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); returns the exit status."""
-    parser = argparse.ArgumentParser(prog="swin-unetr", description="Swin UNETR on fused kernels.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
-    args = parser.parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"swin-unetr: no command {command!r}; accepted are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    # What a command needs takes seconds to import; the list of commands should not.
+    module = importlib.import_module(f"swin_unetr.{command}")
     try:
-        return args.run(args)
+        return module.run(parse(module.Options, command, rest))
+    # What a user gave was wrong, and the message says what: the way through our code would not help.
+    except (ValueError, OSError) as error:
+        print(f"swin-unetr {command}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("\nswin-unetr: interrupted", file=sys.stderr)
+        print(f"\nswin-unetr {command}: interrupted", file=sys.stderr)
         return 130
 
 
-def _add_demo(commands) -> None:
-    description = (
-        "Train a small Swin UNETR on one chest CT, segment another patient's, and time it beside MONAI's: "
-        "about 5 minutes on 2 cores."
-    )
-    parser = commands.add_parser("demo", help="train and segment two chest CTs", description=description)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo_output"),
-        metavar="DIR",
-        help="folder for the results; files of an earlier demo in it are overwritten (default: %(default)s)",
-    )
-    parser.add_argument("--steps", type=_positive, metavar="N", help="training steps (default: the recipe's)")
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="random seed (default: %(default)s)")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--backend", metavar="NAME", help="force a backend of swin_kernels (default: the fastest here)")
-    parser.set_defaults(run=lambda args: _demo(args, parser))
+def parse(kind: type, command: str, argv: Sequence[str]):
+    """`kind`, a dataclass of options, as `argv` and the YAML files named there say; the last word counts."""
+    from jsonargparse import SUPPRESS, ArgumentParser
+
+    parser = ArgumentParser(prog=f"swin-unetr {command}", description=_summary(kind), print_config="--print_config")
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these options")
+    # Listed here for --help; `_expand` has made a --config of it.
+    parser.add_argument("--preset", metavar="NAME", help=f"options that come with the package: {', '.join(presets())}")
+    parser.add_class_arguments(kind, fail_untyped=True)
+    parsed = parser.instantiate_classes(parser.parse_args(_expand(argv)))
+    return kind(**{field.name: parsed[field.name] for field in fields(kind) if field.init})
 
 
-def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    # The imports take seconds; --help and a wrong argument should not.
-    import dataclasses
-
-    from . import demo
-
-    recipe = demo.Recipe() if args.steps is None else dataclasses.replace(demo.Recipe(), steps=args.steps)
-    device = _device(args.device, parser) if args.device else demo.default_device()
-    try:
-        demo.check_writable(args.out)
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {str(args.out)!r}: {error.strerror or error}")
-    try:
-        demo.choose_backend(recipe, device, args.backend)
-    except ValueError as error:
-        parser.error(f"argument --backend: {error}")
-    results = demo.run(args.out, recipe=recipe, seed=args.seed, device=device, backend=args.backend)
-    return 0 if results["doctor_passed"] else 1
+def presets() -> list[str]:
+    """Names of the YAML files that ship with the package, as ``--preset`` takes them."""
+    root = Path(str(PRESETS))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def _device(text: str, parser: argparse.ArgumentParser):
-    import torch
+def _expand(argv: Sequence[str]) -> list[str]:
+    """`argv` with each ``--preset NAME`` as ``--config FILE``.
 
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"argument --device: cannot use {text!r}: {str(error).splitlines()[0]}")
-    return device
+    Raises:
+        ValueError: there is no such preset.
+    """
+    expanded: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word != "--preset" and not word.startswith("--preset="):
+            expanded.append(word)
+            continue
+        name = word.partition("=")[2] if "=" in word else next(words, "")
+        if name not in presets():
+            raise ValueError(f"preset: got {name!r}; accepted are {', '.join(presets())}")
+        expanded += ["--config", str(PRESETS / f"{name}.yaml")]
+    return expanded
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted is an integer of at least 1")
-    return int(text)
+def _summary(kind: type) -> str:
+    """The docstring of `kind` up to its arguments, which the parser describes one by one."""
+    return (kind.__doc__ or "").partition("Args:")[0].strip()
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"got {text!r}; accepted is an integer from 0 to 2**32 - 1")
-    return int(text)
+def _help() -> str:
+    lines = ["usage: swin-unetr COMMAND ...", "", "Swin UNETR on fused kernels.", ""]
+    lines += [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    lines += ["", "swin-unetr COMMAND --help lists the options; --config FILE.yaml and --preset NAME set many at once."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""The processes of one job: who they are, what they tell each other, how work and network are shared among them.
+
+Started by ``torchrun``, each process has a rank; without it there is one, of rank 0, and everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=int(os.environ.get("SWIN_UNETR_TIMEOUT_MINUTES", "30")))
+"""How long a rank waits for the others before it gives up: the slowest validation of one case has to fit."""
+
+
+@contextmanager
+def job(device: str | None = None) -> Iterator[torch.device]:
+    """Join the job that ``torchrun`` started, if it did; yields this rank's device.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N"; None is CUDA where there is one. A rank of several on CUDA takes the device
+            of its local rank.
+
+    Raises:
+        ValueError: the device cannot be used here.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device, ranks)
+    if ranks == 1 and "RANK" not in os.environ:
+        yield chosen
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield chosen
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str | None, ranks: int) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None and ranks > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this rank writes what a job writes once: files, the log, the terminal."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """`value` of every rank, in their order, on every rank. For small things: it goes through pickle."""
+    if not dist.is_initialized():
+        return [value]
+    values: list = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's `value`."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds on some rank: what all have to agree on before a collective call."""
+    if not dist.is_initialized():
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of `items`, each of which goes to one rank: every `ranks()`-th."""
+    return items[rank() :: ranks()]
+
+
+def parallel(network: nn.Module, how: Literal["ddp", "fsdp"], device: torch.device) -> nn.Module:
+    """`network` on `device` as this job trains it: itself with one rank, else by data parallel (DDP) or FSDP2.
+
+    FSDP2 shards the Swin stages and the convolution blocks, each as one unit, then what is left; it returns the same
+    module, whose parameters are now DTensors.
+    """
+    network = network.to(device)
+    if ranks() == 1:
+        return network
+    if how == "ddp":
+        return DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            static_graph=True,
+            gradient_as_bucket_view=True,
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks(),))
+    for child in network.children():
+        fully_shard(child, mesh=mesh)
+    return fully_shard(network, mesh=mesh)

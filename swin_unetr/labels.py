@@ -1,0 +1,99 @@
+"""What the channels of a segmentation network mean: classes that exclude each other, or regions that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes of a label map, and how a network's output becomes one.
+
+    Args:
+        classes: label values by class name, such as {spleen: [1], liver: [2]}; the background's value is 0 and it is
+            not listed. Overlapping classes are listed from the outermost in: {whole tumour: [1, 2, 4], tumour core:
+            [1, 4], enhancing tumour: [4]}.
+        overlapping: the channels are the classes, each with a sigmoid of its own; otherwise they are background and
+            classes under one softmax.
+    """
+
+    classes: Mapping[str, Sequence[int]]
+    overlapping: bool = False
+
+    def __post_init__(self) -> None:
+        values = [value for group in self.classes.values() for value in group]
+        if not self.classes or not all(self.classes.values()) or any(not 0 < value < 256 for value in values):
+            raise ValueError(f"classes is {dict(self.classes)}; accepted is one value from 1 to 255 or more a class")
+        if not self.overlapping and len(set(values)) < len(values):
+            raise ValueError(f"classes is {dict(self.classes)}; a value of two classes needs overlapping: true")
+        if self.overlapping:
+            self.written()
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's output."""
+        return len(self.classes) + (not self.overlapping)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes, in the order of their channels."""
+        return tuple(self.classes)
+
+    def target(self, label: torch.Tensor) -> torch.Tensor:
+        """What a loss or metric compares the output's channels with.
+
+        Args:
+            label: label values ``(B, 1, *S)``; those of no class are background.
+
+        Returns:
+            For softmax the index of the channel, int64 ``(B, 1, *S)``; for overlapping classes a mask each, float32
+            ``(B, classes, *S)``.
+        """
+        masks = [
+            torch.isin(label, torch.tensor(list(values), dtype=label.dtype, device=label.device))
+            for values in self.classes.values()
+        ]  # each (B, 1, *S)
+        if self.overlapping:
+            return torch.cat(masks, dim=1).float()  # (B, classes, *S)
+        index = torch.zeros_like(label, dtype=torch.int64)
+        for channel, mask in enumerate(masks, start=1):
+            index.masked_fill_(mask, channel)
+        return index
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """The channels that hold, of ``logits (B, channels, *S)``: as `target` gives them."""
+        return (logits > 0).float() if self.overlapping else logits.argmax(dim=1, keepdim=True)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of each channel, in float32: ``(B, channels, *S)``."""
+        return logits.float().sigmoid() if self.overlapping else logits.float().softmax(dim=1)
+
+    def label_map(self, decided: torch.Tensor) -> torch.Tensor:
+        """Label values uint8 ``(B, 1, *S)`` of what `decide` gave; where classes overlap, the innermost one's."""
+        label = torch.zeros_like(decided[:, :1], dtype=torch.uint8)
+        for channel, value in enumerate(self.written()):
+            mask = decided[:, channel : channel + 1] > 0 if self.overlapping else decided == channel + 1
+            label.masked_fill_(mask, value)
+        return label
+
+    def written(self) -> tuple[int, ...]:
+        """The value that stands for each class in a label map: the first that no later class has.
+
+        Raises:
+            ValueError: a class has none, so that a label map could not tell it from the classes inside of it.
+        """
+        groups = list(self.classes.items())
+        chosen = []
+        for place, (name, values) in enumerate(groups):
+            inner = {value for _, later in groups[place + 1 :] for value in later}
+            own = [value for value in values if value not in inner]
+            if not own:
+                raise ValueError(
+                    f"classes: {name} has only values {sorted(values)} that later classes have too; accepted are "
+                    "overlapping classes from the outermost in, each with a value of its own"
+                )
+            chosen.append(own[0])
+        return tuple(chosen)

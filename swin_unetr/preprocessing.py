@@ -1,0 +1,68 @@
+"""How an image becomes what the network sees: alike in training and prediction, so it travels with the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from monai import transforms
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to an image, always alike, before anything random.
+
+    Args:
+        spacing: voxel extents in mm that images are resampled to; null leaves them.
+        orientation: axes of the network's volume as in RAS: right, anterior, superior; null leaves them.
+        intensity: window maps `window` to 0..1 and cuts off what is beyond; zscore subtracts the mean and divides by
+            the standard deviation of the voxels that are not 0, each channel for itself.
+        window: lowest and highest intensity, in the image's units (HU for CT).
+        crop_foreground: in training, cut away borders in which the image is not above its lowest intensity.
+    """
+
+    spacing: tuple[float, float, float] | None = (1.5, 1.5, 2.0)
+    orientation: str | None = "RAS"
+    intensity: Literal["window", "zscore"] = "window"
+    window: tuple[float, float] = (-175.0, 250.0)
+    crop_foreground: bool = True
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None and not all(math.isfinite(extent) and extent > 0 for extent in self.spacing):
+            raise ValueError(f"spacing is {tuple(self.spacing)}; accepted are three extents in mm above 0")
+        axes = {frozenset("RL"), frozenset("AP"), frozenset("SI")}
+        if self.orientation is not None and (
+            len(self.orientation) != 3 or {pair for pair in axes if pair & set(self.orientation)} != axes
+        ):
+            raise ValueError(f"orientation is {self.orientation!r}; accepted are three letters such as RAS or LPS")
+        if not self.window[0] < self.window[1]:
+            raise ValueError(f"window is {tuple(self.window)}; accepted is lowest < highest")
+        if self.intensity not in ("window", "zscore"):
+            raise ValueError(f"intensity is {self.intensity!r}; accepted are 'window' and 'zscore'")
+
+    def geometry(self, keys: Sequence[str]) -> list[transforms.Transform]:
+        """Orientation and spacing of ``(C, *S)`` MetaTensors: ``image`` linearly, every other key by nearest voxel."""
+        steps: list[transforms.Transform] = []
+        if self.orientation is not None:
+            steps.append(transforms.Orientationd(keys, axcodes=self.orientation, labels=None))
+        if self.spacing is not None:
+            mode = ["bilinear" if key == "image" else "nearest" for key in keys]
+            steps.append(transforms.Spacingd(keys, pixdim=self.spacing, mode=mode))
+        return steps
+
+    def scale(self) -> list[transforms.Transform]:
+        """Intensities of the key ``image``, ``(C, *S)``."""
+        if self.intensity == "zscore":
+            return [transforms.NormalizeIntensityd("image", nonzero=True, channel_wise=True)]
+        return [transforms.ScaleIntensityRanged("image", *self.window, 0.0, 1.0, clip=True)]
+
+
+def finite(image: np.ndarray, where: str) -> np.ndarray:
+    """`image`, or `ValueError` that names `where` it came from if a voxel is NaN or infinite."""
+    bad = int(np.count_nonzero(~np.isfinite(image)))
+    if bad:
+        raise ValueError(f"{where}: {bad} voxels are NaN or infinite; accepted are finite intensities")
+    return image
