@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(kind: type, command: str, argv: Sequence[str]):
     """`kind`, a dataclass of options, as `argv` and the YAML files named there say; the last word counts."""
-    from jsonargparse import SUPPRESS, ArgumentParser
+    from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog=f"swin-unetr {command}", description=_summary(kind), print_config="--print_config")
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these options")
