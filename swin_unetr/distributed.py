@@ -6,6 +6,7 @@ Started by ``torchrun``, each process has a rank; without it there is one, of ra
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -44,16 +45,29 @@ def job(device: str | None = None) -> Iterator[torch.device]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store(), rank=int(os.environ["RANK"]), world_size=ranks, timeout=TIMEOUT)
     try:
         yield chosen
     except RuntimeError as error:
         if not _is_of_communication(error):
             raise
-        says = str(error).strip().splitlines()[0]
+        # gloo: "[/path/to/source:537] Read error [address]: Connection reset by peer. This is typically …"
+        says = re.sub(r"^\[.*?\] *", "", str(error).strip()).splitlines()[0].partition(". ")[0]
         raise RankLost(f"rank {rank()} of {ranks} lost another rank, whose own output says why ({says})") from error
     finally:
         dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Where the ranks of this attempt find each other.
+
+    ``torchrun`` starts ranks again with the store of the attempt that failed: without a name of its own an attempt
+    could meet the addresses of the dead.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"swin-unetr/{attempt}/{os.environ['WORLD_SIZE']}", store)
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
@@ -169,6 +183,7 @@ def parallel(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 shards no other
     mesh = init_device_mesh(device.type, (ranks(),))
     for unit in network.children() if units is None else units:
         fully_shard(unit, mesh=mesh)

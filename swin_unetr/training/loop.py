@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -124,6 +126,8 @@ class Loop:
             line = stack.enter_context(ProgressLine(self.console, self.position.step, self.steps))
             stream = stack.enter_context(closing(self._stream()))
             self.network.train()
+            if isinstance(self.network, DistributedDataParallel):
+                stream = self._settle(stream)
             while True:
                 if self.position.validated < self.position.step and self._is_due(self.schedule.validate_every):
                     self._validate(log, line)
@@ -147,6 +151,31 @@ class Loop:
     def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
         yield from self.batches.stream(self.position.step * self.optimization.accumulation)
 
+    def _next(self, stream: Iterator) -> dict[str, torch.Tensor]:
+        """The next batch, on this rank's device."""
+        with held_back(), state.apart(torch.device("cpu")):
+            batch = next(stream)
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def _settle(self, stream: Iterator) -> Iterator:
+        """Forward and backward for nothing, twice; returns the stream as it was.
+
+        With a static graph DDP learns in its first backward which gradients come, in its second in which order, and
+        lays them out by that from then on. The layout decides how sums over ranks are rounded, and must not differ
+        between a step that is the first after an interruption and the same step without one. The first backward must
+        not be one with `no_sync`, either.
+        """
+        batch = self._next(stream)
+        with state.apart(self.device):
+            for _ in range(2):
+                self._losses(batch, 0)["loss"].backward()
+        return itertools.chain([batch], stream)
+
+    def _losses(self, batch: Mapping[str, torch.Tensor], micro: int) -> dict[str, torch.Tensor]:
+        random = np.random.default_rng([self.seed, self.position.step, micro, distributed.rank()])
+        with self._autocast():
+            return self.task.losses(self.network, batch, random)
+
     def _step(self, stream: Iterator, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
         """One step of the optimizer; returns whether a rank was asked to stop."""
         started, waited, voxels = time.perf_counter(), 0.0, 0
@@ -154,15 +183,11 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         for micro in range(self.optimization.accumulation):
             asked_for = time.perf_counter()
-            with held_back(), state.apart(torch.device("cpu")):
-                batch = next(stream)
+            batch = self._next(stream)
             waited += time.perf_counter() - asked_for
-            batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
             voxels += batch["image"].numel() // batch["image"].shape[1]
-            random = np.random.default_rng([self.seed, self.position.step, micro, distributed.rank()])
             with self._synchronized(micro + 1 == self.optimization.accumulation):
-                with self._autocast():
-                    losses = self.task.losses(self.network, batch, random)
+                losses = self._losses(batch, micro)
                 self.scaler.scale(losses["loss"] / self.optimization.accumulation).backward()
             for name, value in losses.items():
                 parts[name] = parts.get(name, 0.0) + value.item() / self.optimization.accumulation
@@ -200,12 +225,11 @@ class Loop:
         if self.sharded:
             self.network.set_requires_gradient_sync(last)
             yield
-        # In its first backward DDP with a static graph learns how often each parameter is used.
-        elif last or self.position.step == 0 or not isinstance(self.network, nn.parallel.DistributedDataParallel):
-            yield
-        else:
+        elif isinstance(self.network, DistributedDataParallel) and not last:
             with self.network.no_sync():
                 yield
+        else:
+            yield
 
     def _autocast(self) -> AbstractContextManager:
         precision = self.optimization.precision

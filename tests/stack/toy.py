@@ -22,17 +22,25 @@ class Toy:
 
     kind, figure, higher_is_better = "train", "error", False
 
-    def __init__(self, dropout: float = 0.3, figures: list[float] | None = None) -> None:
+    def __init__(self, noisy: bool = True, figures: list[float] | None = None) -> None:
+        """
+        Args:
+            noisy: drop activations and draw numbers, which differ from rank to rank.
+            figures: what validations find, one after the other.
+        """
         state.seed(0)
         self.network = self.core = nn.Sequential(
-            nn.Conv3d(1, 4, 3), nn.Flatten(), nn.Dropout(dropout), nn.Linear(4 * 2**3, 8), nn.Tanh(), nn.Linear(8, 1)
+            nn.Conv3d(1, 4, 3),
+            nn.Sequential(nn.Flatten(), nn.Dropout(0.3 * noisy), nn.Linear(4 * 2**3, 8), nn.Tanh()),
+            nn.Linear(8, 1),
         )
-        self.figures = figures
+        self.noisy, self.figures = noisy, figures
         self.validations = 0
 
     def losses(self, network, batch, random):
         found = network(batch["image"])[:, 0]  # (B,)
-        error = (found - batch["image"].mean(dim=(1, 2, 3, 4)) - 0.01 * random.random()).square().mean()
+        noise = 0.01 * random.random() if self.noisy else 0.0
+        error = (found - batch["image"].mean(dim=(1, 2, 3, 4)) - noise).square().mean()
         return {"loss": error, "error": error}
 
     def validate(self, core):
