@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,13 +103,23 @@ def load(draws: Draws, batches: Iterable[list[tuple[int, int]]], workers: int, p
         # The loader seeds its workers from it. Nothing of ours draws from those seeds, and PyTorch's own generator,
         # which training depends on, stays where it is.
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_training,
     )
     step: Callable = next if workers else _next_on_one_thread
-    batches_drawn = iter(loader)
-    while (batch := step(batches_drawn, None)) is not None:
-        if isinstance(batch, ValueError):
-            raise batch
-        yield batch
+    drawn = iter(loader)
+    try:
+        while (batch := step(drawn, None)) is not None:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    finally:
+        del drawn  # ends the workers, which the traceback of an error would keep
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """A scheduler that ends a job tells all of its processes: workers have to last until training has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _next_on_one_thread(batches: Iterator, default: None) -> Any:
