@@ -60,17 +60,19 @@ def arguments(datalist, out, **more) -> list[str]:
 
 
 def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
-    """Interrupted by a signal in its third step, then gone on with by the same command, over pretrained weights."""
+    """From pretrained weights, with dropout everywhere; a signal interrupts its third step, then it goes on."""
     encoder = SwinUNETR(**TINY).swinViT
     checkpoints.write(
         tmp_path / "pretrained.pt", {"kind": "pretrain", "model": PretrainingNetwork(encoder, 1).state_dict()}
     )
-    command = arguments(
-        datalist,
-        tmp_path / "run",
-        initial=tmp_path / "pretrained.pt",
-        **{"data.workers": 1, "loss.deep_supervision": 1, "optimization.ema": 0.5},
-    )
+    options = {
+        "initial": tmp_path / "pretrained.pt",
+        "data.workers": 1,
+        "loss.deep_supervision": 1,
+        "optimization.ema": 0.5,
+        **{f"architecture.{name}": 0.2 for name in ("drop_rate", "attn_drop_rate", "dropout_path_rate")},
+    }
+    command = arguments(datalist, tmp_path / "run", **options)
     losses, calls = Segmentation.losses, []
 
     def interrupted(*given):
@@ -89,6 +91,10 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
     assert "step-00000003.pt" in said
 
     best, last = checkpoints.read(tmp_path / "run" / "best.pt"), final(tmp_path / "run")
+    assert cli.main(arguments(datalist, tmp_path / "whole", **options)) == 0
+    whole = final(tmp_path / "whole")
+    for key in ("model", "ema", "progress", "training"):
+        assert checkpoints.checksum(last[key]) == checkpoints.checksum(whole[key])
     assert set(last) == set(best) | {"training"}
     assert best["kind"] == "train"
     assert best["labels"] == {"classes": {"organ": [1], "tumour": [2]}, "overlapping": False}
