@@ -87,7 +87,15 @@ def run(options: Options, console: Console | None = None) -> int:
     return session.run(
         "train",
         options,
-        lambda: open_dataset(options.data, options.preprocessing, options.roi, options.labels, options.seed),
+        lambda console: open_dataset(
+            options.data,
+            options.preprocessing,
+            options.roi,
+            options.labels,
+            options.seed,
+            channels=options.architecture.in_channels,
+            console=console,
+        ),
         lambda dataset: Segmentation(
             options.architecture,
             options.labels,

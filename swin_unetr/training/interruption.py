@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -29,17 +27,3 @@ class Interruption:
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
-
-
-@contextmanager
-def held_back() -> Iterator[None]:
-    """Signals to stop wait until the end of this context, and never reach processes that are started in it.
-
-    ``torchrun`` and Slurm signal a rank's whole process group: data workers that died of it would leave the rank
-    without the batch that it needs to finish its step.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

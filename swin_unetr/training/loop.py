@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import checkpoints, distributed
 from . import state
-from .interruption import Interruption, held_back
+from .interruption import Interruption
 from .log import Log
 from .options import Optimization, Schedule
 from .progress import ProgressLine, peak_memory_gib
@@ -153,7 +153,7 @@ class Loop:
 
     def _next(self, stream: Iterator) -> dict[str, torch.Tensor]:
         """The next batch, on this rank's device."""
-        with held_back(), state.apart(torch.device("cpu")):
+        with state.apart(torch.device("cpu")):
             batch = next(stream)
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 

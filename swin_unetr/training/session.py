@@ -50,7 +50,7 @@ class Dataset(Batches, Protocol):
 def run(
     command: str,
     options: Options,
-    open_dataset: Callable[[], Dataset],
+    open_dataset: Callable[[Console], Dataset],
     make_task: Callable[[Dataset], Task],
     console: Console | None = None,
 ) -> int:
@@ -79,7 +79,7 @@ def _run(command, options, open_dataset, make_task, device: torch.device, consol
     for error in found.damaged if found else ():
         console.print(f"passed over: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     state.seed(options.seed)  # the same weights on every rank
-    with closing(open_dataset()) as dataset:
+    with closing(open_dataset(console)) as dataset:
         task = make_task(dataset)
         facts = {"config": config, "provenance": {}}
         if found is None:
@@ -113,6 +113,9 @@ def _prepare(command: str, options: Options, config: dict[str, Any]) -> resume.F
     fresh = options.resume == "never" and int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
     found = resume.find(options.out, command, config, fresh=fresh)
     if found is None:
+        # Before the data, which may take long to read.
+        if options.initial is not None and not options.initial.is_file():
+            raise ValueError(f"initial: there is no file {options.initial}")
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return found
@@ -128,7 +131,7 @@ def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] 
         return None
     try:
         report = load_pretrained(task.core, path, verbose=False)
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"initial: {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     _say(console, str(report))
     return {

@@ -24,7 +24,7 @@ from swin_unetr.training.options import Schedule
 from swin_unetr.training.segmentation import Loss, Segmentation, Validation
 
 from . import toy_job
-from .toy import CPU, Toy, ToyBatches, WithHead, final, loop, resumed
+from .toy import Toy, ToyBatches, WithHead, final, loop, resumed
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = Schedule(steps=6, warm_up=0.2, validate_every=3, checkpoint_every=2)

@@ -40,7 +40,7 @@ class JobBatches(ToyBatches):
 
 
 def run(options: Options, before=lambda number: None, size: int = 6) -> int:
-    return session.run("train", options, lambda: JobBatches(size, before=before), lambda dataset: Toy())
+    return session.run("train", options, lambda console: JobBatches(size, before=before), lambda dataset: Toy())
 
 
 def main(out: str, batch: str = "-1") -> int:
