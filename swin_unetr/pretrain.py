@@ -86,13 +86,14 @@ def run(options: Options, console: Console | None = None) -> int:
     return session.run(
         "pretrain",
         options,
-        lambda: open_dataset(
+        lambda console: open_dataset(
             options.data,
             options.preprocessing,
             options.roi,
             None,
             options.seed,
             channels=options.architecture.in_channels,
+            console=console,
         ),
         lambda dataset: SelfSupervision(
             options.architecture,
