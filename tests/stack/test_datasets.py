@@ -94,6 +94,12 @@ def test_ranks_share_the_batches_of_one(shared, monkeypatch):
         assert same(batch, {key: torch.cat([part[number][key] for part in parts]) for key in batch})
 
 
+def test_ranks_end_alike_when_one_cannot_use_a_case(shared, monkeypatch):
+    monkeypatch.setattr("swin_unetr.distributed.gather", lambda value: [value, "x.nii.gz: is damaged"])
+    with pytest.raises(ValueError, match=r"x\.nii\.gz: is damaged"):
+        opened(shared)
+
+
 def test_an_epoch_is_one_pass_in_an_order_of_its_own():
     schedule = Schedule(cases=7, batch_size=2, seed=0)
     assert schedule.batches_per_epoch == 4
