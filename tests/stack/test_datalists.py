@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -87,6 +88,10 @@ def test_pretraining_takes_file_names_alone_and_other_lists(own):
         (lambda content: content["training"][1].update(name="case_02"), "'case_02'.*more than once"),
         (lambda content: content["training"].append({**content["training"][2], "name": "x"}), "more than once"),
         (lambda content: content.update(validation=content["training"][2:3]), "'case_02'.*in training and validation"),
+        (
+            lambda content: content.update(validation=[{**content["training"].pop(), "name": "case_02"}]),
+            "'case_02'.*in training and validation",
+        ),
         (
             lambda content: content.update(validation=[{**content["training"][2], "name": "x"}]),
             "case_02.nii.gz.*in training and validation",
@@ -248,6 +253,7 @@ def test_a_damaged_case_ends_the_stream_when_it_is_drawn(own, where, workers):
     with pytest.raises(ValueError, match="cannot be read") as error:
         list(islice(dataset.stream(0), 20))
     assert str(error.value).startswith(str(path))
+    assert not multiprocessing.active_children()
     dataset.close()
 
 

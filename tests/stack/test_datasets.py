@@ -9,7 +9,7 @@ import os
 import pickle
 import signal
 import warnings
-from itertools import islice, pairwise
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(shared, tmp_path, wher
     found = batches(opened(shared, workers=2, **how), 3, 3)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(same(one, other) for one, other in zip(found, expected[3:], strict=True))
-    assert not any(same(one, other) for one, other in pairwise(expected))
+    assert not any(same(one, other) for one, other in combinations(expected, 2))  # two epochs: cases come again
     assert not same(batches(opened(shared, seed=1, **how), 0, 1)[0], expected[0])
 
 
@@ -92,6 +92,12 @@ def test_ranks_share_the_batches_of_one(shared, monkeypatch):
         parts.append(batches(opened(shared, batch_size=1), 0, 3))
     for number, batch in enumerate(whole):
         assert same(batch, {key: torch.cat([part[number][key] for part in parts]) for key in batch})
+
+
+def test_ranks_end_alike_when_one_cannot_use_a_case(shared, monkeypatch):
+    monkeypatch.setattr("swin_unetr.distributed.gather", lambda value: [value, "x.nii.gz: is damaged"])
+    with pytest.raises(ValueError, match=r"x\.nii\.gz: is damaged"):
+        opened(shared)
 
 
 def test_an_epoch_is_one_pass_in_an_order_of_its_own():
