@@ -30,13 +30,19 @@ class ForwardWorker {
       group_.place(g, begin + g);
       group_.pack(window, 1, window.keys, nullptr);
       group_.pack(window, 2, nullptr, window.values);
-      if (group_.pattern().region_count > 1)
-        group_.bound_other_regions(window, group_.padded_tokens() * group_.width());
     }
+    attend_placed(count);
+  }
+
+  // Windows [0, count) of the group, whose tokens, keys and values are there.
+  void attend_placed(int count) {
+    if (group_.pattern().region_count > 1)
+      for (int g = 0; g < count; ++g)
+        group_.bound_other_regions(group_.window(g), group_.padded_tokens() * group_.width());
     const auto prefetch = [&](int64_t token) {
-      group_.prefetch_part(token, 0);
+      if (call_.qkv) group_.prefetch_part(token, 0);
       group_.prefetch_row(call_.out, token * group_.channels());
-      __builtin_prefetch(static_cast<T*>(call_.lse) + token * call_.heads);
+      if (call_.lse) __builtin_prefetch(static_cast<T*>(call_.lse) + token * call_.heads);
     };
     group_.for_each_block(count, prefetch,
                           [&](const GroupWindow<T>& window, const Region& region, int64_t first, int64_t last) {
