@@ -198,14 +198,8 @@ void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {SWIN_NAME(SWIN_ISA),
-                             attention_scratch,
-                             prepare_bias,
-                             attention_forward,
-                             attention_backward,
-                             reduce_gradients,
-                             projects,
-                             projected_scratch,
+const KernelTable kernels = {SWIN_NAME(SWIN_ISA), attention_scratch, prepare_bias, attention_forward,
+                             attention_backward,  reduce_gradients,  projects,     projected_scratch,
                              projected_forward};
 
 }  // namespace SWIN_ISA

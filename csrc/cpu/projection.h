@@ -95,13 +95,14 @@ class Projection {
       }
       for (int64_t channel = 0; channel < channels_; channel += kRows) {
         const auto init = [&](int r, int64_t) { return broadcast(bias_[channels_ + channel + r]); };
-        const auto finish = [&](int r, int64_t column, Vec<float> sum) {
-          const int64_t out = channel + r, token = first + column;
+        const auto finish = [&](int r, int64_t column, auto& sums) {
+          const int64_t out = channel + r;
           if (out >= channels_) return;
-          const int64_t head = out / head_dim_, d = out % head_dim_;
-          store(keys + head * padded_tokens_ * head_dim_ + token / kPanel * kPanel * head_dim_ + d * kPanel +
-                    token % kPanel,
-                sum);
+          float* row = keys + out / head_dim_ * padded_tokens_ * head_dim_ + out % head_dim_ * kPanel;
+          for (int c = 0; c < count_of(sums); ++c) {
+            const int64_t token = first + column + c * kLanes<float>;
+            store(row + token / kPanel * kPanel * head_dim_ + token % kPanel, sums[c]);
+          }
         };
         product_rows<0>(key_weights_ + channel * channels_, channels_, panels_, channels_, 0, columns, init, finish);
       }
@@ -111,8 +112,10 @@ class Projection {
   // Tokens in rows, channels in columns.
   void project_rows(float* queries, float* values) {
     const int64_t vectors = 2 * channels_ / kLanes<float>;
-    if (SWIN_VECTOR_BYTES == 64 && vectors % 4 == 0) return project_columns<SWIN_VECTOR_BYTES == 64 ? 4 : 1>(queries, values);
-    if (SWIN_VECTOR_BYTES == 64 && vectors % 3 == 0) return project_columns<SWIN_VECTOR_BYTES == 64 ? 3 : 1>(queries, values);
+    if (SWIN_VECTOR_BYTES == 64 && vectors % 4 == 0)
+      return project_columns<SWIN_VECTOR_BYTES == 64 ? 4 : 1>(queries, values);
+    if (SWIN_VECTOR_BYTES == 64 && vectors % 3 == 0)
+      return project_columns<SWIN_VECTOR_BYTES == 64 ? 3 : 1>(queries, values);
     project_columns<2>(queries, values);
   }
 
@@ -122,14 +125,16 @@ class Projection {
       const auto init = [&](int, int64_t column) {
         return load(bias_ + column + (column < channels_ ? 0 : channels_));
       };
-      const auto finish = [&](int r, int64_t column, Vec<float> sum) {
+      const auto finish = [&](int r, int64_t column, auto& sums) {
         const int64_t token = first + r;
         if (token >= padded_tokens_) return;
-        const int64_t out = column - channels_;
-        if (out < 0)
-          store(queries + token * channels_ + column, sum);
-        else
-          store(values + (out / head_dim_ * padded_tokens_ + token) * head_dim_ + out % head_dim_, sum);
+        for (int c = 0; c < kWidth; ++c, column += kLanes<float>) {
+          const int64_t out = column - channels_;
+          if (out < 0)
+            store(queries + token * channels_ + column, sums[c]);
+          else
+            store(values + (out / head_dim_ * padded_tokens_ + token) * head_dim_ + out % head_dim_, sums[c]);
+        }
       };
       for (int64_t column = 0; column < 2 * channels_; column += kWidth * kLanes<float>)
         product_block<0, kWidth>(rows_ + first * channels_, channels_, weights_, channels_, column, init, finish);

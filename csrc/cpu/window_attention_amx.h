@@ -230,8 +230,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     if (parts_[g].values_are_copied) return;
     for (int64_t t = 0; t < group_.padded_tokens(); ++t)
       store(group_.window(g).values + t * kHeadDim, load(row(g, t, 2)));
-    if (group_.pattern().region_count > 1)
-      group_.bound_other_regions(group_.window(g), group_.padded_tokens() * group_.width());
+    group_.bound(group_.window(g), group_.padded_tokens() * group_.width());
     parts_[g].values_are_copied = true;
   }
 
