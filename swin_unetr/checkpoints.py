@@ -151,7 +151,8 @@ def _feed(digest, value: Any, where: str) -> None:
         digest.update(f"list {len(value)} ".encode())
         for index, item in enumerate(value):
             _feed(digest, item, f"{where}[{index}]")
-    elif value is None or isinstance(value, (bool, int, float, str)):
+    # Exactly: torch.load would not read a subclass such as NumPy's float64 or torch's own version text.
+    elif value is None or type(value) in (bool, int, float, str):
         text = repr(value).encode()
         digest.update(f"{type(value).__name__} {len(text)} ".encode() + text)
     else:

@@ -6,7 +6,8 @@ Started by ``torchrun``, each process has a rank; without it there is one, of ra
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -21,6 +22,10 @@ TIMEOUT = timedelta(minutes=int(os.environ.get("SWIN_UNETR_TIMEOUT_MINUTES", "30
 """How long a rank waits for the others before it gives up: the slowest validation of one case has to fit."""
 
 
+class RankLost(RuntimeError):
+    """Another rank of the job died or does not answer, so that this one cannot go on."""
+
+
 @contextmanager
 def job(device: str | None = None) -> Iterator[torch.device]:
     """Join the job that ``torchrun`` started, if it did; yields this rank's device.
@@ -31,6 +36,7 @@ def job(device: str | None = None) -> Iterator[torch.device]:
 
     Raises:
         ValueError: the device cannot be used here.
+        RankLost: within the context, a rank died or does not answer.
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, ranks)
@@ -39,11 +45,34 @@ def job(device: str | None = None) -> Iterator[torch.device]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store(), rank=int(os.environ["RANK"]), world_size=ranks, timeout=TIMEOUT)
     try:
         yield chosen
+    except RuntimeError as error:
+        if not _is_of_communication(error):
+            raise
+        # gloo: "[/path/to/source:537] Read error [address]: Connection reset by peer. This is typically …"
+        says = re.sub(r"^\[.*?\] *", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+        raise RankLost(f"rank {rank()} of {ranks} lost another rank, whose own output says why ({says})") from error
     finally:
         dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Where the ranks of this attempt find each other.
+
+    ``torchrun`` starts ranks again with the store of the attempt that failed: without a name of its own an attempt
+    could meet the addresses of the dead.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"swin-unetr/{attempt}/{os.environ['WORLD_SIZE']}", store)
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Whether `error` is about ranks that do not answer; gloo's have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _device(name: str | None, ranks: int) -> torch.device:
@@ -93,6 +122,32 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
+def first(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, the only one that calls it; on every rank.
+
+    Raises:
+        OSError, ValueError: `function` raised it on rank 0; then every rank does.
+    """
+    outcome: tuple[T | None, OSError | ValueError | None] = (None, None)
+    if is_first():
+        try:
+            outcome = function(), None
+        except (OSError, ValueError) as error:
+            outcome = None, error
+    value, error = broadcast(outcome)
+    if error is not None:
+        raise error
+    return value
+
+
+def sums(values: Iterable[float], device: torch.device) -> list[float]:
+    """Sums over all ranks, each of as many `values`, in float64."""
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds on some rank: what all have to agree on before a collective call."""
     if not dist.is_initialized():
@@ -107,11 +162,13 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: ranks()]
 
 
-def parallel(network: nn.Module, how: Literal["ddp", "fsdp"], device: torch.device) -> nn.Module:
+def parallel(
+    network: nn.Module, how: Literal["ddp", "fsdp"], device: torch.device, units: Iterable[nn.Module] | None = None
+) -> nn.Module:
     """`network` on `device` as this job trains it: itself with one rank, else by data parallel (DDP) or FSDP2.
 
-    FSDP2 shards the Swin stages and the convolution blocks, each as one unit, then what is left; it returns the same
-    module, whose parameters are now DTensors.
+    FSDP2 shards each of `units`, modules inside of `network` that are called, and then what is left; it returns the
+    same module, whose parameters are now DTensors. By default units are the children: Swin stages, convolution blocks.
     """
     network = network.to(device)
     if ranks() == 1:
@@ -126,7 +183,8 @@ def parallel(network: nn.Module, how: Literal["ddp", "fsdp"], device: torch.devi
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 shards no other
     mesh = init_device_mesh(device.type, (ranks(),))
-    for child in network.children():
-        fully_shard(child, mesh=mesh)
+    for unit in network.children() if units is None else units:
+        fully_shard(unit, mesh=mesh)
     return fully_shard(network, mesh=mesh)

@@ -46,6 +46,8 @@ def test_the_checksum_tells_contents_apart(other):
 def test_other_values_than_tensors_and_plain_ones_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"content\['progress'\]\['where'\] is a PosixPath; accepted are tensors"):
         checkpoints.write(tmp_path / "x.pt", {"progress": {"where": tmp_path}})
+    with pytest.raises(TypeError, match=r"content\['version'\] is a TorchVersion"):
+        checkpoints.write(tmp_path / "x.pt", {"version": torch.__version__})
     assert not list(tmp_path.iterdir())
 
 

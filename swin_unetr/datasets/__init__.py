@@ -1,0 +1,6 @@
+"""Training data: cases of a datalist, preprocessed and kept, and the batches drawn from them."""
+
+from .dataset import Dataset, ValidationCase, open_dataset
+from .options import Augmentation, Data
+
+__all__ = ["Augmentation", "Data", "Dataset", "ValidationCase", "open_dataset"]

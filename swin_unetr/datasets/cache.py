@@ -1,0 +1,154 @@
+"""Where preprocessed cases are kept between visits: MONAI's caching datasets, filled and read safely."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+from monai.data import CacheDataset, Dataset, PersistentDataset, SmartCacheDataset
+from monai.transforms import Compose
+from rich.console import Console
+from rich.progress import Progress
+
+from .datalist import Case
+from .images import BadCase
+
+FORMAT = "swin-unetr cached case 1"
+
+
+def kept(cases: Sequence[Case], transform: Compose, where: str, folder: Path | None, recipe: Any) -> Dataset:
+    """`cases` after `transform`, a deterministic one, kept in memory, on disk or not at all.
+
+    Args:
+        where: memory, disk or none.
+        recipe: what `transform` does, as plain values; cases on disk belong to one recipe.
+    """
+    if where == "memory":
+        return CacheDataset(cases, transform, progress=False, runtime_cache=True)
+    if where == "disk":
+        return OnDisk(cases, transform, folder, recipe)
+    return Dataset(cases, transform)
+
+
+class OnDisk(PersistentDataset):
+    """Cases as files of plain tensors, which are read with ``weights_only=True``.
+
+    A file belongs to one state of the case's files (path, size, time of change) and one recipe; any other is another
+    file, and a file that is truncated is written again.
+    """
+
+    def __init__(self, cases: Sequence[Case], transform: Compose, folder: Path, recipe: Any) -> None:
+        self.recipe = json.dumps([FORMAT, monai.__version__, recipe], sort_keys=True, default=str)
+        super().__init__(cases, transform, folder, hash_func=self.identity, weights_only=True)
+
+    def identity(self, case: Case) -> bytes:
+        state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in case.files]
+        return hashlib.sha256(json.dumps([state, self.recipe]).encode()).hexdigest().encode()
+
+    def _cachecheck(self, case: Case) -> Any:
+        # MONAI copies a file into place where the folder for temporary files is on another disk: a run killed in the
+        # middle of that leaves part of it.
+        path = self.cache_dir / f"{self.identity(case).decode()}.pt"
+        if path.is_file() and not zipfile.is_zipfile(path):
+            warnings.warn(f"{path}: is no whole cache file; the case is preprocessed again", stacklevel=2)
+            path.unlink(missing_ok=True)
+        return super()._cachecheck(case)
+
+
+class Rolling(SmartCacheDataset):
+    """A window of cases in memory, part of which is replaced by the next cases after each epoch.
+
+    The window of an epoch depends on the epoch's number alone, so that a run can start at any.
+
+    Args:
+        size: cases in the window.
+        rate: part of them that is replaced.
+        epoch: whose window comes first.
+    """
+
+    def __init__(
+        self, cases: Sequence[Case], transform: Compose, size: int, rate: float, epoch: int, threads: int
+    ) -> None:
+        first = epoch * min(math.ceil(size * rate), len(cases) - size) % len(cases)
+        with warnings.catch_warnings():
+            # A window over all cases is a plain cache: what MONAI warns of is what is meant.
+            warnings.filterwarnings("ignore", message="cache_num is greater or equal than dataset length")
+            super().__init__(
+                [*cases[first:], *cases[:first]],
+                transform,
+                replace_rate=rate,
+                cache_num=size,
+                num_init_workers=threads,
+                num_replace_workers=threads,
+                progress=False,
+                shuffle=False,
+                copy_cache=False,
+            )
+
+    def _load_cache_item(self, idx: int) -> Any:
+        """A case that cannot be used becomes its error, raised where it is drawn: MONAI's thread would die of it and
+        leave the training waiting for ever."""
+        try:
+            return super()._load_cache_item(idx)
+        except Exception as error:
+            return _bad(error, self.data[idx])
+
+
+def fill(dataset: Dataset, cases: Sequence[int], threads: int, console: Console | None) -> None:
+    """Visit `cases` once, so that they are kept, and those that cannot be used are found before training begins.
+
+    Raises:
+        BadCase: a case cannot be used.
+    """
+    with one_thread(), ThreadPool(max(threads, 1)) as pool:
+        visits = pool.imap(partial(visit, dataset), cases)
+        with Progress(console=console, transient=True, disable=console is None) as progress:
+            for _ in progress.track(visits, total=len(cases), description="preprocessing"):
+                pass
+
+
+def visit(dataset: Dataset, index: int) -> Any:
+    """Case number `index` of `dataset`.
+
+    Raises:
+        BadCase: it cannot be used; the message names its file.
+    """
+    try:
+        item = dataset[index]
+    except Exception as error:
+        raise _bad(error, dataset.data[index]) from error
+    if isinstance(item, BadCase):
+        raise item
+    return item
+
+
+def _bad(error: Exception, case: Case) -> BadCase:
+    """What is behind `error`, which MONAI's transforms wrap, and whose case it is."""
+    while error.__cause__ is not None and not isinstance(error, BadCase):
+        error = error.__cause__
+    says = str(error).strip() or type(error).__name__
+    if any(str(file) in says for file in case.files):
+        return BadCase(says)
+    return BadCase(f"{case.images[0]}: case {case.name!r} cannot be used: {says}")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums over a volume on one thread, as in the worker processes: with more, their last bits differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

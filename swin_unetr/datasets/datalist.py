@@ -1,0 +1,201 @@
+"""Datalists: which cases a JSON file lists, where their files lie, and which of them validate."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from monai.data.utils import partition_dataset
+
+from ..evaluation.label_maps import case_name
+from .options import Data
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case on disk.
+
+    Attributes:
+        name: as the datalist gives it, or that of its file.
+        images: one file with all channels, or one each.
+        label: its label map; None without one.
+        fold: that the datalist gives it; None without one.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    fold: int | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.images if self.label is None else (*self.images, self.label)
+
+
+def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[Case], list[Case]]:
+    """Cases to train on and cases to validate on, each by name.
+
+    Args:
+        labelled: every case needs a label; otherwise labels are passed over and an entry may be a file name alone.
+        channels: what the network takes; a datalist that names another number of modalities is refused.
+
+    Raises:
+        ValueError: the datalist is none, is empty, leads out of its root, lists files that are missing, or a case more
+            than once; the message names the entry and the file.
+    """
+    content = _json(data.datalist)
+    _check_channels(content, channels, data.datalist)
+    root = (data.root or data.datalist.parent).resolve()
+    inside = (root, *(folder.resolve() for folder in data.trusted))
+    cases: list[Case] = []
+    for section in data.sections:
+        if section not in content:
+            raise ValueError(f"{data.datalist}: has no list {section!r}; it has {', '.join(_lists(content)) or 'none'}")
+        cases += _cases(content, section, data.datalist, root, inside, labelled)
+    own = "validation" in content and "validation" not in data.sections and data.fold is None
+    held_out = _cases(content, "validation", data.datalist, root, inside, labelled) if own else []
+    if not cases:
+        raise ValueError(f"{data.datalist}: its lists {', '.join(data.sections)} are empty; accepted is a case or more")
+    _check_files([*cases, *held_out], data.datalist)
+    _check_distinct(cases, held_out, data.datalist)
+    cases.sort(key=lambda case: case.name)  # the split and the draws do not depend on the order of the file
+    if held_out:
+        return cases, sorted(held_out, key=lambda case: case.name)
+    return _split(cases, data)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"datalist: {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"datalist: {path} holds a {type(content).__name__}; accepted is an object with lists of cases"
+        )
+    return content
+
+
+def _lists(content: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in content.items() if isinstance(value, list)]
+
+
+def _check_channels(content: Mapping[str, Any], channels: int | None, datalist: Path) -> None:
+    modalities = content.get("modality") or content.get("channel_names")
+    if channels is not None and isinstance(modalities, dict) and len(modalities) != channels:
+        raise ValueError(
+            f"{datalist}: lists {len(modalities)} modalities ({', '.join(map(str, modalities.values()))}); the network "
+            f"takes {channels}"
+        )
+
+
+def _cases(
+    content: Mapping[str, Any], section: str, datalist: Path, root: Path, inside: Sequence[Path], labelled: bool
+) -> list[Case]:
+    entries = content[section]
+    if not isinstance(entries, list):
+        raise ValueError(f"{datalist}: {section} is a {type(entries).__name__}; accepted is a list of cases")
+    cases = []
+    for number, entry in enumerate(entries):
+        where = f"{datalist}: {section}[{number}]"
+        fields = entry if isinstance(entry, dict) else {"image": entry}
+        images = fields.get("image")
+        images = images if isinstance(images, list) else [images]
+        if not images or not all(isinstance(file, str) and file for file in images):
+            raise ValueError(f"{where}: image is {fields.get('image')!r}; accepted is a file name or a list of them")
+        label = fields.get("label") if labelled else None
+        if labelled and not (isinstance(label, str) and label):
+            raise ValueError(f"{where}: label is {label!r}; accepted is a file name")
+        fold = fields.get("fold")
+        if fold is not None and (not isinstance(fold, int) or isinstance(fold, bool)):
+            raise ValueError(f"{where}: fold is {fold!r}; accepted is a whole number")
+        files = tuple(_place(file, where, root, inside) for file in images)
+        name = fields.get("name") or _name([root / file for file in images])
+        cases.append(Case(str(name), files, _place(label, where, root, inside) if label else None, fold))
+    return cases
+
+
+def _place(entry: str, where: str, root: Path, inside: Sequence[Path]) -> Path:
+    """Where the file of an entry really lies, all links followed: what was checked is what will be read."""
+    try:
+        path = (root / entry).resolve()
+    # RuntimeError: a loop of links, before Python 3.13.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{where}: {entry!r} is no file name: {error}") from error
+    if not any(path.is_relative_to(folder) for folder in inside):
+        raise ValueError(
+            f"{where}: {entry!r} leads to {path}, out of the data's root {root}; accepted are files inside of it, and "
+            "of folders listed as trusted"
+        )
+    return path
+
+
+def _name(images: Sequence[Path]) -> str:
+    """Of a case: its file's name without suffix; of several files what these have in common, or their folder's."""
+    names = [case_name(path) for path in images]
+    common = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in common).rstrip("_-. ") or images[0].parent.name
+
+
+def _check_files(cases: Iterable[Case], datalist: Path) -> None:
+    missing = [str(file) for case in cases for file in case.files if not file.is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{datalist}: lists files that are missing: {', '.join(missing[:3])}{more}")
+    unknown = [str(file) for case in cases for file in case.files if not file.name.endswith((".nii", ".nii.gz"))]
+    if unknown:
+        raise ValueError(f"{datalist}: lists {unknown[0]}; accepted are NIfTI files, .nii or .nii.gz")
+
+
+def _check_distinct(cases: Sequence[Case], held_out: Sequence[Case], datalist: Path) -> None:
+    """A case listed twice would count twice; one in training and validation would make the scores worthless."""
+    trained = {file: case.name for case in cases for file in case.images}
+    for case in held_out:
+        shared = next((file for file in case.images if file in trained), None)
+        if shared is not None or case.name in trained.values():
+            raise ValueError(
+                f"{datalist}: case {case.name!r} ({shared or case.images[0]}) is in training and validation"
+            )
+    for group in (cases, held_out):
+        names = Counter(case.name for case in group)
+        files = Counter(file for case in group for file in set(case.images))
+        for case in group:
+            if names[case.name] > 1 or any(files[file] > 1 for file in case.images):
+                raise ValueError(
+                    f"{datalist}: case {case.name!r} ({case.images[0]}) is listed more than once; accepted are cases "
+                    "with names of their own: those of their files, or given by the key 'name'"
+                )
+
+
+def _split(cases: Sequence[Case], data: Data) -> tuple[list[Case], list[Case]]:
+    """Cases of all other folds, and of the fold that validates."""
+    chosen = data.fold or 0
+    listed = [case for case in cases if case.fold is not None]
+    if listed:
+        without = next((case for case in cases if case.fold is None), None)
+        if without is not None:
+            raise ValueError(
+                f"{data.datalist}: case {without.name!r} has no fold, others have; accepted is all or none"
+            )
+        known = sorted({case.fold for case in listed})
+        if chosen not in known or len(known) < 2:
+            raise ValueError(
+                f"fold is {chosen}; {data.datalist} has folds {known}, and one of two or more can validate"
+            )
+        return [case for case in cases if case.fold != chosen], [case for case in cases if case.fold == chosen]
+    if data.folds == 1:
+        return list(cases), []
+    if len(cases) < data.folds:
+        raise ValueError(
+            f"folds is {data.folds}; {data.datalist} has {len(cases)} cases, accepted are as many or fewer"
+        )
+    if chosen >= data.folds:
+        raise ValueError(f"fold is {chosen}; accepted are 0 to {data.folds - 1} of {data.folds} folds")
+    parts = partition_dataset(list(cases), num_partitions=data.folds, shuffle=True, seed=data.split_seed)
+    held_out = {case.name for case in parts[chosen]}
+    return [case for case in cases if case.name not in held_out], [case for case in cases if case.name in held_out]

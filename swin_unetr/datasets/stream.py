@@ -1,0 +1,127 @@
+"""Batches by number: what is in each, and the processes that draw them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Compose
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import Dataset as TorchDataset
+
+from .cache import one_thread, visit
+
+ORDER, DRAW, WINDOW = range(3)
+"""What a number is drawn for: streams of random numbers under one seed must not be alike."""
+
+
+def random_state(seed: int, purpose: int, number: int = 0) -> np.random.RandomState:
+    """A generator that depends on its arguments alone."""
+    return np.random.RandomState(np.random.SeedSequence([seed, purpose, number]).generate_state(4))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which case each place of each batch holds.
+
+    An epoch is one pass over `cases`, in an order of its own; a last batch that is not full begins the order again. The
+    batch of all ranks depends on its extent alone, and each rank holds its part of it: more ranks with smaller batches
+    draw the same.
+
+    Attributes:
+        cases: in an epoch.
+        batch_size: cases in a batch on each rank.
+        rank: whose part this is.
+        ranks: how many there are.
+    """
+
+    cases: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-self.cases // (self.batch_size * self.ranks))
+
+    def batch(self, number: int) -> list[tuple[int, int]]:
+        """This rank's part of batch `number`: of each place the case, and the number of the draw."""
+        epoch, within = divmod(number, self.batches_per_epoch)
+        order = random_state(self.seed, ORDER, epoch).permutation(self.cases)
+        extent = self.batch_size * self.ranks
+        places = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        return [(int(order[(within * extent + place) % self.cases]), number * extent + place) for place in places]
+
+
+class Draws(TorchDataset):
+    """Crops of a case by ``(case, draw)``, which depend on nothing else; or the error that kept them from being drawn.
+
+    An error is returned, not raised: across processes an exception loses what it was.
+    """
+
+    def __init__(self, cases: TorchDataset, draw: Compose, seed: int) -> None:
+        self.cases = cases
+        self.draw = draw
+        self.seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> list[dict[str, torch.Tensor]] | ValueError:
+        case, number = place
+        try:
+            item = visit(self.cases, case)
+        except ValueError as error:
+            return error
+        self.draw.set_random_state(state=random_state(self.seed, DRAW, number))
+        return self.draw(item)
+
+
+def collate(draws: Sequence[Any]) -> dict[str, torch.Tensor] | ValueError:
+    """The crops of all `draws` as one batch; the first error, if there is one."""
+    error = next((draw for draw in draws if isinstance(draw, ValueError)), None)
+    return error or default_collate([crop for draw in draws for crop in draw])
+
+
+def load(draws: Draws, batches: Iterable[list[tuple[int, int]]], workers: int, prefetch: int) -> Iterator[dict]:
+    """Each of `batches`, drawn by `workers` processes, or in this one if there are none.
+
+    Raises:
+        ValueError: a case cannot be used.
+    """
+    loader = DataLoader(
+        draws,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        # Workers share the cases in memory, which only a fork can.
+        multiprocessing_context="fork" if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        # The loader seeds its workers from it. Nothing of ours draws from those seeds, and PyTorch's own generator,
+        # which training depends on, stays where it is.
+        generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_training,
+    )
+    step: Callable = next if workers else _next_on_one_thread
+    drawn = iter(loader)
+    try:
+        while (batch := step(drawn, None)) is not None:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    finally:
+        del drawn  # ends the workers, which the traceback of an error would keep
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """A scheduler that ends a job tells all of its processes: workers have to last until training has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _next_on_one_thread(batches: Iterator, default: None) -> Any:
+    with one_thread():
+        return next(batches, default)

@@ -1,0 +1,109 @@
+"""`swin-unetr pretrain`: train the encoder on volumes without labels, on one device or many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from .architecture import Architecture
+from .datasets import Data, open_dataset
+from .preprocessing import Preprocessing
+from .pretraining.self_supervision import SelfSupervision
+from .pretraining.task import Tasks
+from .training import session
+from .training.options import Optimization, Schedule
+
+
+@dataclass
+class Options:
+    """Train the encoder of a Swin UNETR to tell rotations, to recognise a crop's other view, and to fill cutouts.
+
+    Writes into `out`: best.pt (weights that `train --initial` starts from), checkpoints/ (to go on from), config.yaml,
+    log.jsonl and tensorboard/. The same command goes on where it was stopped. Under torchrun it trains on all ranks,
+    and each view has the views of every rank as negatives.
+
+    Args:
+        data: cases, whose labels are not read, and how crops are taken from them.
+        out: folder of this run.
+        architecture: the network whose encoder is trained; the one to fine-tune later.
+        preprocessing: what is done to every image; it maps intensities to 0..1.
+        roi: voxels of a crop, multiples of 32, equal along the plane of tasks.rotation_axes.
+        tasks: what each task counts, and how views are made.
+        embedding: length of the vectors that contrast compares.
+        validation_crops: of each case that is validated on.
+        optimization: how.
+        schedule: for how long; validation and checkpoints.
+        initial: weights to start from: of another pretraining, or published ones.
+        resume: auto goes on from the newest checkpoint in `out`; never refuses a folder that has some.
+        seed: of weights, crops, views and dropout.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+    """
+
+    data: Data
+    out: Path
+    architecture: Architecture = field(default_factory=Architecture)
+    preprocessing: Preprocessing = field(default_factory=lambda: Preprocessing(window=(-1000.0, 1000.0)))
+    roi: tuple[int, ...] = (96, 96, 96)
+    tasks: Tasks = field(default_factory=Tasks)
+    embedding: int = 512
+    validation_crops: int = 2
+    optimization: Optimization = field(
+        default_factory=lambda: Optimization(learning_rate=4e-4, weight_decay=0.1)  # as published
+    )
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=100_000, warm_up=0.005))
+    initial: Path | None = None
+    resume: Literal["auto", "never"] = "auto"
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.roi) != self.architecture.spatial_dims:
+            raise ValueError(f"roi is {tuple(self.roi)}; accepted are {self.architecture.spatial_dims} extents")
+        self.tasks.check(self.roi)
+        if self.preprocessing.intensity != "window":
+            raise ValueError(
+                f"preprocessing.intensity is {self.preprocessing.intensity!r}; accepted is 'window', since cutouts are "
+                "filled with noise in 0..1"
+            )
+        for name in ("embedding", "validation_crops"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is a number ≥ 1")
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"resume is {self.resume!r}; accepted are 'auto' and 'never'")
+
+
+def run(options: Options, console: Console | None = None) -> int:
+    """Pretrain; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
+    interrupted.
+
+    Raises:
+        ValueError: data or options do not fit, or `options.out` holds another run.
+        OSError: `options.out` cannot be written to.
+    """
+    return session.run(
+        "pretrain",
+        options,
+        lambda console: open_dataset(
+            options.data,
+            options.preprocessing,
+            options.roi,
+            None,
+            options.seed,
+            channels=options.architecture.in_channels,
+            console=console,
+        ),
+        lambda dataset: SelfSupervision(
+            options.architecture,
+            options.preprocessing,
+            options.roi,
+            options.tasks,
+            options.embedding,
+            dataset.validation,
+            options.validation_crops,
+            options.seed,
+        ),
+        console,
+    )

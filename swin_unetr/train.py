@@ -1,0 +1,109 @@
+"""`swin-unetr train`: train or fine-tune a segmentation network, on one device or many."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from .architecture import Architecture
+from .datasets import Data, open_dataset
+from .labels import Labels
+from .preprocessing import Preprocessing
+from .training import session
+from .training.options import Optimization, Schedule
+from .training.segmentation import Loss, Segmentation, Validation
+
+
+@dataclass
+class Options:
+    """Train a segmentation network.
+
+    Writes into `out`: best.pt (weights for prediction), checkpoints/ (to go on from), config.yaml, log.jsonl and
+    tensorboard/. The same command goes on where it was stopped. Under torchrun it trains on all ranks.
+
+    Args:
+        data: cases and how crops are taken from them.
+        labels: what is segmented.
+        out: folder of this run.
+        architecture: the network; its out_channels are the classes, and the background unless they overlap.
+        preprocessing: what is done to every image, in prediction too.
+        roi: voxels of a crop, multiples of 32.
+        loss: what is minimised.
+        optimization: how.
+        schedule: for how long; validation and checkpoints.
+        validation: how whole cases are segmented to choose the best weights.
+        initial: weights to start from: of pretrain, of another training, or published ones.
+        resume: auto goes on from the newest checkpoint in `out`; never refuses a folder that has some.
+        seed: of weights, crops, augmentation and dropout.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+    """
+
+    data: Data
+    labels: Labels
+    out: Path
+    architecture: Architecture = field(default_factory=Architecture)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    roi: tuple[int, ...] = (96, 96, 96)
+    loss: Loss = field(default_factory=Loss)
+    optimization: Optimization = field(default_factory=Optimization)
+    schedule: Schedule = field(default_factory=Schedule)
+    validation: Validation = field(default_factory=Validation)
+    initial: Path | None = None
+    resume: Literal["auto", "never"] = "auto"
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        dims = self.architecture.spatial_dims
+        if len(self.roi) != dims or any(extent < 32 or extent % 32 for extent in self.roi):
+            raise ValueError(f"roi is {tuple(self.roi)}; accepted are {dims} multiples of 32")
+        if math.prod(self.roi) == 32**dims:
+            raise ValueError(
+                f"roi is {tuple(self.roi)}, whose deepest feature map is a single voxel, of which instance norm makes "
+                "zero; accepted is a roi with at least one axis of 64 or more"
+            )
+        channels = self.labels.channels
+        if self.architecture.out_channels != channels:
+            background = "" if self.labels.overlapping else " and the background"
+            raise ValueError(
+                f"architecture.out_channels is {self.architecture.out_channels}; accepted is {channels}: "
+                f"{', '.join(self.labels.names)}{background}"
+            )
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"resume is {self.resume!r}; accepted are 'auto' and 'never'")
+
+
+def run(options: Options, console: Console | None = None) -> int:
+    """Train; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75 interrupted.
+
+    Raises:
+        ValueError: data or options do not fit, or `options.out` holds another run.
+        OSError: `options.out` cannot be written to.
+    """
+    return session.run(
+        "train",
+        options,
+        lambda console: open_dataset(
+            options.data,
+            options.preprocessing,
+            options.roi,
+            options.labels,
+            options.seed,
+            channels=options.architecture.in_channels,
+            console=console,
+        ),
+        lambda dataset: Segmentation(
+            options.architecture,
+            options.labels,
+            options.preprocessing,
+            options.roi,
+            options.loss,
+            options.validation,
+            dataset.validation,
+        ),
+        console,
+    )

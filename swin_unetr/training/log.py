@@ -1,0 +1,76 @@
+"""What a run leaves to be plotted: a line of JSON and TensorBoard scalars for every step and validation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+LINES = "log.jsonl"
+SCALARS = "tensorboard"
+
+
+class Log:
+    """Writes into a run's folder; used by rank 0 alone.
+
+    A run that resumes after a step has each step once: what an earlier attempt did beyond it is dropped.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        """
+        Args:
+            out: the folder of the run.
+            step: of the checkpoint that the run goes on from, or 0.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        out.mkdir(parents=True, exist_ok=True)
+        _keep(out / LINES, step)
+        self._lines = (out / LINES).open("a")
+        self._scalars = SummaryWriter(out / SCALARS, purge_step=step + 1)
+
+    def write(self, event: str, step: int, values: Mapping[str, float | int | None]) -> None:
+        """One line, and a scalar ``event/name`` for each of `values`; what is not finite is null in the line.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        line = {"event": event, "step": step} | {name: _finite(value) for name, value in values.items()}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if value is not None:
+                self._scalars.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._scalars.close()
+
+
+def read(out: Path) -> list[dict[str, object]]:
+    """The lines in a run's folder, oldest first; one that was cut off by a crash is left out."""
+    path = out / LINES
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _keep(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`."""
+    kept = [line for line in read(path.parent) if line["step"] <= step]
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _finite(value: float | int | None) -> float | int | None:
+    return value if value is None or math.isfinite(value) else None

@@ -1,0 +1,392 @@
+"""The training loop: steps, validation, checkpoints, and going on exactly where a run was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from rich.console import Console
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .. import checkpoints, distributed
+from . import state
+from .interruption import Interruption
+from .log import Log
+from .options import Optimization, Schedule
+from .progress import ProgressLine, peak_memory_gib
+from .resume import CHECKPOINTS
+from .task import Batches, Task
+
+BEST = "best.pt"
+"""File in a run's folder: the best weights so far, for prediction."""
+
+
+@dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        step: steps of the optimizer that are done.
+        validated: step of the last validation.
+        best: step and figure of the best validation; None before the first.
+        stale: validations since the best one.
+        skipped: steps that fp16 skipped because gradients overflowed.
+    """
+
+    step: int = 0
+    validated: int = 0
+    best: dict[str, Any] | None = None
+    stale: int = 0
+    skipped: int = 0
+
+
+class Loop:
+    """Trains a `Task` on `Batches` as this rank of the job; every rank makes one and calls the same methods."""
+
+    def __init__(
+        self,
+        task: Task,
+        batches: Batches,
+        optimization: Optimization,
+        schedule: Schedule,
+        *,
+        out: Path,
+        device: torch.device,
+        seed: int = 0,
+        facts: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """
+        Args:
+            task: its network has the same weights on every rank.
+            out: folder for checkpoints, weights and logs.
+            seed: of what `task` draws and of dropout.
+            facts: what checkpoints hold beside the loop's and the task's own: config and provenance.
+            console: where rank 0 reports.
+        """
+        self.task, self.batches, self.optimization, self.schedule = task, batches, optimization, schedule
+        self.out, self.device, self.seed, self.facts = out, device, seed, dict(facts or {})
+        self.console = console or Console(quiet=not distributed.is_first())
+        self.steps = schedule.total(batches.batches_per_epoch, optimization.accumulation)
+        self.position = Position()
+
+        network, core = task.network.to(device), task.core
+        self.ema = None
+        if optimization.ema is not None:
+            self.ema = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema))
+        self.sharded = optimization.parallel == "fsdp" and distributed.ranks() > 1
+        self.whole = copy.deepcopy(core) if self.sharded else None  # for validation, in which ranks do not keep step
+        self.network = distributed.parallel(network, optimization.parallel, device, core.children())
+        if self.sharded and self.ema is not None:
+            distributed.parallel(self.ema.module, optimization.parallel, device)
+
+        self.optimizer = torch.optim.AdamW(
+            network.parameters(), lr=optimization.learning_rate, weight_decay=optimization.weight_decay
+        )
+        self.scheduler = warm_up_and_cosine(self.optimizer, self.steps, schedule.warm_up)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=optimization.precision == "fp16")
+        state.seed(seed, distributed.rank())
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or validations have not become better for too long."""
+        patience = self.schedule.patience
+        return self.position.step >= self.steps or (patience is not None and self.position.stale >= patience)
+
+    @property
+    def epoch(self) -> int:
+        return self.position.step * self.optimization.accumulation // self.batches.batches_per_epoch
+
+    def run(self) -> bool:
+        """Train to the end; returns whether it was reached: False if a signal asked to stop, and all is saved.
+
+        Raises:
+            FloatingPointError: the loss or its gradient is not finite.
+            NotSaved: a checkpoint could not be written; the last one is whole.
+            OSError: the log could not be written.
+        """
+        saved = self.position.step
+        with ExitStack() as stack:
+            interruption = stack.enter_context(Interruption())
+            log = None
+            if distributed.is_first():
+                log = stack.enter_context(closing(Log(self.out, self.position.step)))
+            line = stack.enter_context(ProgressLine(self.console, self.position.step, self.steps))
+            stream = stack.enter_context(closing(self._stream()))
+            self.network.train()
+            if isinstance(self.network, DistributedDataParallel):
+                stream = self._settle(stream)
+            while True:
+                if self.position.validated < self.position.step and self._is_due(self.schedule.validate_every):
+                    self._validate(log, line)
+                    saved = -1  # what a checkpoint of this step says about the best has changed
+                if saved < self.position.step and self._is_due(self.schedule.checkpoint_every):
+                    self.save()
+                    saved = self.position.step
+                if self.finished:
+                    return True
+                if self._step(stream, interruption, log, line):
+                    # Validation may take longer than there is time; the run that goes on begins with it.
+                    self.save()
+                    line.say(f"interrupted; step {self.position.step} is saved", style="yellow")
+                    return False
+
+    def _is_due(self, every: int) -> bool:
+        return self.position.step % every == 0 or self.finished
+
+    # --- a step ---
+
+    def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
+        yield from self.batches.stream(self.position.step * self.optimization.accumulation)
+
+    def _next(self, stream: Iterator) -> dict[str, torch.Tensor]:
+        """The next batch, on this rank's device."""
+        with state.apart(torch.device("cpu")):
+            batch = next(stream)
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def _settle(self, stream: Iterator) -> Iterator:
+        """Forward and backward for nothing, twice; returns the stream as it was.
+
+        With a static graph DDP learns in its first backward which gradients come, in its second in which order, and
+        lays them out by that from then on. The layout decides how sums over ranks are rounded, and must not differ
+        between a step that is the first after an interruption and the same step without one. The first backward must
+        not be one with `no_sync`, either.
+        """
+        batch = self._next(stream)
+        with state.apart(self.device):
+            for _ in range(2):
+                self._losses(batch, 0)["loss"].backward()
+        return itertools.chain([batch], stream)
+
+    def _losses(self, batch: Mapping[str, torch.Tensor], micro: int) -> dict[str, torch.Tensor]:
+        random = np.random.default_rng([self.seed, self.position.step, micro, distributed.rank()])
+        with self._autocast():
+            return self.task.losses(self.network, batch, random)
+
+    def _step(self, stream: Iterator, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
+        """One step of the optimizer; returns whether a rank was asked to stop."""
+        started, waited, voxels = time.perf_counter(), 0.0, 0
+        parts: dict[str, float] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in range(self.optimization.accumulation):
+            asked_for = time.perf_counter()
+            batch = self._next(stream)
+            waited += time.perf_counter() - asked_for
+            voxels += batch["image"].numel() // batch["image"].shape[1]
+            with self._synchronized(micro + 1 == self.optimization.accumulation):
+                losses = self._losses(batch, micro)
+                self.scaler.scale(losses["loss"] / self.optimization.accumulation).backward()
+            for name, value in losses.items():
+                parts[name] = parts.get(name, 0.0) + value.item() / self.optimization.accumulation
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+
+        finite = math.isfinite(parts["loss"]) and (math.isfinite(norm) or self.scaler.is_enabled())
+        *sums, bad, asked = distributed.sums([*parts.values(), not finite, interruption.asked], self.device)
+        if bad:
+            self._raise_not_finite(parts, norm, finite)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        learning_rate = self.scheduler.get_last_lr()[0]
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.task.core)
+        self.position.step += 1
+        self.position.skipped += skipped
+
+        seconds = time.perf_counter() - started
+        values = {name: value / distributed.ranks() for name, value in zip(parts, sums, strict=True)}
+        speed, memory = voxels * distributed.ranks() / seconds, peak_memory_gib(self.device)
+        line.step(self.position.step, values["loss"], speed, memory)
+        if log is not None:
+            values |= {"epoch": self.epoch, "learning_rate": learning_rate, "gradient_norm": norm, "seconds": seconds}
+            values |= {"data_fraction": waited / seconds, "voxels_per_second": speed, "memory_gib": memory}
+            log.write("train", self.position.step, values)
+        return bool(asked)
+
+    @contextmanager
+    def _synchronized(self, last: bool) -> Iterator[None]:
+        """Gradients are averaged over ranks in the backward of a step's `last` batch alone."""
+        if self.sharded:
+            self.network.set_requires_gradient_sync(last)
+            yield
+        elif isinstance(self.network, DistributedDataParallel) and not last:
+            with self.network.no_sync():
+                yield
+        else:
+            yield
+
+    def _autocast(self) -> AbstractContextManager:
+        precision = self.optimization.precision
+        if precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+    def _clip(self) -> float:
+        """Clip the gradients; returns the norm they had, the same on every rank."""
+        clip = math.inf if self.optimization.clip is None else self.optimization.clip
+        norm = nn.utils.clip_grad_norm_(self.task.network.parameters(), clip)
+        return (norm.full_tensor() if self.sharded else norm).item()
+
+    def _raise_not_finite(self, parts: Mapping[str, float], norm: float, finite_here: bool) -> None:
+        says = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+        where = f"on rank {distributed.rank()}" + (" (another rank's is not finite)" if finite_here else "")
+        raise FloatingPointError(
+            f"step {self.position.step + 1}: {says}, norm of the gradient {norm:g} {where}; the weights were not "
+            "changed by it. Intensities far beyond 0..1, a high learning rate or fp16 are the usual reasons"
+        )
+
+    # --- validation ---
+
+    def _validate(self, log: Log | None, line: ProgressLine) -> None:
+        """Validate, and keep the weights if they are the best so far."""
+        started = time.perf_counter()
+        network = self._judged()
+        network.eval()
+        with torch.no_grad(), self._autocast(), state.apart(self.device):
+            figures = self.task.validate(network)
+        self.network.train()
+        self.position.validated = self.position.step
+        if not figures:
+            if self.finished:
+                self._save_best()
+            return
+        value = figures[self.task.figure]
+        if better := self._is_better(value):
+            self.position.best, self.position.stale = {"step": self.position.step, self.task.figure: value}, 0
+            self._save_best()
+        else:
+            self.position.stale += 1
+        seconds = time.perf_counter() - started
+        line.say(
+            f"step {self.position.step}  {self.task.figure} {value:.4f}"
+            + ("  best so far" if better else f"  best {self.position.best[self.task.figure]:.4f}")
+            + f"  validated in {seconds:.1f} s"
+        )
+        if log is not None:
+            log.write("validation", self.position.step, figures | {"seconds": seconds})
+
+    def _judged(self) -> nn.Module:
+        """The weights that prediction will use, in a network that a rank can call by itself."""
+        network = self.task.core if self.ema is None else self.ema.module
+        if self.whole is None:
+            return network
+        state.copy_weights(network, self.whole)
+        return self.whole
+
+    def _is_better(self, value: float) -> bool:
+        if self.position.best is None:
+            return True
+        best = self.position.best[self.task.figure]
+        if math.isnan(best):
+            return not math.isnan(value)
+        return value > best if self.task.higher_is_better else value < best
+
+    # --- checkpoints ---
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; called on all ranks.
+
+        Raises:
+            NotSaved: on every rank, if rank 0 could not write.
+        """
+        core, heads = self._weights()
+        content = self._content(core) | {
+            "training": {
+                "heads": heads,
+                "optimizer": state.optimizer_state(self.task.network, self.optimizer),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "averaged": None if self.ema is None else int(self.ema.n_averaged),
+                "random": distributed.gather(state.random_state(self.device)),
+            }
+        }
+        folder = self.out / CHECKPOINTS
+
+        def write() -> None:
+            checkpoints.write(folder / checkpoints.name(self.position.step), content)
+            checkpoints.prune(folder, self.schedule.keep)
+
+        distributed.first(write)
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's `content`, which every rank has."""
+        training = content["training"]
+        prefix = self._prefix()
+        network = {f"{prefix}{name}": value for name, value in content["model"].items()} | training["heads"]
+        state.set_optimizer_state(self.task.network, self.optimizer, training["optimizer"])
+        state.set_weights(self.task.network, network)
+        self.scheduler.load_state_dict(training["scheduler"])
+        self.scaler.load_state_dict(training["scaler"])
+        if self.ema is not None:
+            state.set_weights(self.ema.module, content["ema"])
+            self.ema.n_averaged.fill_(training["averaged"])
+        progress = {name: value for name, value in content["progress"].items() if name != "epoch"}
+        self.position = Position(**progress)
+        self.facts["provenance"] = content["provenance"]
+        if len(training["random"]) == distributed.ranks():
+            state.set_random_state(training["random"][distributed.rank()], self.device)
+        else:
+            state.seed(self.seed, distributed.rank(), self.position.step)
+            self.console.print(
+                f"the checkpoint is of {len(training['random'])} ranks, this job has {distributed.ranks()}: it goes on "
+                "with other random numbers and other batches",
+                style="yellow",
+            )
+
+    def _save_best(self) -> None:
+        content = self._content(self._weights()[0])
+        distributed.first(lambda: checkpoints.write(self.out / BEST, content))
+
+    def _content(self, core: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What weights for prediction hold; called on all ranks."""
+        return {
+            "kind": self.task.kind,
+            "provenance": {},
+            **self.facts,
+            **self.task.content(),
+            "model": core,
+            "ema": None if self.ema is None else state.weights(self.ema.module),
+            "progress": asdict(self.position) | {"epoch": self.epoch},
+        }
+
+    def _weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Of the task's core by its own names, and of what else is trained; called on all ranks."""
+        prefix = self._prefix()
+        core, heads = {}, {}
+        for name, value in state.weights(self.task.network).items():
+            if name.startswith(prefix):
+                core[name.removeprefix(prefix)] = value
+            else:
+                heads[name] = value
+        return core, heads
+
+    def _prefix(self) -> str:
+        """What names of the core's parameters begin with in the network."""
+        name = next(name for name, module in self.task.network.named_modules() if module is self.task.core)
+        return f"{name}." if name else ""
+
+
+def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> LRScheduler:
+    """The learning rate rises linearly over a part `warm_up` of all `steps`, then falls to 0 as a cosine."""
+    rising = round(warm_up * steps)
+    falling = CosineAnnealingLR(optimizer, T_max=max(1, steps - rising))
+    if not rising:
+        return falling
+    linear = LinearLR(optimizer, start_factor=1 / (rising + 1), total_iters=rising)
+    return SequentialLR(optimizer, [linear, falling], milestones=[rising])

@@ -1,0 +1,158 @@
+"""A training command from its options to its exit status: job, resuming, initial weights, loop, messages."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from os import environ
+from pathlib import Path
+from typing import Any, Protocol
+
+import monai
+import torch
+import yaml
+from rich.console import Console
+
+import swin_kernels
+
+from .. import distributed
+from ..pretrained import load_pretrained
+from . import resume, state
+from .loop import Loop
+from .options import Optimization, Schedule
+from .task import Batches, Task
+
+INTERRUPTED = 75
+"""Exit status after a signal to stop: all is saved, the same command goes on."""
+CONFIG = "config.yaml"
+
+
+class Options(Protocol):
+    """What the options of every command that trains have."""
+
+    out: Path
+    optimization: Optimization
+    schedule: Schedule
+    initial: Path | None
+    resume: str
+    seed: int
+    device: str | None
+
+
+class Dataset(Batches, Protocol):
+    """Batches that hold processes or memory until they are closed."""
+
+    def close(self) -> None: ...
+
+
+def run(
+    command: str,
+    options: Options,
+    open_dataset: Callable[[Console], Dataset],
+    make_task: Callable[[Dataset], Task],
+    console: Console | None = None,
+) -> int:
+    """Train as `options` say, or go on; returns the exit status of the command.
+
+    Args:
+        command: "train" or "pretrain", which is what `make_task` makes.
+        open_dataset, make_task: called once it is clear that there is something to train.
+
+    Raises:
+        ValueError, OSError: options or input are bad, or the disk is full; on every rank.
+    """
+    try:
+        with distributed.job(options.device) as device:
+            if not distributed.is_first():
+                console = Console(quiet=True)
+            return _run(command, options, open_dataset, make_task, device, console or Console())
+    except (FloatingPointError, distributed.RankLost) as error:
+        print(f"swin-unetr {command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(command, options, open_dataset, make_task, device: torch.device, console: Console) -> int:
+    config = resume.plain(options)
+    found = distributed.first(lambda: _prepare(command, options, config))
+    for error in found.damaged if found else ():
+        console.print(f"passed over: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    state.seed(options.seed)  # the same weights on every rank
+    with closing(open_dataset(console)) as dataset:
+        task = make_task(dataset)
+        facts = {"config": config, "provenance": {}}
+        if found is None:
+            facts["provenance"] = _provenance(_initial(task, options.initial, console))
+        loop = Loop(
+            task,
+            dataset,
+            options.optimization,
+            options.schedule,
+            out=options.out,
+            device=device,
+            seed=options.seed,
+            facts=facts,
+            console=console,
+        )
+        if found is not None:
+            loop.restore(found.content)
+            _say(console, f"goes on from {found.path}")
+        ended = loop.run()
+    if not ended:
+        return INTERRUPTED
+    best = loop.position.best
+    says = f", best {task.figure} {best[task.figure]:.4f} at step {best['step']}" if best else ""
+    _say(console, f"done after {loop.position.step} steps{says}; in {options.out}: best.pt, checkpoints, log.jsonl")
+    return 0
+
+
+def _prepare(command: str, options: Options, config: dict[str, Any]) -> resume.Found | None:
+    """The checkpoint to go on from; else a folder for this run, with its options in a file."""
+    # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
+    fresh = options.resume == "never" and int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
+    found = resume.find(options.out, command, config, fresh=fresh)
+    if found is None:
+        # Before the data, which may take long to read.
+        if options.initial is not None and not options.initial.is_file():
+            raise ValueError(f"initial: there is no file {options.initial}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    return found
+
+
+def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] | None:
+    """Load weights from a file into the task's core; returns what matched.
+
+    Raises:
+        ValueError: the file is damaged, or no weights of this network.
+    """
+    if path is None:
+        return None
+    try:
+        report = load_pretrained(task.core, path, verbose=False)
+    except (OSError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"initial: {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    _say(console, str(report))
+    return {
+        "source": report.source,
+        "loaded": list(report.loaded),
+        "missing": list(report.missing),
+        "unexpected": list(report.unexpected),
+        "mismatched": {name: [list(shape) for shape in shapes] for name, shapes in report.mismatched.items()},
+        "before_merging_change": report.before_merging_change,
+    }
+
+
+def _provenance(initial: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "swin_kernels": swin_kernels.__version__,
+        "torch": str(torch.__version__),
+        "monai": monai.__version__,
+        "python": platform.python_version(),
+        "initial": initial,
+    }
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,90 @@
+"""The state of a training run in and out of plain values, whole on rank 0 however the job shards it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+_ON_FIRST_RANK = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict on rank 0, on the CPU; to be called on all ranks. Names are those without FSDP."""
+    return dict(get_model_state_dict(network, options=_ON_FIRST_RANK))
+
+
+def set_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Load what `weights` gave, which every rank has whole."""
+    set_model_state_dict(network, dict(state), options=_WHOLE)
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Load the weights of `source`, sharded or not, into `target`, a whole network on every rank."""
+    target.load_state_dict(get_model_state_dict(source, options=_WHOLE))
+
+
+def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of the optimizer of `network` by parameter names, on rank 0; to be called on all ranks."""
+    return dict(get_optimizer_state_dict(network, optimizer, options=_ON_FIRST_RANK))
+
+
+def set_optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load what `optimizer_state` gave, which every rank has whole."""
+    # Before its first step (fp16 skips those that overflow) an optimizer has no state to load.
+    if state["state"]:
+        set_optimizer_state_dict(network, optimizer, dict(state), options=_WHOLE)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of Python's, NumPy's and PyTorch's generators of this process."""
+    version, words, gauss = random.getstate()
+    _, key, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [torch.from_numpy(key.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go on as the process did that `random_state` was called in."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    key, *others = state["numpy"]
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *others))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed(*entropy: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators, on every device."""
+    value = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+@contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """What is drawn in this context does not show outside: data and validation do not move the network's dropout."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)

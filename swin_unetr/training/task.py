@@ -1,0 +1,63 @@
+"""What a training loop is told about the thing it trains, and about the data it trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+
+class Task(Protocol):
+    """What is trained, by which losses, and how well it does.
+
+    Attributes:
+        kind: "train" or "pretrain", as checkpoints name it.
+        network: what losses are computed with, heads that serve training alone included.
+        core: the part of `network` that checkpoints keep as ``model``, that is averaged and validated; `network` itself
+            where there is nothing else.
+        figure: the figure of `validate` by which one validation is better than another.
+        higher_is_better: its direction.
+    """
+
+    kind: str
+    network: nn.Module
+    core: nn.Module
+    figure: str
+    higher_is_better: bool
+
+    def losses(
+        self, network: nn.Module, batch: Mapping[str, torch.Tensor], random: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        """The scalar to minimise as ``loss``, and its parts by name: means over this rank's batch.
+
+        Args:
+            network: `network`, wrapped as this job trains it; called once.
+            batch: on the network's device.
+            random: depends on seed, step and rank alone.
+        """
+
+    def validate(self, core: nn.Module) -> dict[str, float]:
+        """Figures by name, the same on every rank; {} if there is nothing to validate on. Called on all ranks.
+
+        Args:
+            core: like `core`, with the weights to judge; a call of it involves no other rank.
+        """
+
+    def content(self) -> dict[str, object]:
+        """What a checkpoint says about the weights beside the weights: architecture, roi, preprocessing, labels."""
+
+
+class Batches(Protocol):
+    """Training data as batches that have a number.
+
+    Attributes:
+        batches_per_epoch: batches of this rank in one pass over the cases.
+    """
+
+    batches_per_epoch: int
+
+    def stream(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches number `start`, `start` + 1, … without end; a batch depends on seed, number and rank alone."""

@@ -1,0 +1,179 @@
+"""An interrupted run that goes on is the uninterrupted one, bit by bit; and nothing is lost by bad luck."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from swin_unetr import checkpoints
+from swin_unetr.training import log, resume
+from swin_unetr.training.options import Schedule
+
+from .toy import Toy, ToyBatches, WithHead, final, loop, resumed
+
+EVERYTHING = {"ema": 0.9, "accumulation": 3, "clip": 0.5}
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(number: int):
+    """Batches whose `number`-th kills the run."""
+
+    def before(asked):
+        if asked == number:
+            raise Crash
+
+    return ToyBatches(before=before)
+
+
+def signal_at(number: int, which: signal.Signals):
+    def before(asked):
+        if asked == number:
+            os.kill(os.getpid(), which)
+
+    return ToyBatches(before=before)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Checkpoint and log of a run in one go, by the kind of its task."""
+    results = {}
+    for task in (Toy, WithHead):
+        out = tmp_path_factory.mktemp("uninterrupted")
+        assert loop(out, task(), **EVERYTHING).run()
+        results[task] = final(out), log.read(out), checkpoints.read(out / "best.pt")
+    return results
+
+
+def timeless(lines):
+    """Log lines without what a clock says."""
+    clocked = ("seconds", "data_fraction", "voxels_per_second", "memory_gib")
+    return [{name: value for name, value in line.items() if name not in clocked} for line in lines]
+
+
+# Steps have three batches; checkpoints follow steps 3, 6, 9, 12, validations steps 4, 8, 12.
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param(9, id="right after a checkpoint"),
+        pytest.param(13, id="inside accumulation, between validation and checkpoint"),
+        pytest.param(26, id="inside accumulation, before validation and checkpoint"),
+        pytest.param(35, id="the last batch"),
+    ],
+)
+@pytest.mark.parametrize("task", [Toy, WithHead])
+def test_a_crashed_run_goes_on_as_if_nothing_had_been(tmp_path, uninterrupted, batch, task):
+    with pytest.raises(Crash):
+        loop(tmp_path, task(), crash_at(batch), **EVERYTHING).run()
+    torch.rand(100)  # another process: generators are elsewhere
+    assert resumed(tmp_path, task(), **EVERYTHING).run()
+    expected, lines, best = uninterrupted[task]
+    assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
+    assert checkpoints.checksum(checkpoints.read(tmp_path / "best.pt")) == checkpoints.checksum(best)
+    assert timeless(log.read(tmp_path)) == timeless(lines)
+
+
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("batch", [0, 10, 18, 35])
+def test_a_signal_saves_after_the_step_it_came_in(tmp_path, uninterrupted, batch, which):
+    before = signal.getsignal(which)
+    task = Toy()
+    assert not loop(tmp_path, task, signal_at(batch, which), **EVERYTHING).run()
+    assert signal.getsignal(which) == before
+    step = batch // 3 + 1
+    assert final(tmp_path)["progress"]["step"] == step
+    assert task.validations == (step - 1) // 4  # a validation that was due waits for the run that goes on
+    assert resumed(tmp_path, **EVERYTHING).run()
+    expected, lines, _ = uninterrupted[Toy]
+    assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
+    assert timeless(log.read(tmp_path)) == timeless(lines)
+
+
+def test_a_chain_of_short_runs(tmp_path, uninterrupted):
+    """As under Slurm with a short time limit: every run does two steps."""
+    assert not loop(tmp_path, None, signal_at(5, signal.SIGTERM), **EVERYTHING).run()
+    for batch in range(11, 36, 6):
+        assert not resumed(tmp_path, None, signal_at(batch, signal.SIGTERM), **EVERYTHING).run()
+    assert resumed(tmp_path, **EVERYTHING).run()
+    assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(uninterrupted[Toy][0])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_scaler_and_autocast_go_on_too(tmp_path, precision):
+    options = {"precision": precision, "ema": 0.9}
+    assert loop(tmp_path / "whole", **options).run()
+    with pytest.raises(Crash):
+        loop(tmp_path / "parts", None, crash_at(7), **options).run()
+    assert resumed(tmp_path / "parts", **options).run()
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    assert (whole["training"]["scaler"] != {}) == (precision == "fp16")
+    assert checkpoints.checksum(whole) == checkpoints.checksum(parts)
+
+
+def test_a_run_whose_first_steps_overflowed_goes_on(tmp_path):
+    """The optimizer has no state yet when the scaler skipped all steps before a checkpoint."""
+    schedule = Schedule(steps=4, validate_every=4, checkpoint_every=1)
+
+    def overflowing():
+        made = loop(tmp_path, schedule=schedule, precision="fp16")
+        made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+        return made
+
+    made = overflowing()
+    made.batches.before = crash_at(1).before
+    with pytest.raises(Crash):
+        made.run()
+    saved = final(tmp_path)
+    assert saved["progress"]["skipped"] == 1
+    assert saved["training"]["optimizer"]["state"] == {}
+    again = overflowing()
+    again.restore(saved)
+    assert again.scaler.get_scale() == 2.0**39
+    assert again.run()
+
+
+def test_the_newest_checkpoint_is_damaged(tmp_path, uninterrupted):
+    with pytest.raises(Crash):
+        loop(tmp_path, None, crash_at(20), **EVERYTHING).run()
+    newest = checkpoints.series(tmp_path / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    found = resume.find(tmp_path, "train", {}, fresh=False)
+    assert found.path.name == "step-00000003.pt"
+    assert newest.name in found.damaged[0]
+    assert resumed(tmp_path, **EVERYTHING).run()
+    assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(uninterrupted[Toy][0])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(whole, file):
+        save(whole, file if whole["progress"]["step"] < 6 else open("/dev/full", "wb", buffering=0))  # noqa: SIM115
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(checkpoints.NotSaved, match=r"step-00000006.pt: cannot be written: .*what was there before"):
+        loop(tmp_path, **EVERYTHING).run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.pt"]
+    assert final(tmp_path)["progress"]["step"] == 3
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, uninterrupted):
+    with pytest.raises(Crash):
+        loop(tmp_path, None, crash_at(13), **EVERYTHING).run()
+    with (tmp_path / log.LINES).open("a") as file:
+        file.write('{"event": "train", "st')
+    assert resumed(tmp_path, **EVERYTHING).run()
+    assert timeless(log.read(tmp_path)) == timeless(uninterrupted[Toy][1])
+
+
+def test_only_so_many_checkpoints_stay(tmp_path):
+    loop(tmp_path, schedule=Schedule(steps=9, validate_every=9, checkpoint_every=2, keep=2)).run()
+    assert [path.name for path in checkpoints.series(tmp_path / "checkpoints")] == [
+        "step-00000008.pt",
+        "step-00000009.pt",
+    ]
