@@ -14,7 +14,8 @@ from PIL import Image
 from rich.console import Console
 
 from swin_unetr import cli, demo
-from swin_unetr.demo import comparison, data, figure, report, training
+from swin_unetr.demo import comparison, data, report, training
+from swin_unetr.imaging import planes
 
 TINY = demo.Recipe(steps=2, batch_size=1, window=(64, 32, 32), depths=(1, 1, 1, 1))
 CROP = (slice(20, 84), slice(30, 66), slice(8, 40))
@@ -159,10 +160,10 @@ def test_slices_are_radiological_whatever_the_orientation_of_the_scan(orientatio
         nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(orientation)
     )
     affine = nibabel.orientations.inv_ornt_aff(to_scan, ras.shape)
-    volume = figure._to_ras(nibabel.apply_orientation(ras, to_scan), affine)
+    volume = planes.to_ras(nibabel.apply_orientation(ras, to_scan), affine)
     last = {0: 5, 1: 4, 2: 3}
-    for normal, right, up, _ in figure.PLANES.values():
-        assert figure._slice(volume, normal, last[normal], right, up)[0, 0] == 1
+    for normal, right, up, _ in planes.PLANES.values():
+        assert planes.slice_of(volume, normal, last[normal], right, up)[0, 0] == 1
 
 
 @pytest.mark.parametrize(
