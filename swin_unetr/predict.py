@@ -6,7 +6,7 @@ import datetime
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import monai
@@ -180,11 +180,12 @@ def segment(
 
 def _write(done, failed, ensemble: Ensemble, options: Options, device: torch.device) -> None:
     report.write_tables(done, options.out)
-    how = {f"checkpoint {path}": f"SHA-256 {digest}" for path, digest in ensemble.files.items()}
-    how |= {
+    prepared = (f"{name} {value}" for name, value in asdict(ensemble.preprocessing).items() if name != "crop_foreground")
+    how = {
+        "checkpoints": "; ".join(f"{path}, SHA-256 {digest}" for path, digest in ensemble.files.items()),
         "windows": f"{' × '.join(map(str, ensemble.roi))} voxels, overlap {options.windows.overlap:g}, Gaussian",
         "mirrored axes": ", ".join(map(str, options.mirror)) or "none",
-        "preprocessing": str(ensemble.preprocessing),
+        "preprocessing": "; ".join(prepared),
         "device": f"{device}, {distributed.ranks()} rank(s)",
         "versions": f"swin-kernels {swin_kernels.__version__}, torch {torch.__version__}, MONAI {monai.__version__}, "
         f"Python {platform.python_version()}",

@@ -166,7 +166,8 @@ figure { margin: 0 0 12px; } figcaption { color: var(--muted); font-size: 13px; 
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: var(--muted); font-size: 13px; }
-.how td { white-space: normal; overflow-wrap: anywhere; text-align: left; }
+.how td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
+.how td:first-child { overflow-wrap: normal; min-width: 7.5em; color: var(--muted); }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
 .warn { background: var(--warn-back); color: var(--warn); border-radius: 6px; padding: 8px 12px; margin: 0 0 12px; }
 .warn ul { margin: 0; padding-left: 18px; } .bad { color: var(--bad); }
@@ -220,7 +221,7 @@ def _case(case: Case, options: Labels) -> str:
         f"<td>{organ.millilitres:,.1f} ml</td><td>{_spread(organ)}</td></tr>"
         for colour, organ in zip(_colours(options), case.organs, strict=True)
     )
-    head = "<tr><th>class</th><th>volume</th><th>intensity, mean ± standard deviation</th></tr>"
+    head = "<tr><th>class</th><th>volume</th><th>intensity (mean ± SD)</th></tr>"
     parts.append(f"<div class=scroll><table>{head}{rows}</table></div></section>")
     return "\n".join(parts)
 

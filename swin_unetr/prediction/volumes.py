@@ -42,7 +42,7 @@ def measure(labels: np.ndarray, image: np.ndarray, affine: np.ndarray, options: 
     Args:
         affine: voxel index to mm in RAS+ ``(4, 4)``.
     """
-    voxel = abs(np.linalg.det(affine[:3, :3]))  # mm³
+    voxel = abs(float(np.linalg.det(affine[:3, :3])))  # mm³
     return [_organ(name, values, labels, image, affine, voxel) for name, values in _values(options).items()]
 
 
