@@ -178,7 +178,7 @@ def test_a_broken_case_is_reported_and_the_others_go_on(inputs):
         assert float(rows[name]["mean"]) == pytest.approx(image()[labels == value].mean(), rel=1e-5)
     summary = json.loads((inputs / "out" / "volumes.json").read_text())
     assert set(summary) == {"good"}
-    uncertain = np.asarray(nibabel.load(inputs / "out" / "good_entropy.nii.gz").dataobj)
+    uncertain = np.asarray(nibabel.load(inputs / "out" / "entropy" / "good.nii.gz").dataobj)
     assert 0 < uncertain.min() < uncertain.max() <= 1
 
 
