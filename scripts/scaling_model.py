@@ -2,10 +2,10 @@
 
     python scripts/scaling_model.py [--write]
 
-A model, not a measurement. Ring all-reduce of the gradients moves 2 (n - 1) / n of their bytes through the slowest link;
-what the backward hides of it is given as a part. Defaults are Swin UNETR's own (parameters and multiply-adds are counted
-from the model) on H100 nodes of eight as their data sheets have them, at an assumed part of the peak. Replace them by
-measured ones.
+A model, not a measurement. A ring all-reduce of gradients moves 2 (n - 1) / n of their bytes through the slowest link;
+what the backward hides of it is given as a part. Defaults are Swin UNETR's own (parameters and multiply-adds are
+counted from the model) on H100 nodes of eight as their data sheets have them, at an assumed part of the peak. Replace
+them by measured ones.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def table(job: Job) -> str:
         f"Assumed: {job.parameters:,} gradients of 4 bytes; {job.crops} crops of 96³ a GPU, "
         f"{job.multiply_adds / 1e9:.1f} G multiply-adds each in the forward and twice that in the backward, at "
         f"{job.achieved:.0%} of {job.peak / 1e12:.0f} TFLOP/s; {job.inside / 1e9:.0f} GB/s inside of a node of "
-        f"{job.gpus_per_node}, {job.between / 1e9:.0f} GB/s a GPU between nodes, {job.latency * 1e6:.0f} µs a step of the "
-        f"ring; {job.hidden:.0%} of the communication hidden behind the backward.",
+        f"{job.gpus_per_node}, {job.between / 1e9:.0f} GB/s a GPU between nodes, {job.latency * 1e6:.0f} µs a step of "
+        f"the ring; {job.hidden:.0%} of the communication hidden behind the backward.",
         "",
         "| GPUs | compute, ms | communication, ms | step, ms | efficiency | crops/s |",
         "|--:|--:|--:|--:|--:|--:|",
