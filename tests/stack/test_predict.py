@@ -92,6 +92,24 @@ def test_an_image_in_slabs_has_the_same_label_map(tmp_path):
         np.testing.assert_allclose(whole.entropy, slabs.entropy, atol=1e-4)
 
 
+def test_sums_move_to_the_processor_where_the_gpu_is_full(monkeypatch):
+    """A tensor without memory stands for the GPU's."""
+    tried, said = [], []
+
+    def slide(part, network, roi, how, device):
+        tried.append(device.type)
+        if device.type != "cpu":
+            raise torch.cuda.OutOfMemoryError
+        return torch.zeros(1, 3, *part.shape[2:])
+
+    monkeypatch.setattr(windows, "_slide", slide)
+    image = torch.empty(1, 1, 85, 64, 32, device="meta")
+    rows = [p[0].shape[2] for _, p in windows.slabs(image, [None], 3, ROI, Windows(memory_limit=1e-9), said.append)]
+    assert sum(rows) == 85
+    assert tried == ["meta", *["cpu"] * len(rows)]  # once is enough
+    assert any("kept in the processor's memory" in text for text in said)
+
+
 @pytest.mark.parametrize(("extent", "roi", "overlap"), [(96, 96, 0.5), (97, 96, 0.5), (200, 64, 0.7), (130, 32, 0.0)])
 def test_windows_lie_where_monai_puts_them(extent, roi, overlap):
     seen = []
