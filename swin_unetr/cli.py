@@ -56,7 +56,7 @@ def parse(kind: type, command: str, argv: Sequence[str]):
     # Listed here for --help; `_expand` has made a --config of it.
     parser.add_argument("--preset", metavar="NAME", help=f"options that come with the package: {', '.join(presets())}")
     parser.add_class_arguments(kind, fail_untyped=True)
-    parsed = parser.instantiate_classes(parser.parse_args(_expand(argv)))
+    parsed = parser.instantiate(parser.parse_args(_expand(argv)))
     return kind(**{field.name: parsed[field.name] for field in fields(kind) if field.init})
 
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from swin_kernels.modules import PatchMergingLegacy
 
@@ -91,8 +93,8 @@ def load_pretrained(
 
     Args:
         model: the model; wrapped by data parallel or `torch.compile` or not.
-        path_or_state: a file written by `torch.save`, read with ``weights_only=True``, or what it holds:
-            a state dict, or one below the key ``state_dict`` or ``model``.
+        path_or_state: a ``.safetensors`` file; a file written by `torch.save`, read with ``weights_only=True``; or
+            what it holds: a state dict, or one below the key ``state_dict`` or ``model``.
         verbose: print the report.
 
     Returns:
@@ -100,8 +102,8 @@ def load_pretrained(
 
     Raises:
         TypeError: `path_or_state` is neither a path nor a mapping.
-        ValueError: the file needs more than tensors to load, nothing matched, two entries mean the same
-            parameter, or more shapes disagree than agree (another ``feature_size``, say).
+        ValueError: the file is damaged or needs more than tensors to load, nothing matched, two entries mean the
+            same parameter, or more shapes disagree than agree (another ``feature_size``, say).
     """
     if isinstance(path_or_state, Mapping):
         source, content = "a state dict", path_or_state
@@ -162,6 +164,11 @@ def load_pretrained(
 
 
 def _read(path: str | os.PathLike[str]) -> object:
+    if os.fspath(path).endswith(".safetensors"):
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"load_pretrained: {os.fspath(path)} is no safetensors file: {error}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -4,6 +4,7 @@
 
 #include "window_attention_backward.h"
 #include "window_attention_forward.h"
+#include "window_attention_projected.h"
 
 #ifndef SWIN_ISA
 #error "define SWIN_ISA to the name of this build"
@@ -81,6 +82,52 @@ void attention_backward(const BackwardCall& call, const WindowChunk* chunks, int
   dispatch(call, Backward{call, chunks, count, scratch, next});
 }
 
+// A vector must not lie in two heads.
+bool projects(const AttentionCall& call) {
+  return call.type == ElementType::kFloat32 && call.bias_type == ElementType::kFloat32 && call.dropout_p == 0 &&
+         (call.head_dim == 8 || call.head_dim == 16 || call.head_dim == 32) && call.head_dim % kLanes<float> == 0 &&
+         call.heads * call.head_dim <= kMostProjectedChannels && call.heads * call.head_dim % kPanel == 0;
+}
+
+template <class F>
+auto dispatch_projected(const AttentionCall& call, const F& f) {
+  switch (call.head_dim) {
+    case 8: return f.template operator()<8>();
+    case 16: return f.template operator()<16>();
+    default: return f.template operator()<32>();
+  }
+}
+
+struct ProjectedScratch {
+  const ProjectedForwardCall& call;
+  template <int kHeadDim>
+  size_t operator()() const {
+    Arena arena(nullptr);
+    ProjectedForwardWorker<kHeadDim>(call, arena);
+    return arena.used();
+  }
+};
+
+struct ProjectedForward {
+  const ProjectedForwardCall& call;
+  const WindowChunk* chunks;
+  int64_t count;
+  void* scratch;
+  WorkCounter& next;
+  template <int kHeadDim>
+  void operator()() const {
+    Arena arena(scratch);
+    ProjectedForwardWorker<kHeadDim>(call, arena).run(chunks, count, next);
+  }
+};
+
+size_t projected_scratch(const ProjectedForwardCall& call) { return dispatch_projected(call, ProjectedScratch{call}); }
+
+void projected_forward(const ProjectedForwardCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
+                       WorkCounter& next) {
+  dispatch_projected(call, ProjectedForward{call, chunks, count, scratch, next});
+}
+
 // One item is one head: its column of the bias table as window_attention.h describes it.
 template <class T>
 void fill_bias_column(const AttentionCall& call, int64_t head) {
@@ -151,15 +198,9 @@ void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {SWIN_NAME(SWIN_ISA),
-                             attention_scratch,
-                             prepare_bias,
-                             attention_forward,
-                             attention_backward,
-                             reduce_gradients,
-                             nullptr,
-                             nullptr,
-                             nullptr};
+const KernelTable kernels = {SWIN_NAME(SWIN_ISA), attention_scratch, prepare_bias, attention_forward,
+                             attention_backward,  reduce_gradients,  projects,     projected_scratch,
+                             projected_forward};
 
 }  // namespace SWIN_ISA
 }  // namespace swin

@@ -42,11 +42,14 @@ void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64
 // Where qkv of a group of windows stays in the second-level cache.
 constexpr int64_t kMostChannels = AmxProjection::kMostPieces * kTileRows;
 
-bool projects(const AttentionCall& call) {
+bool projects_on_tiles(const AttentionCall& call) {
   return on_tiles(call) && call.heads * call.head_dim <= kMostChannels && call.bias_type == ElementType::kFloat32;
 }
 
+bool projects(const AttentionCall& call) { return projects_on_tiles(call) || avx512::kernels.projects(call); }
+
 size_t projected_scratch(const ProjectedForwardCall& call) {
+  if (!projects_on_tiles(call)) return avx512::kernels.projected_scratch(call);
   Arena arena(nullptr);
   AmxForwardWorker(call, arena);
   return arena.used();
@@ -54,6 +57,7 @@ size_t projected_scratch(const ProjectedForwardCall& call) {
 
 void projected_forward(const ProjectedForwardCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
                        WorkCounter& next) {
+  if (!projects_on_tiles(call)) return avx512::kernels.projected_forward(call, chunks, count, scratch, next);
   Arena arena(scratch);
   AmxForwardWorker(call, arena).run(chunks, count, next);
 }

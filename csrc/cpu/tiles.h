@@ -18,8 +18,8 @@ constexpr int kColumnVectors = SWIN_VECTOR_BYTES == 64 ? 4 : 2;
 
 constexpr int kPanel = kTokenAlignment;
 
-// For a block of columns (kDepth is depth where it is known to the compiler, or 0): finish(row, column, init(row,
-// column) + Σ_d rows[row][d] · panels[d][column]).
+// For a block of columns (kDepth is depth where it is known to the compiler, or 0): finish(row, column, sums), where
+// sums are the kWidth vectors from that column on of init(row, column) + Σ_d rows[row][d] · panels[d][column].
 template <int kDepth, int kWidth, class T, class Init, class Finish>
 SWIN_ALWAYS_INLINE void product_block(const T* rows, int64_t row_stride, const T* panels, int64_t depth, int64_t column,
                                       const Init& init, const Finish& finish) {
@@ -53,9 +53,12 @@ SWIN_ALWAYS_INLINE void product_block(const T* rows, int64_t row_stride, const T
     for (int64_t d = 0; d < depth; ++d) accumulate(d);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < kWidth; ++c) finish(r, column + c * kLanes<T>, acc[r][c]);
+  for (int r = 0; r < kRows; ++r) finish(r, column, acc[r]);
+}
+
+template <class V, int kCount>
+constexpr int count_of(V (&)[kCount]) {
+  return kCount;
 }
 
 // rows (kRows, depth) · panels (depth, columns) over columns [begin, end).
@@ -182,7 +185,7 @@ SWIN_ALWAYS_INLINE T exp2_row(T* row, T offset, int64_t begin, int64_t end) {
     Vec<T> x[kCount];
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) x[i] = load(row + k + i * kLanes<T>) - o;
-    exp2_nonpositive<kCount, T>(x);
+    powers_of_two<T>(x);
 #pragma GCC unroll 4
     for (int i = 0; i < kCount; ++i) {
       store(row + k + i * kLanes<T>, x[i]);
@@ -191,7 +194,7 @@ SWIN_ALWAYS_INLINE T exp2_row(T* row, T offset, int64_t begin, int64_t end) {
   }
   for (; k < end; k += kLanes<T>) {
     Vec<T> x[1] = {load(row + k) - o};
-    exp2_nonpositive<1, T>(x);
+    powers_of_two<T>(x);
     store(row + k, x[0]);
     sums[0] += x[0];
   }

@@ -72,25 +72,23 @@ SWIN_ALWAYS_INLINE T reduce_lanes(const T* lanes, const Combine& combine) {
   if constexpr (kCount == 1) {
     return lanes[0];
   } else {
-    T half[kCount / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount / 2; ++i) half[i] = combine(lanes[i], lanes[i + kCount / 2]);
-    return reduce_lanes<T, kCount / 2>(half, combine);
+    typedef T Half __attribute__((vector_size(kCount / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, lanes, sizeof low);
+    std::memcpy(&high, lanes + kCount / 2, sizeof high);
+    const Half half = combine(low, high);
+    return reduce_lanes<T, kCount / 2>(reinterpret_cast<const T*>(&half), combine);
   }
 }
 
 template <class T>
 SWIN_ALWAYS_INLINE T sum_lanes(Vec<T> v) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &v, sizeof v);
-  return reduce_lanes<T, kLanes<T>>(lanes, [](T a, T b) { return a + b; });
+  return reduce_lanes<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](auto a, auto b) { return a + b; });
 }
 
 template <class T>
 SWIN_ALWAYS_INLINE T max_lanes(Vec<T> v) {
-  T lanes[kLanes<T>];
-  std::memcpy(lanes, &v, sizeof v);
-  return reduce_lanes<T, kLanes<T>>(lanes, [](T a, T b) { return a > b ? a : b; });
+  return reduce_lanes<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // The larger of each lane; b where either is NaN. (GCC makes a comparison and a blend of the conditional.)
@@ -110,7 +108,7 @@ SWIN_ALWAYS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// Constants of exp2_nonpositive. kRounder = 1.5 · 2^(mantissa bits) + kBias: adding it rounds to an integer
+// Constants of powers_of_two. kRounder = 1.5 · 2^(mantissa bits) + kBias: adding it rounds to an integer
 // and leaves that integer, biased as an exponent is, in the low bits. The polynomials minimise the relative error of
 // 2^f on
 // [-1/2, 1/2] (Remez exchange): 7.5e-8 for float, 3.1e-18 for double.
@@ -160,11 +158,11 @@ SWIN_ALWAYS_INLINE void exp2_by_scaling(__m512 (&x)[kCount]) {
 }
 #endif
 
-// x[i] = 2^x[i] for x ≤ 0: about one unit in the last place; 0 below the smallest normal number; NaN for
+// x[i] = 2^x[i] for x < 127: about one unit in the last place; 0 below the smallest normal number; NaN for
 // NaN. 2^x = 2^n · 2^f with n = round(x) and |f| ≤ 1/2. Several vectors step by step side by side: each
 // step waits for the one before, and side by side they fill the wait.
-template <int kCount, class T>
-SWIN_ALWAYS_INLINE void exp2_nonpositive(Vec<T> (&x)[kCount]) {
+template <class T, int kCount>
+SWIN_ALWAYS_INLINE void powers_of_two(Vec<T> (&x)[kCount]) {
 #ifdef __AVX512DQ__
   if constexpr (sizeof(T) == sizeof(float)) return exp2_by_scaling(reinterpret_cast<__m512(&)[kCount]>(x));
 #endif

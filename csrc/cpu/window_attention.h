@@ -71,7 +71,7 @@ struct GroupWindow {
   T* values;                   // the worker's layout
   const T* queries = nullptr;  // (n, query_stride), or null: they are read from the call's qkv
   int64_t query_stride = 0;
-  T max_key_norm;
+  T max_key_norm, max_value;  // as bound() says
 };
 
 template <class T, int kHeadDim>
@@ -201,9 +201,10 @@ class WindowGroup {
   // The largest entry of the bias in size; NaN if any is not finite.
   T largest_bias() const { return column_[call_.bias_stride - 2]; }
 
-  // Prepares others_matter() from the keys and the first `value_count` values.
-  void bound_other_regions(GroupWindow<T>& window, int64_t value_count) const {
-    Vec<T> largest = {}, total = {};
+  // The largest norm of a key and the size of the largest of the first `value_count` values of a window; NaN where a
+  // key or value is not finite.
+  void bound(GroupWindow<T>& window, int64_t value_count) const {
+    Vec<T> largest = {}, total = {}, value = {};
     for (int64_t k = 0; k < padded_tokens_; k += kPanel)
       for (int64_t lane = 0; lane < kPanel; lane += kLanes<T>) {
         Vec<T> squares = {};
@@ -214,23 +215,46 @@ class WindowGroup {
         largest = max<T>(squares, largest);
         total += squares;
       }
-    for (int64_t i = 0; i < value_count; i += kLanes<T>) total += load(window.values + i) * 0;
+    for (int64_t i = 0; i < value_count; i += kLanes<T>) {
+      const Vec<T> x = load(window.values + i);
+      value = max<T>(max<T>(x, -x), value);
+      total += x * 0;
+    }
     const T not_finite = sum_lanes<T>(total) * 0;  // NaN where any key or value is not finite
     window.max_key_norm = std::sqrt(max_lanes<T>(largest)) + not_finite;
+    window.max_value = max_lanes<T>(value) + not_finite;
   }
 
-  // Whether keys of other regions may matter to any of `rows` queries whose scores reach `score`.
-  bool others_matter(const GroupWindow<T>& window, const T* query_rows, int rows, const T* score) const {
-    if (pattern_->region_count == 1) return false;
-    const T bias_and_mask = column_[call_.bias_stride - 1] + mask();
-    bool matter = false;
-    for (int r = 0; r < rows; ++r) {
+  // The norms of a tile of queries.
+  void norms(const T* query_rows, T* norm) const {
+    for (int r = 0; r < kRows; ++r) {
       Vec<T> square = {};
       for (int64_t d = 0; d < width(); d += kLanes<T>) {
         const Vec<T> x = load(query_rows + r * width() + d);
         square += x * x;
       }
-      const T bound = std::sqrt(sum_lanes<T>(square)) * window.max_key_norm + bias_and_mask - score[r];
+      norm[r] = std::sqrt(sum_lanes<T>(square));
+    }
+  }
+
+  // Whether scores of queries of these norms are so small that 2^score and sums of them stay inside the range of
+  // numbers, with one offset for all, and that keys of other regions do not matter. False where anything is not finite.
+  bool one_offset_serves(const GroupWindow<T>& window, const T* norm) const {
+    constexpr T kLargestScore = 60, kLargestValue = T(1ull << 48);
+    T largest = 0;
+    for (int r = 0; r < kRows; ++r) largest = norm[r] <= largest ? largest : norm[r];  // this way round a NaN stays
+    const T spread = largest * window.max_key_norm + largest_bias();
+    return spread < kLargestScore && window.max_value < kLargestValue &&
+           (pattern_->region_count == 1 || 2 * spread + mask() < static_cast<T>(kNegligible));
+  }
+
+  // Whether keys of other regions may matter to any of `rows` queries of these norms whose scores reach `score`.
+  bool others_matter(const GroupWindow<T>& window, const T* norm, int rows, const T* score) const {
+    if (pattern_->region_count == 1) return false;
+    const T bias_and_mask = column_[call_.bias_stride - 1] + mask();
+    bool matter = false;
+    for (int r = 0; r < rows; ++r) {
+      const T bound = norm[r] * window.max_key_norm + bias_and_mask - score[r];
       matter |= !(bound < static_cast<T>(kNegligible));
     }
     return matter;
@@ -257,19 +281,18 @@ class WindowGroup {
   const T* bias_row(int64_t query) const { return bias_ + (query - block_first_) * padded_tokens_; }
 
   // Scores of a tile of query rows (kRows, width) of the block, in base 2, for the keys of their region.
-  // seen(row, scores) is told of each vector of them.
-  template <class Seen>
-  void score(const T* query_rows, const int64_t* queries, const Region& own, const T* keys, T* tile,
-             const Seen& seen) const {
+  // finish(row, column, scores) takes the vectors from that column on.
+  template <class Finish>
+  void score(const T* query_rows, const int64_t* queries, const Region& own, const T* keys,
+             const Finish& finish) const {
     const T* bias[kRows];
     for (int r = 0; r < kRows; ++r) bias[r] = bias_row(queries[r]);
-    score_columns(query_rows, bias, own.begin, own.end, keys, tile, seen);
+    score_columns(query_rows, bias, own.begin, own.end, keys, finish);
   }
 
   // The same for the keys of all regions.
-  template <class Seen>
-  void score_all(const T* query_rows, const int64_t* queries, const Region& own, const T* keys, T* tile,
-                 const Seen& seen) {
+  template <class Finish>
+  void score_all(const T* query_rows, const int64_t* queries, const Region& own, const T* keys, const Finish& finish) {
     const T* bias[kRows];
     for (int r = 0; r < kRows; ++r) {
       T* row = whole_bias_ + r * padded_tokens_;
@@ -279,7 +302,7 @@ class WindowGroup {
       for (int64_t k = tokens_; k < padded_tokens_; ++k) row[k] = kNothing;
       bias[r] = row;
     }
-    score_columns(query_rows, bias, 0, padded_tokens_, keys, tile, seen);
+    score_columns(query_rows, bias, 0, padded_tokens_, keys, finish);
   }
 
   // Multiply columns [begin, end) of a row of weights by 0 or 1 / (1 - dropout_p).
@@ -359,16 +382,11 @@ class WindowGroup {
     }
   }
 
-  template <class Seen>
-  void score_columns(const T* query_rows, const T* const* bias_rows, int64_t begin, int64_t end, const T* keys, T* tile,
-                     const Seen& seen) const {
-    const int64_t stride = padded_tokens_;
+  template <class Finish>
+  void score_columns(const T* query_rows, const T* const* bias_rows, int64_t begin, int64_t end, const T* keys,
+                     const Finish& finish) const {
     const auto bias = [&](int r, int64_t column) { return load(bias_rows[r] + column); };
-    const auto keep = [&, stride, tile](int r, int64_t column, Vec<T> s) {
-      store(tile + r * stride + column, s);
-      seen(r, s);
-    };
-    product_rows<kHeadDim>(query_rows, width(), keys, head_dim(), begin, end, bias, keep);
+    product_rows<kHeadDim>(query_rows, width(), keys, head_dim(), begin, end, bias, finish);
   }
 
   const AttentionCall& call_;

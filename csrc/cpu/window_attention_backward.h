@@ -60,8 +60,7 @@ class BackwardWorker {
       group_.pack(window, 1, window.keys, rows.keys);
       group_.pack(window, 2, window.values, nullptr);
       for (int64_t i = 0; i < group_.padded_tokens() * group_.width(); ++i) rows.grad_keys[i] = rows.grad_values[i] = 0;
-      if (group_.pattern().region_count > 1)
-        group_.bound_other_regions(window, group_.padded_tokens() * group_.head_dim());
+      if (group_.pattern().region_count > 1) group_.bound(window, group_.padded_tokens() * group_.head_dim());
     }
     const auto prefetch = [&](int64_t token) {
       group_.prefetch_part(token, 0);
@@ -83,19 +82,22 @@ class BackwardWorker {
     const WindowRows& window_rows = rows_[&window - &group_.window(0)];
     T offset[kRows], delta[kRows];
     load_queries(window, queries, rows, offset, delta);
-    const bool others = group_.others_matter(window, query_rows_, rows, offset);
+    T norm[kRows];
+    group_.norms(query_rows_, norm);
+    const bool others = group_.others_matter(window, norm, rows, offset);
     const int64_t begin = others ? 0 : region.begin, end = others ? stride : region.end;
-    const auto ignore = [](int, Vec<T>) {};
+    T* weights = weights_;
+    const auto weigh = [&, stride, weights](int r, int64_t column, auto& x) __attribute__((always_inline)) {
+      for (int c = 0; c < count_of(x); ++c) x[c] -= broadcast(offset[r]);
+      powers_of_two<T>(x);
+      for (int c = 0; c < count_of(x); ++c) store(weights + r * stride + column + c * kLanes<T>, x[c]);
+    };
     if (others)
-      group_.score_all(query_rows_, queries, region, window.keys, weights_, ignore);
+      group_.score_all(query_rows_, queries, region, window.keys, weigh);
     else
-      group_.score(query_rows_, queries, region, window.keys, weights_, ignore);
-    for (int r = 0; r < kRows; ++r) {
-      if (r < rows)
-        exp2_row(weights_ + r * stride, offset[r], begin, end);
-      else  // rows beyond the tile's queries must not reach any sum
-        for (int64_t k = begin; k < end; ++k) weights_[r * stride + k] = 0;
-    }
+      group_.score(query_rows_, queries, region, window.keys, weigh);
+    for (int r = rows; r < kRows; ++r)  // rows beyond the tile's queries must not reach any sum
+      for (int64_t k = begin; k < end; ++k) weights_[r * stride + k] = 0;
 
     const T* used_weights = weights_;
     if (call_.dropout_p > 0) {
@@ -122,7 +124,7 @@ class BackwardWorker {
       T *query = query_rows_ + r * width, *grad = grad_rows_ + r * width;
       if (r >= rows) {
         for (int64_t d = 0; d < width; ++d) query[d] = grad[d] = 0;
-        delta[r] = 0;
+        delta[r] = offset[r] = 0;
         continue;
       }
       const int64_t token = window.token[queries[r]];
@@ -147,7 +149,9 @@ class BackwardWorker {
       product_rows<kHeadDim>(grad_rows_, group_.width(), window.values, group_.head_dim(), begin, end, zero, keep);
     };
     if (call_.dropout_p > 0) {
-      product([&](int r, int64_t k, Vec<T> dw) { store(grad_scores_ + r * stride + k, dw); });
+      product([&](int r, int64_t k, auto& dw) {
+        for (int c = 0; c < count_of(dw); ++c) store(grad_scores_ + r * stride + k + c * kLanes<T>, dw[c]);
+      });
       for (int r = 0; r < kRows; ++r) {
         T* row = grad_scores_ + r * stride;
         if (r < rows) group_.drop(window, queries[r], begin, end, row, row);
@@ -157,8 +161,9 @@ class BackwardWorker {
     } else {
       const T* weights = weights_;
       T* grad_scores = grad_scores_;
-      product([=](int r, int64_t k, Vec<T> dw) {
-        store(grad_scores + r * stride + k, load(weights + r * stride + k) * (dw - broadcast(delta[r])));
+      product([=](int r, int64_t k, auto& dw) {
+        for (int c = 0; c < count_of(dw); ++c, k += kLanes<T>)
+          store(grad_scores + r * stride + k, load(weights + r * stride + k) * (dw[c] - broadcast(delta[r])));
       });
     }
     for (int r = 0; r < rows; ++r) {

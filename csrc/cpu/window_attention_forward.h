@@ -30,13 +30,17 @@ class ForwardWorker {
       group_.place(g, begin + g);
       group_.pack(window, 1, window.keys, nullptr);
       group_.pack(window, 2, nullptr, window.values);
-      if (group_.pattern().region_count > 1)
-        group_.bound_other_regions(window, group_.padded_tokens() * group_.width());
     }
+    attend_placed(count);
+  }
+
+  // Windows [0, count) of the group, whose tokens, keys and values are there.
+  void attend_placed(int count) {
+    for (int g = 0; g < count; ++g) group_.bound(group_.window(g), group_.padded_tokens() * group_.width());
     const auto prefetch = [&](int64_t token) {
-      group_.prefetch_part(token, 0);
+      if (call_.qkv) group_.prefetch_part(token, 0);
       group_.prefetch_row(call_.out, token * group_.channels());
-      __builtin_prefetch(static_cast<T*>(call_.lse) + token * call_.heads);
+      if (call_.lse) __builtin_prefetch(static_cast<T*>(call_.lse) + token * call_.heads);
     };
     group_.for_each_block(count, prefetch,
                           [&](const GroupWindow<T>& window, const Region& region, int64_t first, int64_t last) {
@@ -51,26 +55,15 @@ class ForwardWorker {
 
   void attend_tile(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
     const int64_t stride = group_.padded_tokens(), width = group_.width(), head_dim = group_.head_dim();
-    T largest[kRows], sum[kRows];
+    T norm[kRows], offset[kRows] = {}, sum[kRows];
     for (int r = 0; r < kRows; ++r) group_.load_query(window, queries[r], query_rows_ + r * width);
-
+    group_.norms(query_rows_, norm);
     int64_t begin = region.begin, end = region.end;
-    Vec<T> seen[kRows];
-    const auto remember = [&](int r, Vec<T> scores) { seen[r] = max<T>(scores, seen[r]); };
-    const auto find_largest = [&] {
-      for (int r = 0; r < kRows; ++r) largest[r] = max_lanes<T>(seen[r]);
-    };
-    for (int r = 0; r < kRows; ++r) seen[r] = broadcast(-static_cast<T>(INFINITY));
-    group_.score(query_rows_, queries, region, window.keys, tile_, remember);
-    find_largest();
-    if (group_.others_matter(window, query_rows_, rows, largest)) {
-      begin = 0;
-      end = stride;
-      group_.score_all(query_rows_, queries, region, window.keys, tile_, remember);
-      find_largest();
-    }
+    if (group_.one_offset_serves(window, norm))
+      weigh(window, region, queries, sum);
+    else
+      weigh_from_largest(window, region, queries, rows, norm, &begin, &end, offset, sum);
 
-    for (int r = 0; r < kRows; ++r) sum[r] = exp2_row(tile_ + r * stride, largest[r], begin, end);
     if (call_.dropout_p > 0)
       for (int r = 0; r < rows; ++r)
         group_.drop(window, queries[r], begin, end, tile_ + r * stride, tile_ + r * stride);
@@ -82,8 +75,53 @@ class ForwardWorker {
                 at(call_.out, call_.type, token * group_.channels() + group_.head() * head_dim));
       if (call_.lse)
         static_cast<T*>(call_.lse)[token * call_.heads + group_.head()] =
-            (largest[r] + std::log2(sum[r])) * static_cast<T>(kLn2);
+            (offset[r] + std::log2(sum[r])) * static_cast<T>(kLn2);
     }
+  }
+
+  // Weights 2^score of a tile for the keys of its region, and their sums, as the scores come.
+  void weigh(const GroupWindow<T>& window, const Region& region, const int64_t* queries, T* sum) {
+    const int64_t stride = group_.padded_tokens();
+    Vec<T> total[kRows] = {};
+    T* tile = tile_;
+    group_.score(query_rows_, queries, region, window.keys,
+                 [&, stride, tile](int r, int64_t column, auto& x) __attribute__((always_inline)) {
+                   powers_of_two<T>(x);
+                   Vec<T> partial = x[0];
+                   for (int c = 1; c < count_of(x); ++c) partial += x[c];
+                   for (int c = 0; c < count_of(x); ++c) store(tile + r * stride + column + c * kLanes<T>, x[c]);
+                   total[r] += partial;
+                 });
+    for (int r = 0; r < kRows; ++r) sum[r] = sum_lanes<T>(total[r]);
+  }
+
+  // Weights 2^(score - offset) of a tile with its largest score as offset, for the keys of all regions where others
+  // matter than its own.
+  void weigh_from_largest(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows,
+                          const T* norm, int64_t* begin, int64_t* end, T* offset, T* sum) {
+    const int64_t stride = group_.padded_tokens();
+    Vec<T> seen[kRows];
+    const auto remember = [&](int r, int64_t column, auto& x) {
+      Vec<T> larger = x[0];
+      for (int c = 0; c < count_of(x); ++c) {
+        store(tile_ + r * stride + column + c * kLanes<T>, x[c]);
+        larger = max<T>(x[c], larger);
+      }
+      seen[r] = max<T>(larger, seen[r]);
+    };
+    const auto find_largest = [&] {
+      for (int r = 0; r < kRows; ++r) offset[r] = max_lanes<T>(seen[r]);
+    };
+    for (int r = 0; r < kRows; ++r) seen[r] = broadcast(-static_cast<T>(INFINITY));
+    group_.score(query_rows_, queries, region, window.keys, remember);
+    find_largest();
+    if (group_.others_matter(window, norm, rows, offset)) {
+      *begin = 0;
+      *end = stride;
+      group_.score_all(query_rows_, queries, region, window.keys, remember);
+      find_largest();
+    }
+    for (int r = 0; r < kRows; ++r) sum[r] = exp2_row(tile_ + r * stride, offset[r], *begin, *end);
   }
 
   const ForwardCall& call_;

@@ -2,79 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO
 
-import nibabel
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 from nibabel.affines import apply_affine, voxel_sizes
 
+from ..imaging.nifti import BadCase, read_nifti
 from ..preprocessing import finite
 from .datalist import Case
 
-GIB = 2**30
-LONGEST_HEADER = 540  # bytes, of NIfTI-2
 AGREEMENT = 1e-3  # mm; files keep float32 geometry
-
-
-class BadCase(ValueError):
-    """A case cannot be used; the message names its file."""
-
-
-def read_nifti(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Values ``(X, Y, Z)`` or ``(X, Y, Z, C)`` of a file, and its affine ``(4, 4)``, voxel index to mm in RAS+.
-
-    What is read is what the header implies: a compressed stream that goes on after it is not followed.
-
-    Args:
-        largest: GiB that the file may take uncompressed.
-
-    Raises:
-        BadCase: the file is damaged, larger than `largest` or than its header implies, or no volume of numbers.
-    """
-    try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
-            kind, size = _implied(stream)
-            if size > largest * GIB:
-                raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
-            image = kind.from_stream(stream)
-            values = np.asanyarray(image.dataobj)
-            stream.seek(size)
-            if stream.read(1):
-                raise BadCase(f"{path}: is larger than its header says: it goes on after {size} bytes")
-    except BadCase:
-        raise
-    # What a damaged file makes nibabel, gzip and NumPy raise is of many kinds; the file's name is what counts.
-    except Exception as error:
-        raise BadCase(f"{path}: cannot be read: {str(error).strip() or type(error).__name__}") from error
-    if values.dtype.kind not in "iufb":
-        raise BadCase(f"{path}: has voxels of type {values.dtype}; accepted are real numbers")
-    while values.ndim > 3 and values.shape[-1] == 1:
-        values = values[..., 0]  # (X, Y, Z, 1) -> (X, Y, Z)
-    if values.ndim not in (3, 4) or not values.size:
-        raise BadCase(f"{path}: has shape {values.shape}; accepted are three axes, or four with channels last")
-    affine = image.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise BadCase(f"{path}: has an affine that cannot be inverted; accepted is a voxel grid in space")
-    return values, affine
-
-
-def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], int]:
-    """Which kind of NIfTI begins in `stream`, and how many bytes its header implies; leaves `stream` at its start."""
-    head = stream.read(LONGEST_HEADER)
-    stream.seek(0)
-    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
-        if kind.header_class.may_contain_header(head):
-            header = kind.header_class(head[: kind.header_class.template_dtype.itemsize])
-            voxels = math.prod(map(int, header.get_data_shape()))
-            return kind, int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
-    raise ValueError("is no NIfTI file")
 
 
 class ReadCase(Transform):

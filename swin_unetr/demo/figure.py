@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
+from ..imaging.planes import PLANES, ras_spacing, slice_of, tint, to_ras, write_letters
 from .data import CLASSES, LABEL_NOTE, Patient
 
 COLOURS = ("#000000", "#f2b134", "#4cc3ff")  # one per class
 OPACITY = (0.0, 0.12, 0.3)
 DIFFERENCE = "#ff4d6d"
 HU_WINDOW = (-1000.0, 300.0)
-# Axis that is cut, then the axes that run right and up, in RAS+; the letters stand left, right, top and bottom.
-PLANES = {
-    "axial": (2, 0, 1, "RLAP"),
-    "coronal": (1, 0, 2, "RLSI"),
-    "sagittal": (0, 1, 2, "APSI"),
-}
 
 
 def overlay(patient: Patient, prediction: np.ndarray, scores: Mapping[str, float], path: Path, title: str) -> None:
@@ -33,8 +25,8 @@ def overlay(patient: Patient, prediction: np.ndarray, scores: Mapping[str, float
     Args:
         scores: Dice by class name.
     """
-    hu, labels, found = (_to_ras(v, patient.affine) for v in (patient.ct, patient.labels, prediction))
-    spacing = _ras_spacing(patient)
+    hu, labels, found = (to_ras(v, patient.affine) for v in (patient.ct, patient.labels, prediction))
+    spacing = ras_spacing(patient.affine)
     lung = labels == len(CLASSES) - 1
     # In each plane, the slice that shows most lung.
     cut = [int(lung.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in range(3)]
@@ -44,16 +36,16 @@ def overlay(patient: Patient, prediction: np.ndarray, scores: Mapping[str, float
         3, 3, gridspec_kw={"left": 0.03, "right": 0.985, "top": 0.885, "bottom": 0.065, "wspace": 0.03, "hspace": 0.05}
     )
     for row, (plane, (normal, right, up, letters)) in zip(grid, PLANES.items(), strict=True):
-        ct, reference, predicted = (_slice(v, normal, cut[normal], right, up) for v in (hu, labels, found))
+        ct, reference, predicted = (slice_of(v, normal, cut[normal], right, up) for v in (hu, labels, found))
         aspect = spacing[up] / spacing[right]
         for axes, content in zip(row, ("labels", "prediction", "difference"), strict=True):
             axes.imshow(ct, cmap="gray", vmin=HU_WINDOW[0], vmax=HU_WINDOW[1], aspect=aspect, interpolation="bilinear")
             if content == "difference":
-                axes.imshow(_tint(reference != predicted, DIFFERENCE, 0.9), aspect=aspect, interpolation="nearest")
+                axes.imshow(tint(reference != predicted, DIFFERENCE, 0.9), aspect=aspect, interpolation="nearest")
             else:
                 _paint(axes, reference if content == "labels" else predicted, aspect)
             axes.set_axis_off()
-            _letters(axes, letters)
+            write_letters(axes, letters)
         row[0].text(
             -0.02, 0.5, plane, transform=row[0].transAxes, rotation=90, color="#9fb0c0", fontsize=12,
             ha="right", va="center",
@@ -75,45 +67,9 @@ def overlay(patient: Patient, prediction: np.ndarray, scores: Mapping[str, float
     FigureCanvasAgg(figure).print_figure(path, dpi=110, facecolor=figure.get_facecolor())
 
 
-def _to_ras(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """`volume` with its axes turned to right, anterior, superior."""
-    return nibabel.apply_orientation(volume, nibabel.io_orientation(affine))
-
-
-def _ras_spacing(patient: Patient) -> np.ndarray:
-    """Voxel extents in mm along right, anterior, superior."""
-    axes = nibabel.io_orientation(patient.affine)[:, 0].astype(int)
-    spacing = np.empty(3)
-    spacing[axes] = patient.spacing
-    return spacing
-
-
-def _slice(volume: np.ndarray, normal: int, index: int, right: int, up: int) -> np.ndarray:
-    """One slice as an image: rows from the top, and the patient's right (or front) on the left."""
-    plane = np.take(volume, index, axis=normal)  # the remaining two axes, in rising order
-    if right > up:
-        plane = plane.T
-    # RAS+ indices rise to the patient's right, front and head; the picture has those left, left and on top.
-    return plane.T[::-1, ::-1]
-
-
-def _tint(mask: np.ndarray, colour: str, alpha: float) -> np.ndarray:
-    """`mask` in one colour, transparent elsewhere: ``(rows, columns, 4)``."""
-    image = np.zeros((*mask.shape, 4))
-    image[mask] = (*to_rgb(colour), alpha)
-    return image
-
-
 def _paint(axes, labels: np.ndarray, aspect: float) -> None:
     for index in range(1, len(CLASSES)):
         mask = labels == index
         if mask.any():
-            axes.imshow(_tint(mask, COLOURS[index], OPACITY[index]), aspect=aspect, interpolation="nearest")
+            axes.imshow(tint(mask, COLOURS[index], OPACITY[index]), aspect=aspect, interpolation="nearest")
             axes.contour(mask, [0.5], colors=COLOURS[index], linewidths=1.1)
-
-
-def _letters(axes, letters: Sequence[str]) -> None:
-    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.97), (0.5, 0.03))
-    for letter, (x, y) in zip(letters, places, strict=True):
-        text = axes.text(x, y, letter, transform=axes.transAxes, color="white", fontsize=9, ha="center", va="center")
-        text.set_path_effects([withStroke(linewidth=2.5, foreground="#101418")])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 from nibabel.affines import voxel_sizes
+
+from ..imaging.itk import read_itk
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mhd")
 NIFTI = (".nii.gz", ".nii")
@@ -128,13 +129,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    image = sitk.ReadImage(str(path))
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise ValueError(f"has {image.GetNumberOfComponentsPerPixel()} components a voxel; accepted is one")
-    dimension = image.GetDimension()
-    affine = np.eye(4)
-    directions = np.array(image.GetDirection()).reshape(dimension, dimension)
-    affine[:dimension, :dimension] = directions * image.GetSpacing()
-    affine[:dimension, 3] = image.GetOrigin()
-    to_ras = np.diag([-1, -1, 1, 1])  # ITK's patient axes are left, posterior, superior
-    return sitk.GetArrayFromImage(image).T, to_ras @ affine
+    values, affine = read_itk(path)  # (X, Y[, Z], C)
+    if values.shape[-1] != 1:
+        raise ValueError(f"has {values.shape[-1]} components a voxel; accepted is one")
+    return values[..., 0], affine

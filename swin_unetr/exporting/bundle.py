@@ -1,0 +1,271 @@
+"""A MONAI bundle: https://docs.monai.io/en/latest/mb_specification.html, with what MONAI Label reads of it.
+
+MONAI Label builds ``network_def``, loads ``models/model.pt`` into it, and runs ``preprocessing``, ``inferer`` and
+``postprocessing`` (without saving). The labels it shows are those of ``channel_def`` of the first output; its keys are
+values of the label map, as the specification has it for an output of the format ``segmentation``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from . import bundle_texts
+from .formats import Run
+from .trained import Trained
+
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20220324.json"
+OWN_NETWORK, MONAI_NETWORK = "swin_unetr.SwinUNETR", "monai.networks.nets.SwinUNETR"
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """The MONAI bundle.
+
+    Args:
+        name: of the bundle and its folder; MONAI Label shows it.
+        version: of the bundle.
+        modality: of the images, such as CT or MR; n/a does not say.
+        overlap: of neighbouring windows, as a part of their extents.
+        windows: how many go through the network at once.
+    """
+
+    name: str = "swin_unetr_segmentation"
+    version: str = "0.1.0"
+    modality: str = "n/a"
+    overlap: float = 0.5
+    windows: int = 4
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise ValueError(f"bundle.name is {self.name!r}; accepted are letters, digits, '_', '-' and '.'")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"bundle.overlap is {self.overlap}; accepted is 0 ≤ overlap < 1")
+        if self.windows < 1:
+            raise ValueError(f"bundle.windows is {self.windows}; accepted is a number ≥ 1")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder for `monai.bundle` and MONAI Label, on MONAI's network where that computes what this one does."""
+
+    options: BundleOptions
+    portable: bool
+    packages: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> str:
+        return self.options.name
+
+    def write(self, trained: Trained, folder: Path) -> None:
+        root = folder / self.output
+        for name in ("configs", "models", "docs"):
+            (root / name).mkdir(parents=True)
+        torch.save(dict(trained.state), root / "models/model.pt")
+        _write_json(root / "configs/inference.json", self._inference(trained))
+        _write_json(root / "configs/metadata.json", self._metadata(trained))
+        labels = zip(trained.labels.written(), trained.labels.names, strict=True)
+        values = {
+            "name": self.options.name,
+            "network": self._target,
+            "own_network": OWN_NETWORK,
+            "labels": "\n".join(f"| {value} | {name} |" for value, name in [(0, "background"), *labels]),
+            "roi": " × ".join(map(str, trained.roi)),
+        }
+        readme = bundle_texts.README + (bundle_texts.PORTABLE if self.portable else bundle_texts.LEGACY)
+        (root / "docs/README.md").write_text(readme.format(**values), encoding="utf-8")
+        (root / "LICENSE").write_text(bundle_texts.LICENSE, encoding="utf-8")
+
+    def load(self, folder: Path) -> Run:
+        """The network as a reader of bundles builds it."""
+        root = folder / self.output
+        parser = ConfigParser()
+        parser.read_config(root / "configs/inference.json")
+        network = parser.get_parsed_content("network_def")
+        network.load_state_dict(torch.load(root / "models/model.pt", weights_only=True))
+        return network.eval()
+
+    @property
+    def _target(self) -> str:
+        return MONAI_NETWORK if self.portable else OWN_NETWORK
+
+    # Names of classes stay out of this file: in it, text that starts with "$" is code.
+    def _inference(self, trained: Trained) -> dict[str, Any]:
+        """``configs/inference.json``."""
+        return {
+            "imports": ["$import glob"],
+            "bundle_root": ".",
+            "dataset_dir": "$@bundle_root + '/images'",
+            "output_dir": "$@bundle_root + '/predictions'",
+            "datalist": "$[{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii.gz'))]",
+            "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+            "network_def": {"_target_": self._target, **trained.description["architecture"]},
+            "network": "$@network_def.to(@device)",
+            "preprocessing": _compose(_preprocessing(trained)),
+            "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
+            "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
+            "inferer": {
+                "_target_": "SlidingWindowInferer",
+                "roi_size": list(trained.roi),
+                "sw_batch_size": self.options.windows,
+                "overlap": self.options.overlap,
+                "mode": "gaussian",
+            },
+            "postprocessing": _compose(_postprocessing(trained)),
+            "handlers": [
+                {
+                    "_target_": "CheckpointLoader",
+                    "load_path": "$@bundle_root + '/models/model.pt'",
+                    "load_dict": {"model": "@network"},
+                    "map_location": "@device",
+                }
+            ],
+            "evaluator": {
+                "_target_": "SupervisedEvaluator",
+                "device": "@device",
+                "val_data_loader": "@dataloader",
+                "network": "@network",
+                "inferer": "@inferer",
+                "postprocessing": "@postprocessing",
+                "val_handlers": "@handlers",
+            },
+            "run": ["$@evaluator.run()"],
+        }
+
+    def _metadata(self, trained: Trained) -> dict[str, Any]:
+        """``configs/metadata.json``."""
+        labels, channels = trained.labels, trained.architecture.in_channels
+        classes = {str(value): name for value, name in zip(labels.written(), labels.names, strict=True)}
+        tensor = {"type": "image", "modality": self.options.modality, "spatial_shape": list(trained.roi)}
+        optional = ["nibabel", "pytorch-ignite", "einops"] + ([] if self.portable else ["swin-kernels"])
+        return {
+            "schema": SCHEMA,
+            "version": self.options.version,
+            "changelog": {self.options.version: "written by swin-unetr export"},
+            **{f"{name}_version": _version(package) for name, package in _REQUIRED.items()},
+            "optional_packages_version": {name: version for name in optional if (version := _version(name))},
+            "name": self.options.name,
+            "task": f"segmentation of {', '.join(labels.names)}",
+            "description": f"Swin UNETR that segments {', '.join(labels.names)}, by sliding window",
+            "authors": "not stated",
+            "copyright": "not stated",
+            "intended_use": "research; not for diagnosis",
+            "references": [
+                "Hatamizadeh et al. Swin UNETR. BrainLes 2021. https://arxiv.org/abs/2201.01266",
+                "Tang et al. Self-Supervised Pre-Training of Swin Transformers for 3D Medical Image Analysis. "
+                "CVPR 2022. "
+                "https://arxiv.org/abs/2111.14791",
+            ],
+            "network_data_format": {
+                "inputs": {
+                    "image": {
+                        **tensor,
+                        "format": "hounsfield" if self.options.modality == "CT" else "magnitude",
+                        "num_channels": channels,
+                        "dtype": "float32",
+                        "value_range": [0, 1] if trained.preprocessing.intensity == "window" else [],
+                        "is_patch_data": True,
+                        "channel_def": {str(i): f"image {i}" if channels > 1 else "image" for i in range(channels)},
+                    }
+                },
+                "outputs": {
+                    "pred": {
+                        **tensor,
+                        "format": "segmentation",
+                        "num_channels": 1,
+                        "dtype": "uint8",
+                        "value_range": [0, max(labels.written())],
+                        "is_patch_data": True,
+                        "channel_def": {"0": "background", **classes},
+                    }
+                },
+            },
+        }
+
+
+_REQUIRED = {"monai": "monai", "pytorch": "torch", "numpy": "numpy"}
+
+
+def _version(package: str) -> str | None:
+    """The installed version without what a build adds to it; None if there is none."""
+    try:
+        return metadata.version(package).partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compose(transforms: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"_target_": "Compose", "transforms": transforms}
+
+
+def _preprocessing(trained: Trained) -> list[dict[str, Any]]:
+    """What `Preprocessing` does, as MONAI's configurations write it."""
+    how = trained.preprocessing
+    steps: list[dict[str, Any]] = [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True}]
+    if how.orientation is not None:
+        steps.append({"_target_": "Orientationd", "keys": "image", "axcodes": how.orientation, "labels": None})
+    if how.spacing is not None:
+        steps.append({"_target_": "Spacingd", "keys": "image", "pixdim": list(how.spacing), "mode": "bilinear"})
+    if how.intensity == "zscore":
+        steps.append({"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True, "channel_wise": True})
+    else:
+        low, high = how.window
+        limits = {"a_min": low, "a_max": high, "b_min": 0.0, "b_max": 1.0, "clip": True}
+        steps.append({"_target_": "ScaleIntensityRanged", "keys": "image", **limits})
+    return steps
+
+
+def _postprocessing(trained: Trained) -> list[dict[str, Any]]:
+    """From logits to a label map in the image's own geometry, as `Labels` decides it."""
+    labels = trained.labels
+    steps: list[dict[str, Any]] = [
+        {"_target_": "Activationsd", "keys": "pred", "sigmoid" if labels.overlapping else "softmax": True},
+        {
+            "_target_": "Invertd",
+            "keys": "pred",
+            "transform": "@preprocessing",
+            "orig_keys": "image",
+            "nearest_interp": False,
+            "to_tensor": True,
+        },
+    ]
+    if labels.overlapping:
+        # Of the classes that hold in a voxel, the last: they are listed from the outermost in.
+        last = "$lambda held: (held * torch.arange(1, len(held) + 1).view(-1, 1, 1, 1).to(held)).amax(0, keepdim=True)"
+        steps.append({"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5})
+        steps.append({"_target_": "Lambdad", "keys": "pred", "func": last})
+    else:
+        steps.append({"_target_": "AsDiscreted", "keys": "pred", "argmax": True})
+    written = list(labels.written())
+    steps.append(
+        {
+            "_target_": "MapLabelValued",
+            "keys": "pred",
+            "orig_labels": list(range(1, len(written) + 1)),
+            "target_labels": written,
+            "dtype": "$torch.uint8",
+        }
+    )
+    steps.append(
+        {
+            "_target_": "SaveImaged",
+            "keys": "pred",
+            "output_dir": "@output_dir",
+            "output_postfix": "seg",
+            "output_dtype": "$np.uint8",
+            "resample": False,
+            "separate_folder": False,
+        }
+    )
+    return steps
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")

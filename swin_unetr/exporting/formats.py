@@ -1,0 +1,86 @@
+"""What a format of `swin-unetr export` is, and the check that all of them go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .trained import Trained
+
+TOLERANCE = 1e-4
+"""Largest difference from the eager logits, as a part of the largest of them."""
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""From an image ``(B, C, *S)`` to logits ``(B, channels, *S)``."""
+
+
+class Format(Protocol):
+    """A kind of file, or folder.
+
+    Attributes:
+        output: name of what it writes.
+        packages: what has to be installed for it, beyond what this package depends on.
+        portable: whether what it writes runs without this package.
+    """
+
+    output: str
+    packages: tuple[str, ...]
+    portable: bool
+
+    def write(self, trained: Trained, folder: Path) -> None:
+        """Write `output` into `folder`."""
+
+    def load(self, folder: Path) -> Run:
+        """What is in `folder`, ready to run."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images that a network is traced on and checked with.
+
+    Attributes:
+        channels: of an image.
+        shape: its extents.
+        batch: images at once; None for any number.
+    """
+
+    channels: int
+    shape: tuple[int, ...]
+    batch: int | None
+
+    def example(self) -> torch.Tensor:
+        """An image ``(B, C, *shape)`` to trace with; where the batch is free, of 2: of 1, tracers make a constant."""
+        return self._draw(0, self.batch or 2)
+
+    def checks(self) -> list[torch.Tensor]:
+        """Two images that no network was traced on, each ``(B, C, *shape)``; where the batch is free, of two sizes."""
+        return [self._draw(seed, self.batch or seed) for seed in (1, 2)]
+
+    def _draw(self, seed: int, batch: int) -> torch.Tensor:
+        return torch.randn(batch, self.channels, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+
+class CheckFailed(RuntimeError):
+    """What a file computes is not what the network computes."""
+
+
+@torch.no_grad()
+def check(run: Run, inputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest error of `run` over `inputs`, relative to the largest logit.
+
+    Raises:
+        CheckFailed: it is above `TOLERANCE`, or shapes differ.
+    """
+    errors = []
+    for image, logits in zip(inputs, expected, strict=True):
+        found = run(image)
+        if found.shape != logits.shape:
+            raise CheckFailed(f"its output is {tuple(found.shape)}; the network's is {tuple(logits.shape)}")
+        errors.append(float((found - logits).abs().max() / logits.abs().max()))
+    if not all(error <= TOLERANCE for error in errors):  # NaN is not
+        raise CheckFailed(f"its relative error is {max(errors):.1e}; accepted is up to {TOLERANCE:.0e}")
+    return max(errors)

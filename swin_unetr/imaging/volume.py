@@ -1,0 +1,153 @@
+"""Images to segment, whatever file they come from, and label maps written in the geometry of the image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.affines import voxel_sizes
+
+from ..preprocessing import finite
+from . import dicom
+from .itk import read_itk, write_itk
+from .nifti import BadCase, read_with_header
+
+NIFTI = (".nii.gz", ".nii")
+ITK = (".nrrd", ".mha", ".mhd")
+SUFFIXES = (*NIFTI, *ITK)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image and where it lies.
+
+    Attributes:
+        values: float32 ``(C, X, Y, Z)``.
+        affine: voxel index to mm in RAS+ ``(4, 4)``.
+        header: of the NIfTI file it came from, else None.
+    """
+
+    values: np.ndarray
+    affine: np.ndarray
+    header: nibabel.Nifti1Header | None = None
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel extents in mm."""
+        return tuple(float(extent) for extent in voxel_sizes(self.affine))
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image that can be read.
+
+    Attributes:
+        name: of the case: the file's without suffix, or what a DICOM series says of itself.
+        path: file, or folder of the series.
+        read: reads it; raises `BadCase`, which names the file.
+    """
+
+    name: str
+    path: Path
+    read: Callable[[], Volume]
+
+
+def find(paths: Sequence[Path], largest: float) -> list[Source]:
+    """The images that `paths` name: a file; a folder of volumes; a folder of DICOM files, each series by itself.
+
+    Args:
+        largest: GiB that one image may take uncompressed.
+
+    Raises:
+        ValueError: a path is missing, of an unknown kind or holds no image, or two images have one name.
+    """
+    sources = [source for path in paths for source in _sources(Path(path), largest)]
+    by_name: dict[str, Source] = {}
+    for source in sources:
+        other = by_name.setdefault(source.name, source)
+        if other is not source:
+            raise ValueError(
+                f"input: {other.path} and {source.path} are both case {source.name!r}; accepted is a name each"
+            )
+    return sources
+
+
+def _sources(path: Path, largest: float) -> list[Source]:
+    if not path.exists():
+        raise ValueError(f"input: {path} does not exist")
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"input: {path} ends in none of {', '.join(SUFFIXES)}; of DICOM, name the folder")
+        return [_file(path, largest)]
+    volumes = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    if volumes:
+        return [_file(volume, largest) for volume in volumes]
+    series = dicom.find(path)
+    if not series:
+        raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")
+    return [Source(one.name, path, lambda one=one: Volume(*dicom.read(one, largest))) for one in series]
+
+
+def _file(path: Path, largest: float) -> Source:
+    suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    return Source(path.name.removesuffix(suffix), path, lambda: read(path, largest))
+
+
+def read(path: Path, largest: float) -> Volume:
+    """The volume in a file.
+
+    Raises:
+        BadCase: the file is damaged, too large, has NaN or infinite voxels, or is no volume; the message names it.
+    """
+    header = None
+    if path.name.endswith(NIFTI):
+        values, affine, header = read_with_header(path, largest)
+        values = values[..., None] if values.ndim == 3 else values  # (X, Y, Z, C)
+    else:
+        try:
+            values, affine = read_itk(path)
+        except RuntimeError as error:
+            raise BadCase(f"{path}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        if values.ndim != 4:
+            raise BadCase(f"{path}: has {values.ndim - 1} axes; accepted are three")
+    try:
+        finite(values, str(path))
+    except ValueError as error:
+        raise BadCase(str(error)) from error
+    return Volume(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32), affine, header)  # (C, X, Y, Z)
+
+
+def output_suffix(source: Source) -> str:
+    """Of a label map for `source`: its own, and NIfTI for DICOM."""
+    return next(
+        (suffix for suffix in SUFFIXES if source.path.name.endswith(suffix) and source.path.is_file()), ".nii.gz"
+    )
+
+
+def write(values: np.ndarray, volume: Volume, path: Path) -> None:
+    """Write ``values (X, Y, Z)`` in the geometry of `volume`, replacing what is there once the new file is whole.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    temporary = path.with_name(f".{path.name.removesuffix(suffix)}.part{'.mha' if suffix == '.mhd' else suffix}")
+    try:
+        if suffix in NIFTI:
+            header = nibabel.Nifti1Header() if volume.header is None else volume.header.copy()
+            header.set_data_dtype(values.dtype)
+            header.set_slope_inter(1, 0)
+            kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+            affine = volume.affine if volume.header is None else None  # a header that has one keeps both of its forms
+            nibabel.save(kind(values, affine, header), temporary)
+        else:
+            write_itk(values, volume.affine, temporary)
+        os.replace(temporary, path)
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written: {str(error).strip().splitlines()[-1]}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

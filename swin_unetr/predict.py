@@ -1,0 +1,211 @@
+"""`swin-unetr predict`: segment images of any number, with volumes of the organs and a report."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import monai
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import Compose
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import swin_kernels
+
+from . import distributed, imaging
+from .prediction import ensemble as ensembles
+from .prediction import report, volumes
+from .prediction.ensemble import Ensemble, Mirrored
+from .prediction.restore import Restored, axes_between
+from .prediction.windows import Windows, slabs
+
+ENTROPY = "entropy"
+"""Folder of the entropy maps, inside of that of the results."""
+
+
+@dataclass
+class Options:
+    """Segment images.
+
+    Writes into `out` a label map of each image in the image's own geometry (of DICOM a NIfTI file), volumes.csv,
+    volumes.json and report.html. A case that cannot be segmented is reported and the others go on. Under torchrun the
+    cases are shared among ranks.
+
+    Args:
+        checkpoint: of `swin-unetr train`; the mean of several decides.
+        input: files (NIfTI, NRRD, MetaImage), folders of them, or folders of DICOM series.
+        out: folder for the results.
+        windows: how a volume is cut, and how much memory is used.
+        mirror: axes of the network's volume that are mirrored too, the mean deciding: [0, 1, 2] takes 8 times as long.
+        entropy: write maps of the prediction's entropy into entropy/: 0 is certain, 1 is not knowing anything.
+        overwrite: replace results that are there.
+        largest: GiB that one image may take uncompressed.
+        device: cpu, cuda or cuda:N; by default a GPU if there is one.
+    """
+
+    checkpoint: list[Path]
+    input: list[Path]
+    out: Path = Path("predictions")
+    windows: Windows = field(default_factory=Windows)
+    mirror: tuple[int, ...] = ()
+    entropy: bool = False
+    overwrite: bool = False
+    largest: float = 16.0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint", "input"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; accepted is one path or more")
+        if len(set(self.mirror)) < len(self.mirror) or not set(self.mirror) <= {0, 1, 2}:
+            raise ValueError(f"mirror is {tuple(self.mirror)}; accepted are different axes of (0, 1, 2)")
+        if not self.largest > 0:
+            raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
+
+
+def run(options: Options, console: Console | None = None) -> int:
+    """Predict; returns the exit status: 0, or 1 if a case could not be segmented.
+
+    Raises:
+        ValueError: a checkpoint or an input does not fit, or results are there already.
+        OSError: `options.out` cannot be written to.
+    """
+    with distributed.job(options.device) as device:
+        if not distributed.is_first():
+            console = Console(quiet=True)
+        return _run(options, device, console or Console())
+
+
+def _run(options: Options, device: torch.device, console: Console) -> int:
+    sources = imaging.find(options.input, options.largest)
+    outputs = {source.name: options.out / f"{source.name}{imaging.output_suffix(source)}" for source in sources}
+    distributed.first(lambda: _prepare(options, outputs.values()))
+    ensemble = ensembles.load(options.checkpoint, device)
+    done: list[report.Case] = []
+    failed: dict[str, str] = {}
+    columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for source in progress.track(distributed.share(sources)):
+            try:
+                done.append(_case(source, outputs[source.name], ensemble, options, device))
+            # One damaged file of many must not end the others' work, and libraries fail in many ways over one.
+            except Exception as error:
+                failed[source.name] = str(error).strip() if isinstance(error, (ValueError, OSError)) else repr(error)
+    everywhere = distributed.gather((done, failed))
+    done = sorted((case for of_rank, _ in everywhere for case in of_rank), key=lambda case: case.name)
+    failed = {name: why for _, of_rank in everywhere for name, why in sorted(of_rank.items())}
+    distributed.first(lambda: _write(done, failed, ensemble, options, device))
+    _show(done, failed, options, console)
+    return 1 if failed else 0
+
+
+def _prepare(options: Options, outputs) -> None:
+    names = ("volumes.csv", "volumes.json", "report.html")
+    present = [path for path in (*outputs, *(options.out / name for name in names)) if path.exists()]
+    if present and not options.overwrite:
+        raise ValueError(f"out: {present[0]} is there already; accepted is another folder, or overwrite: true")
+    (options.out / ENTROPY if options.entropy else options.out).mkdir(parents=True, exist_ok=True)
+
+
+def _case(source, output: Path, ensemble: Ensemble, options: Options, device: torch.device) -> report.Case:
+    started = time.perf_counter()
+    notes: list[str] = []
+    volume = source.read()
+    found = segment(volume, ensemble, options.windows, device, options.mirror, options.entropy, notes.append)
+    imaging.write(found.labels, volume, output)
+    entropy = ""
+    if found.entropy is not None:
+        # In a folder of its own: what lies beside a label map is taken for one by `evaluate`.
+        imaging.write(found.entropy, volume, options.out / ENTROPY / output.name)
+        entropy = report.entropy_picture(found.entropy, found.labels, volume.affine)
+    organs = volumes.measure(found.labels, volume.values[0], volume.affine, ensemble.labels)
+    return report.Case(
+        name=source.name,
+        source=str(source.path),
+        output=output.name,
+        shape=found.labels.shape,
+        spacing=volume.spacing,
+        organs=organs,
+        warnings=volumes.warnings(organs, volume.spacing),
+        notes=notes,
+        seconds=time.perf_counter() - started,
+        picture=report.picture(volume.values[0], found.labels, volume.affine, ensemble.labels),
+        entropy=entropy,
+    )
+
+
+@torch.inference_mode()
+def segment(
+    volume: imaging.Volume,
+    ensemble: Ensemble,
+    windows: Windows,
+    device: torch.device,
+    mirror: Sequence[int] = (),
+    entropy: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Restored:
+    """Label map of `volume` on its own grid, and its entropy if asked for.
+
+    Args:
+        mirror: axes that are mirrored too.
+        say: is told what a reader of the result should know of how it was made.
+
+    Raises:
+        ValueError: the volume has other channels than the networks, or axes that are not at right angles.
+    """
+    if len(volume.values) != ensemble.channels:
+        raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")
+    image = MetaTensor(torch.from_numpy(volume.values), affine=torch.from_numpy(volume.affine))
+    preprocessing = ensemble.preprocessing
+    prepared = Compose([*preprocessing.geometry(("image",)), *preprocessing.scale()])({"image": image})["image"]
+    grid = tuple(prepared.shape[1:])
+    axes = axes_between(volume.affine, volume.values.shape[1:], prepared.affine.numpy().astype(np.float64), grid)
+    restored = Restored(volume.values.shape[1:], axes, ensemble.labels, entropy)
+    # As MONAI's sliding window does where a volume is smaller than the window: zeros on both sides.
+    lack = [max(0, extent - have) for extent, have in zip(ensemble.roi, grid, strict=True)]
+    pad = [part for missing in reversed(lack) for part in (missing // 2, missing - missing // 2)]
+    padded = F.pad(prepared.as_tensor().float()[None].to(device), pad)  # (1, C, *S)
+    networks = [Mirrored(network, mirror) if mirror else network for network in ensemble.networks]
+    inside = [slice(missing // 2, missing // 2 + extent) for missing, extent in zip(lack, grid, strict=True)]
+    for first, logits in slabs(padded, networks, ensemble.labels.channels, ensemble.roi, windows, say):
+        probabilities = sum(ensemble.labels.probabilities(of_one) for of_one in logits)[0] / len(networks)
+        rows = inside[0] if lack[0] else slice(None)  # of an axis that was padded there is one slab
+        restored.add(first, probabilities[:, rows, inside[1], inside[2]])
+    return restored
+
+
+def _write(done, failed, ensemble: Ensemble, options: Options, device: torch.device) -> None:
+    report.write_tables(done, options.out)
+    prepared = (
+        f"{name} {value}" for name, value in asdict(ensemble.preprocessing).items() if name != "crop_foreground"
+    )
+    how = {
+        "checkpoints": "; ".join(f"{path}, SHA-256 {digest}" for path, digest in ensemble.files.items()),
+        "windows": f"{' × '.join(map(str, ensemble.roi))} voxels, overlap {options.windows.overlap:g}, Gaussian",
+        "mirrored axes": ", ".join(map(str, options.mirror)) or "none",
+        "preprocessing": "; ".join(prepared),
+        "device": f"{device}, {distributed.ranks()} rank(s)",
+        "versions": f"swin-kernels {swin_kernels.__version__}, torch {torch.__version__}, MONAI {monai.__version__}, "
+        f"Python {platform.python_version()}",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    report.write(done, failed, how, ensemble.labels, options.out / "report.html")
+
+
+def _show(done: Sequence[report.Case], failed: dict[str, str], options: Options, console: Console) -> None:
+    for case in done:
+        organs = ", ".join(f"{organ.name} {organ.millilitres:,.1f} ml" for organ in case.organs)
+        console.print(f"{case.output}: {organs} ({case.seconds:.1f} s)", markup=False, highlight=False)
+        for text in (*case.warnings, *case.notes):
+            console.print(f"  {text}", style="yellow", markup=False, highlight=False)
+    for name, why in failed.items():
+        console.print(f"not segmented: {name}: {why}", style="red", markup=False, highlight=False)
+    console.print(f"in {options.out}: report.html, volumes.csv, volumes.json", markup=False, highlight=False)

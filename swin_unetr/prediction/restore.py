@@ -1,0 +1,115 @@
+"""From the network's grid back to the image's: linear interpolation of probabilities, a slab at a time, then decisions.
+
+Both grids are parallel (orientation and spacing permute, mirror and scale axes), so interpolation is one axis after the
+other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..labels import Labels
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where an axis of the image runs in the network's grid.
+
+    Attributes:
+        along: axis of the network's grid.
+        low, high: rows between which each of the image's planes lies, int64 ``(extent,)``.
+        weight: of the higher one, float32 ``(extent,)``.
+    """
+
+    along: int
+    low: torch.Tensor
+    high: torch.Tensor
+    weight: torch.Tensor
+
+
+def axes_between(image_affine: np.ndarray, shape: Sequence[int], affine: np.ndarray, grid: Sequence[int]) -> list[Axis]:
+    """The axes of an image of `shape` in a `grid`, by the affines of both ``(4, 4)``; what lies beyond is its border.
+
+    Raises:
+        ValueError: the grids are not parallel: the image's axes are not at right angles, say.
+    """
+    between = np.linalg.inv(affine) @ image_affine  # image's index to grid's index
+    found = []
+    for axis, extent in enumerate(shape):
+        column = between[:3, axis]
+        along = int(np.abs(column).argmax())
+        if np.abs(np.delete(column, along)).max() * extent > 0.05:
+            raise ValueError("the image's axes are not at right angles; accepted is a grid without shear")
+        place = np.clip(between[along, 3] + column[along] * np.arange(extent), 0, grid[along] - 1)
+        low = np.clip(np.floor(place).astype(np.int64), 0, max(grid[along] - 2, 0))
+        high = np.minimum(low + 1, grid[along] - 1)
+        found.append(Axis(along, *map(torch.from_numpy, (low, high, (place - low).astype(np.float32)))))
+    return found
+
+
+class Restored:
+    """The label map of an image, decided plane by plane as slabs of probabilities come.
+
+    Attributes:
+        labels: uint8 ``(X, Y, Z)``.
+        entropy: float32 ``(X, Y, Z)`` in 0..1, or None.
+    """
+
+    def __init__(self, shape: Sequence[int], axes: Sequence[Axis], labels: Labels, entropy: bool) -> None:
+        self.labels = np.zeros(shape, np.uint8)
+        self.entropy = np.zeros(shape, np.float32) if entropy else None
+        self._options = labels
+        self._axes = axes
+        self._sliced = next(i for i, axis in enumerate(axes) if axis.along == 0)
+        self._last: torch.Tensor | None = None  # the row before the slab
+
+    def add(self, first: int, probabilities: torch.Tensor) -> None:
+        """Rows from `first` on: ``(channels, rows, *grid[1:])``; slabs come in order, and leave no gap."""
+        if self._last is not None:
+            first, probabilities = first - 1, torch.cat([self._last, probabilities], dim=1)
+        self._last = probabilities[:, -1:].clone()
+        end = first + probabilities.shape[1]
+        sliced = self._axes[self._sliced]
+        # Planes whose higher row is in this slab and was in none before.
+        reached = sliced.high < end
+        new = reached & (sliced.high > first) if first else reached
+        for plane in torch.nonzero(new).flatten().tolist():
+            low, high = int(sliced.low[plane]) - first, int(sliced.high[plane]) - first
+            row = torch.lerp(probabilities[:, low], probabilities[:, high], float(sliced.weight[plane]))
+            self._decide(plane, row)
+
+    def _decide(self, plane: int, row: torch.Tensor) -> None:
+        """A plane of the image, of ``row (channels, grid[1], grid[2])``."""
+        others = [axis for i, axis in enumerate(self._axes) if i != self._sliced]
+        # The shorter result first: what the second interpolation reads is smaller.
+        for axis in sorted(others, key=lambda axis: len(axis.low)):
+            row = _interpolate(row, axis)
+        if others[0].along > others[1].along:
+            row = row.transpose(1, 2)
+        where = tuple(plane if i == self._sliced else slice(None) for i in range(3))
+        decided = (row > 0.5).float()[None] if self._options.overlapping else row.argmax(0)[None, None]
+        self.labels[where] = self._options.label_map(decided)[0, 0].cpu().numpy()
+        if self.entropy is not None:
+            self.entropy[where] = entropy(row, self._options.overlapping).cpu().numpy()
+
+
+def _interpolate(row: torch.Tensor, axis: Axis) -> torch.Tensor:
+    dim = axis.along  # of (channels, grid[1], grid[2])
+    device = row.device
+    weight = axis.weight.to(device).view(-1, *[1] * (2 - dim))
+    return torch.lerp(row.index_select(dim, axis.low.to(device)), row.index_select(dim, axis.high.to(device)), weight)
+
+
+def entropy(probabilities: torch.Tensor, overlapping: bool) -> torch.Tensor:
+    """Shannon entropy of ``probabilities (channels, *S)`` as a part of the largest possible: ``(*S)`` in 0..1.
+
+    Of overlapping classes, the mean of each one's own.
+    """
+    if overlapping:
+        return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).mean(0) / math.log(2)
+    return torch.special.entr(probabilities).sum(0) / math.log(len(probabilities))

@@ -1,0 +1,111 @@
+"""Sliding windows over volumes of any extent: slab by slab, so that what is summed up fits in memory.
+
+A slab holds rows of the first axis that no later window reaches; its windows lie where those of the whole volume do, so
+slabs give what one sliding window over everything gives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from monai.inferers import sliding_window_inference
+
+FLOAT32 = 4  # bytes
+SUMS = 3
+"""Volumes of all channels that live at once while a slab is summed up: sums, weights, and what is made of them."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a volume is cut.
+
+    Args:
+        overlap: of neighbouring windows, as a part of their extents.
+        batch: windows that go through the network at once.
+        memory_limit: GiB for the sums of a slab; null takes half of what is free.
+    """
+
+    overlap: float = 0.5
+    batch: int = 4
+    memory_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap is {self.overlap}; accepted is 0 ≤ overlap < 1")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; accepted is a number ≥ 1")
+        if self.memory_limit is not None and not self.memory_limit > 0:
+            raise ValueError(f"memory_limit is {self.memory_limit}; accepted are GiB above 0, or null")
+
+
+def starts_along(extent: int, roi: int, overlap: float) -> list[int]:
+    """Where windows begin on an axis, as MONAI's `sliding_window_inference` places them; `extent` is at least `roi`."""
+    step = max(1, int(roi * (1 - overlap)))
+    starts = list(range(0, extent - roi + 1, step))
+    return starts if starts[-1] == extent - roi else [*starts, extent - roi]
+
+
+def slabs(
+    image: torch.Tensor,
+    networks: Sequence[nn.Module],
+    channels: int,
+    roi: Sequence[int],
+    how: Windows,
+    say: Callable[[str], None],
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Logits of a volume, a slab at a time: the first row, and for each network ``(1, channels, rows, *S[1:])``.
+
+    Args:
+        image: ``(1, C, *S)`` on the networks' device, no shorter than `roi` on any axis.
+        channels: of the output.
+        say: is told when a volume does not fit at once.
+    """
+    extent = image.shape[2]
+    starts = starts_along(extent, roi[0], how.overlap)
+    row_bytes = image[0, 0, 0].numel() * channels * FLOAT32 * SUMS * len(networks)
+    room = (how.memory_limit * 2**30 if how.memory_limit is not None else _free(image.device) / 2) / row_bytes
+    device = image.device
+    if extent > room:
+        say(f"{extent} rows of {channels} channels do not fit in memory at once: in slabs")
+    first = 0  # number of the first window of the slab
+    while first < len(starts):
+        low = starts[first]
+        # Windows before the slab that reach into it.
+        before = next(i for i, start in enumerate(starts) if start + roi[0] > low)
+        last = first
+        while last + 1 < len(starts) and starts[last + 1] + roi[0] - starts[before] <= room:
+            last += 1
+        high = starts[last + 1] if last + 1 < len(starts) else extent
+        part = image[:, :, starts[before] : starts[last] + roi[0]]
+        try:
+            logits = [_slide(part, network, roi, how, device) for network in networks]
+        except torch.cuda.OutOfMemoryError:
+            if device.type == "cpu":
+                raise
+            torch.cuda.empty_cache()
+            say("the GPU's memory does not hold the sums: they are kept in the processor's memory")
+            device = torch.device("cpu")
+            continue
+        yield low, [whole[:, :, low - starts[before] : high - starts[before]] for whole in logits]
+        first = last + 1
+
+
+def _slide(part, network, roi, how: Windows, device: torch.device) -> torch.Tensor:
+    return sliding_window_inference(
+        part, roi, how.batch, network, how.overlap, mode="gaussian", sw_device=part.device, device=device
+    )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are not in use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

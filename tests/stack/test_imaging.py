@@ -1,0 +1,234 @@
+"""Images in files: where they lie, DICOM series told apart, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import warnings
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
+
+from swin_unetr import imaging
+from swin_unetr.imaging import dicom
+from swin_unetr.imaging.itk import write_itk
+
+from .segmenter import affine, image, nifti
+
+
+def only(path) -> imaging.Volume:
+    (source,) = imaging.find([path], 1.0)
+    return source.read()
+
+
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.nii", "x.nrrd", "x.mha"])
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SLA"])
+def test_every_format_says_where_voxels_lie(tmp_path, name, axes):
+    values, place = image((7, 5, 4)), affine(axes)
+    if ".nii" in name:
+        nifti(tmp_path / name, values, place)
+    else:
+        write_itk(values, place, tmp_path / name)
+    volume = only(tmp_path / name)
+    np.testing.assert_array_equal(volume.values[0], values)
+    np.testing.assert_allclose(volume.affine, place, atol=1e-4)
+    # A label map of it lies at the same place, and its file is of the same kind.
+    (source,) = imaging.find([tmp_path / name], 1.0)
+    out = tmp_path / f"label{imaging.output_suffix(source)}"
+    imaging.write((values > 0).astype(np.uint8), volume, out)
+    again = only(out)
+    np.testing.assert_array_equal(again.values[0], values > 0)
+    np.testing.assert_allclose(again.affine, place, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({name, out.name})
+
+
+def test_both_forms_of_a_nifti_geometry_are_kept(tmp_path):
+    nifti(tmp_path / "x.nii.gz")
+    picture = nibabel.load(tmp_path / "x.nii.gz")
+    picture.set_qform(affine("LPS"), code=1)
+    picture.set_sform(affine("RAS"), code=2)
+    picture.header.set_slope_inter(2, 5)
+    nibabel.save(picture, tmp_path / "x.nii.gz")
+    volume = only(tmp_path / "x.nii.gz")
+    imaging.write(np.ones(volume.values.shape[1:], np.uint8), volume, tmp_path / "y.nii.gz")
+    written = nibabel.load(tmp_path / "y.nii.gz")
+    assert written.get_qform(coded=True)[1] == 1
+    assert written.get_sform(coded=True)[1] == 2
+    np.testing.assert_allclose(written.get_qform(), affine("LPS"), atol=1e-4)
+    assert written.get_data_dtype() == np.uint8
+    assert np.unique(written.get_fdata()).tolist() == [1]
+
+
+def test_channels_come_first(tmp_path):
+    nifti(tmp_path / "x.nii.gz", np.stack([image((6, 5, 4), seed) for seed in range(3)], axis=-1))
+    assert only(tmp_path / "x.nii.gz").values.shape == (3, 6, 5, 4)
+    sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(image((6, 5, 4)).T)]), str(tmp_path / "y.nrrd"))
+    with pytest.raises(imaging.BadCase, match=r"y.nrrd: has 4 axes; accepted are three"):
+        only(tmp_path / "y.nrrd")
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = nifti(tmp_path / "x.nii.gz").read_bytes()
+    (tmp_path / "x.nii.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(imaging.BadCase, match=r"x.nii.gz: cannot be read"):
+        only(tmp_path / "x.nii.gz")
+    # A stream that goes on after what its header says is not followed.
+    (tmp_path / "x.nii.gz").write_bytes(gzip.compress(gzip.decompress(whole) + bytes(1 << 20)))
+    with pytest.raises(imaging.BadCase, match=r"x.nii.gz: is larger than its header says"):
+        only(tmp_path / "x.nii.gz")
+    (tmp_path / "x.nrrd").write_bytes(b"NRRD0004\nnothing")
+    with pytest.raises(imaging.BadCase, match=r"x.nrrd: cannot be read"):
+        only(tmp_path / "x.nrrd")
+    broken = image().astype(np.float32)
+    broken[3, 4, 5:7] = np.nan
+    with pytest.raises(imaging.BadCase, match=r"z.nii: 2 voxels are NaN or infinite"):
+        only(nifti(tmp_path / "z.nii", broken))
+
+
+def test_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.jpg").touch()
+    for path, message in (
+        ("none", "none does not exist"),
+        ("x.jpg", "x.jpg ends in none of .nii.gz, .nii, .nrrd"),
+        ("empty", "empty holds neither DICOM files nor files that end in"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            imaging.find([tmp_path / path], 1.0)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        nifti(tmp_path / folder / "x.nii.gz")
+    with pytest.raises(ValueError, match="are both case 'x'"):
+        imaging.find([tmp_path / "a", tmp_path / "b"], 1.0)
+
+
+# --- DICOM ---
+
+ORIENTATIONS = {"axial": (1, 0, 0, 0, 1, 0), "coronal": (1, 0, 0, 0, 0, -1), "sagittal": (0, 1, 0, 0, 0, -1)}
+
+
+def series(folder, values, orientation="axial", uid=None, gap=2.5, skip=(), **tags) -> str:
+    """Write ``values (X, Y, Z)`` as slices with slope 2 and intercept -1000; returns the series' UID."""
+    folder.mkdir(exist_ok=True)
+    uid = uid or generate_uid()
+    axes = np.array(ORIENTATIONS[orientation], float).reshape(2, 3)
+    normal = np.cross(*axes)
+    for index in range(values.shape[2]):
+        if index in skip:
+            continue
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        data.SeriesInstanceUID, data.SeriesNumber, data.SeriesDescription = uid, 3, "Thorax / 2.5"
+        data.PatientName, data.PatientID, data.Modality = "Doe^Jane", "secret", "CT"
+        data.ImageOrientationPatient = [float(x) for x in axes.flatten()]
+        data.ImagePositionPatient = [float(x) for x in np.array([-20.0, 10.0, 50.0]) + index * gap * normal]
+        data.PixelSpacing, data.SliceThickness = [0.5, 0.75], gap
+        data.Rows, data.Columns = values.shape[1], values.shape[0]
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+        data.RescaleSlope, data.RescaleIntercept = 2, -1000
+        data.PixelData = np.ascontiguousarray(values[:, :, index].T).astype("<i2").tobytes()
+        for name, value in tags.items():
+            setattr(data, name, value)
+        # File names that do not follow the slices' order.
+        data.save_as(
+            folder / f"{(index * 7) % 11:02d}-{uid[-6:]}-{orientation}-{tags.get('EchoTime', '')}.dcm",
+            enforce_file_format=False,
+        )
+    return uid
+
+
+def test_a_series_is_read_in_space_and_in_hu(tmp_path):
+    values = image((6, 5, 4))
+    series(tmp_path / "d", values)
+    (tmp_path / "d" / "README.txt").write_text("no image")
+    (source,) = imaging.find([tmp_path / "d"], 1.0)
+    assert source.name == "series_3_thorax_2_5"
+    volume = source.read()
+    np.testing.assert_array_equal(volume.values[0], 2.0 * values - 1000)
+    expected = np.diag([-0.75, -0.5, 2.5, 1.0])
+    expected[:3, 3] = (20.0, -10.0, 50.0)
+    np.testing.assert_allclose(volume.affine, expected)
+    # SimpleITK puts it at the same place.
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path / "d"))
+    itk = sitk.ReadImage(names)
+    np.testing.assert_allclose(
+        itk.TransformIndexToPhysicalPoint((2, 1, 3)), (np.diag([-1, -1, 1, 1]) @ volume.affine @ (2, 1, 3, 1))[:3]
+    )
+    assert imaging.output_suffix(source) == ".nii.gz"
+
+
+def test_echoes_orientations_and_series_are_told_apart(tmp_path):
+    uid = series(tmp_path / "d", image((6, 5, 4)), EchoTime=4.6, EchoNumbers=1)
+    series(tmp_path / "d", image((6, 5, 4), 1), uid=uid, EchoTime=9.2, EchoNumbers=2)
+    for orientation in ORIENTATIONS:
+        series(tmp_path / "d", image((6, 5, 3), 2), orientation, uid="1.2.3", SeriesNumber=8, SeriesDescription="Loc")
+    found = {source.name: source.read() for source in imaging.find([tmp_path / "d"], 1.0)}
+    assert sorted(re.sub(r"_\d$", "", name) for name in found) == [
+        "series_3_thorax_2_5_echo1",
+        "series_3_thorax_2_5_echo2",
+        "series_8_loc_axial",
+        "series_8_loc_coronal",
+        "series_8_loc_sagittal",
+    ]
+    for name, volume in found.items():
+        seed = 2 if "loc" in name else int("echo2" in name)
+        shape = (6, 5, 3) if "loc" in name else (6, 5, 4)
+        np.testing.assert_array_equal(np.sort(volume.values, None), np.sort(2.0 * image(shape, seed) - 1000, None))
+    assert not any("doe" in name or "secret" in name for name in found)
+
+
+def test_series_that_are_no_volume_are_refused_with_numbers(tmp_path):
+    cases = {
+        "missing": (
+            {"skip": (2, 3)},
+            r"2 missing between 52.50 and 60.00 mm: 7.5 mm apart where the others are 2.5 mm",
+        ),
+        "alone": ({"skip": range(1, 8)}, "has 1 slice; accepted is a volume of 2 or more"),
+        "colour": ({"SamplesPerPixel": 3}, "is a colour image"),
+    }
+    for name, (options, message) in cases.items():
+        series(tmp_path / name, image((6, 5, 8)), **options)
+        (source,) = imaging.find([tmp_path / name], 1.0)
+        with pytest.raises(imaging.BadCase, match=message):
+            source.read()
+    series(tmp_path / "doubled", image((6, 5, 3)))
+    again = next((tmp_path / "doubled").iterdir())
+    again.with_name("again.dcm").write_bytes(again.read_bytes())
+    (source,) = imaging.find([tmp_path / "doubled"], 1.0)
+    with pytest.raises(imaging.BadCase, match="lie at the same place"):
+        source.read()
+    series(tmp_path / "nowhere", image((6, 5, 3)))
+    for path in (tmp_path / "nowhere").iterdir():
+        data = pydicom.dcmread(path)
+        del data.ImagePositionPatient
+        data.save_as(path)
+    (source,) = imaging.find([tmp_path / "nowhere"], 1.0)
+    with pytest.raises(imaging.BadCase, match="has no ImagePositionPatient; accepted are slices with a place in space"):
+        source.read()
+    series(tmp_path / "large", image((6, 5, 3)))
+    with pytest.raises(imaging.BadCase, match=r"takes .* GiB; accepted are 1e-09"):
+        dicom.read(dicom.find(tmp_path / "large")[0], 1e-9)
+
+
+def test_pixels_that_cannot_be_decoded_name_their_syntax(tmp_path):
+    series(tmp_path / "d", image((6, 5, 3)))
+    for path in (tmp_path / "d").iterdir():
+        data = pydicom.dcmread(path)
+        data.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data.PixelData = pydicom.encaps.encapsulate([b"not a picture at all"])
+            data["PixelData"].is_undefined_length = True
+            data.save_as(path)
+    (source,) = imaging.find([tmp_path / "d"], 1.0)
+    with pytest.raises(imaging.BadCase, match=r"cannot be decoded \(JPEG 2000 Image Compression \(Lossless Only\)\)"):
+        source.read()

@@ -1,0 +1,248 @@
+"""`swin-unetr predict`: as MONAI, in slabs too, on the image's own grid; bad cases do not end the others."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai import transforms
+from monai.data import MetaTensor
+from monai.inferers import sliding_window_inference
+from rich.console import Console
+
+from swin_unetr import checkpoints, cli, imaging, predict
+from swin_unetr.labels import Labels
+from swin_unetr.prediction import ensemble as ensembles
+from swin_unetr.prediction import windows
+from swin_unetr.prediction.restore import entropy
+from swin_unetr.prediction.windows import Windows, starts_along
+
+from .segmenter import ORGANS, ROI, SMALL, affine, checkpoint, image, nifti
+
+CPU = torch.device("cpu")
+TUMOUR = Labels({"whole": [1, 2, 4], "core": [1, 4], "enhancing": [4]}, overlapping=True)
+
+
+def volume(axes: str = "RAS", shape=(70, 61, 33)) -> imaging.Volume:
+    return imaging.Volume(image(shape)[None].astype(np.float32), affine(axes))
+
+
+def by_monai(ensemble: ensembles.Ensemble, found: imaging.Volume, overlap: float) -> np.ndarray:
+    """Label map by MONAI's transforms and their inverse: what users have."""
+    keys = ("image",)
+    steps = ensemble.preprocessing
+    before = transforms.Compose([*steps.geometry(keys), *steps.scale()])
+    item = before({"image": MetaTensor(torch.from_numpy(found.values), affine=torch.from_numpy(found.affine))})
+    with torch.inference_mode():
+        logits = sliding_window_inference(
+            item["image"][None], ensemble.roi, 4, ensemble.networks[0], overlap, mode="gaussian"
+        )[0]
+    item["pred"] = ensemble.labels.probabilities(logits[None])[0]
+    inverse = transforms.Invertd("pred", before, "image", nearest_interp=False, to_tensor=True)
+    probabilities = inverse(item)["pred"].as_tensor().float()[None]
+    decided = (probabilities > 0.5).float() if ensemble.labels.overlapping else probabilities.argmax(1, keepdim=True)
+    return ensemble.labels.label_map(decided)[0, 0].numpy()
+
+
+@pytest.mark.parametrize("labels", [ORGANS, TUMOUR], ids=["softmax", "overlapping"])
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "SLA"])
+def test_label_map_is_monais(tmp_path, labels, axes):
+    ensemble = ensembles.load([checkpoint(tmp_path / "x.pt", labels=labels)], CPU)
+    found = volume(axes)
+    ours = predict.segment(found, ensemble, Windows(overlap=0.5), CPU).labels
+    theirs = by_monai(ensemble, found, 0.5)
+    assert len(np.unique(theirs)) > 2
+    assert (ours == theirs).mean() > 0.9999
+
+
+@pytest.mark.parametrize("shape", [(9, 12, 3), (40, 61, 23)], ids=["smaller than a window", "larger on an axis"])
+def test_small_images_are_padded_as_monai_does(tmp_path, shape):
+    ensemble = ensembles.load([checkpoint(tmp_path / "x.pt")], CPU)
+    found = volume(shape=shape)
+    assert (predict.segment(found, ensemble, Windows(), CPU).labels == by_monai(ensemble, found, 0.5)).mean() > 0.9999
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.7])
+def test_slabs_give_what_the_whole_gives(tmp_path, overlap):
+    network = ensembles.load([checkpoint(tmp_path / "x.pt")], CPU).networks[0]
+    x = torch.randn(1, 1, 85, 64, 32)
+    said = []
+    with torch.inference_mode():
+        whole = sliding_window_inference(x, ROI, 4, network, overlap, mode="gaussian")
+        pieces = list(windows.slabs(x, [network], 3, ROI, Windows(overlap, 4, 1e-9), said.append))
+    assert len(pieces) > 2
+    assert "do not fit in memory" in said[0]
+    assert [first for first, _ in pieces] == np.cumsum([0, *(p[0].shape[2] for _, p in pieces)]).tolist()[:-1]
+    torch.testing.assert_close(torch.cat([p[0] for _, p in pieces], dim=2), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_in_slabs_has_the_same_label_map(tmp_path):
+    ensemble = ensembles.load([checkpoint(tmp_path / "x.pt")], CPU)
+    for axes in ("RAS", "SLA"):
+        found, said = volume(axes), []
+        whole = predict.segment(found, ensemble, Windows(), CPU, entropy=True)
+        slabs = predict.segment(found, ensemble, Windows(memory_limit=1e-9), CPU, entropy=True, say=said.append)
+        assert said
+        assert (whole.labels == slabs.labels).mean() > 0.99999
+        np.testing.assert_allclose(whole.entropy, slabs.entropy, atol=1e-4)
+
+
+def test_sums_move_to_the_processor_where_the_gpu_is_full(monkeypatch):
+    """A tensor without memory stands for the GPU's."""
+    tried, said = [], []
+
+    def slide(part, network, roi, how, device):
+        tried.append(device.type)
+        if device.type != "cpu":
+            raise torch.cuda.OutOfMemoryError
+        return torch.zeros(1, 3, *part.shape[2:])
+
+    monkeypatch.setattr(windows, "_slide", slide)
+    image = torch.empty(1, 1, 85, 64, 32, device="meta")
+    rows = [p[0].shape[2] for _, p in windows.slabs(image, [None], 3, ROI, Windows(memory_limit=1e-9), said.append)]
+    assert sum(rows) == 85
+    assert tried == ["meta", *["cpu"] * len(rows)]  # once is enough
+    assert any("kept in the processor's memory" in text for text in said)
+
+
+@pytest.mark.parametrize(("extent", "roi", "overlap"), [(96, 96, 0.5), (97, 96, 0.5), (200, 64, 0.7), (130, 32, 0.0)])
+def test_windows_lie_where_monai_puts_them(extent, roi, overlap):
+    seen = []
+
+    def network(x):
+        seen.extend(x[:, 0, 0, 0].tolist())
+        return x
+
+    sliding_window_inference(torch.arange(extent).float().view(1, 1, extent, 1), (roi, 1), 1, network, overlap)
+    firsts = [int(first) for first in seen]
+    assert starts_along(extent, roi, overlap) == firsts
+
+
+def test_ensembles_average_probabilities_and_mirrors_logits(tmp_path):
+    paths = [checkpoint(tmp_path / f"{seed}.pt", seed) for seed in range(2)]
+    both, one = ensembles.load(paths, CPU), ensembles.load(paths[:1], CPU)
+    found = volume(shape=(38, 60, 20))
+    maps = [predict.segment(found, e, Windows(), CPU, entropy=True) for e in (both, one)]
+    assert (maps[0].labels != maps[1].labels).mean() > 0.01
+    x = torch.randn(1, 1, *ROI)
+    network = one.networks[0]
+    with torch.inference_mode():
+        mean = (
+            network(x) + network(x.flip(2)).flip(2) + network(x.flip(4)).flip(4) + network(x.flip(2, 4)).flip(2, 4)
+        ) / 4
+        torch.testing.assert_close(ensembles.Mirrored(network, (0, 2))(x), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_entropy_is_a_part_of_the_largest():
+    even, sure = torch.full((4, 2), 0.25), torch.tensor([[1.0], [0.0], [0.0]])
+    torch.testing.assert_close(entropy(even, False), torch.ones(2))
+    torch.testing.assert_close(entropy(sure, False), torch.zeros(1))
+    torch.testing.assert_close(entropy(torch.tensor([[0.5], [1.0]]), True), torch.tensor([0.5]))
+
+
+def test_the_averaged_weights_are_used(tmp_path):
+    checkpoint(tmp_path / "a.pt", 0)
+    content = checkpoints.read(checkpoint(tmp_path / "b.pt", 1))
+    content["ema"] = checkpoints.read(tmp_path / "a.pt")["model"]
+    checkpoints.write(tmp_path / "b.pt", content)
+    loaded = [ensembles.load([tmp_path / name], CPU).networks[0].state_dict() for name in ("a.pt", "b.pt")]
+    assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+
+
+def options(tmp_path, **more) -> predict.Options:
+    given = {"checkpoint": [tmp_path / "x.pt"], "input": [tmp_path / "in"], "out": tmp_path / "out", "device": "cpu"}
+    return predict.Options(**given | more)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    checkpoint(tmp_path / "x.pt")
+    (tmp_path / "in").mkdir()
+    nifti(tmp_path / "in" / "good.nii.gz")
+    return tmp_path
+
+
+def test_a_broken_case_is_reported_and_the_others_go_on(inputs):
+    (inputs / "in" / "cut.nii.gz").write_bytes((inputs / "in" / "good.nii.gz").read_bytes()[:900])
+    nan = image().astype(np.float32)
+    nan[0, 0, 0] = np.nan
+    nifti(inputs / "in" / "nan.nii.gz", nan)
+    nifti(inputs / "in" / "two.nii.gz", np.stack([image(), image()], -1))
+    sheared = affine()
+    sheared[0, 1] = 0.5
+    nifti(inputs / "in" / "sheared.nii.gz", image(), sheared)
+    terminal = io.StringIO()
+    assert predict.run(options(inputs, entropy=True), Console(file=terminal, width=200)) == 1
+    for said in (
+        "cut.nii.gz: cannot be read",
+        "nan.nii.gz: 1 voxels are NaN or infinite",
+        "the image has 2 channels; the network takes 1",
+        "the image's axes are not at right angles",
+    ):
+        assert said in terminal.getvalue(), said
+        assert said.replace("'", "&#x27;") in (inputs / "out" / "report.html").read_text()
+    written = nibabel.load(inputs / "out" / "good.nii.gz")
+    np.testing.assert_allclose(written.affine, affine(), atol=1e-5)
+    labels = np.asarray(written.dataobj)
+    rows = {row["class"]: row for row in csv.DictReader((inputs / "out" / "volumes.csv").open())}
+    voxel = 1.6 * 1.9 * 4.0 / 1000
+    for name, value in (("liver", 1), ("spleen", 7)):
+        assert float(rows[name]["millilitres"]) == pytest.approx((labels == value).sum() * voxel, rel=1e-5)
+        assert float(rows[name]["mean"]) == pytest.approx(image()[labels == value].mean(), rel=1e-5)
+    summary = json.loads((inputs / "out" / "volumes.json").read_text())
+    assert set(summary) == {"good"}
+    uncertain = np.asarray(nibabel.load(inputs / "out" / "entropy" / "good.nii.gz").dataobj)
+    assert 0 < uncertain.min() < uncertain.max() <= 1
+
+
+def test_results_are_not_replaced_unasked(inputs):
+    quiet = Console(quiet=True)
+    assert predict.run(options(inputs), quiet) == 0
+    before = (inputs / "out" / "good.nii.gz").stat().st_mtime_ns
+    with pytest.raises(
+        ValueError, match=r"good.nii.gz is there already; accepted is another folder, or overwrite: true"
+    ):
+        predict.run(options(inputs), quiet)
+    assert (inputs / "out" / "good.nii.gz").stat().st_mtime_ns == before
+    assert predict.run(options(inputs, overwrite=True), quiet) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "pretrain"}, r"y.pt is of 'pretrain'; accepted are those of 'train'"),
+        (
+            {"labels": Labels({"liver": [1], "kidney": [7]})},
+            "y.pt has labels .*kidney.*; accepted are checkpoints that agree",
+        ),
+        ({"spacing": (1.0, 1.0, 1.0)}, "y.pt has preprocessing .*; accepted are checkpoints that agree"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        ensembles.load([checkpoint(tmp_path / "x.pt"), checkpoint(tmp_path / "y.pt", **change)], CPU)
+
+
+def test_bad_options_are_named(inputs, capsys):
+    assert SMALL["out_channels"] == ORGANS.channels
+    base = ["predict", "--checkpoint", f"[{inputs / 'x.pt'}]", "--input", f"[{inputs / 'in'}]", "--device", "cpu"]
+    for more, message in (
+        (["--mirror", "[0, 0]"], "mirror is (0, 0); accepted are different axes of (0, 1, 2)"),
+        (["--checkpoint", "[none.pt]"], "checkpoint: none.pt does not exist"),
+        (["--input", "[nowhere]"], "input: nowhere does not exist"),
+        (["--windows.overlap", "1"], "overlap is 1.0; accepted is 0 ≤ overlap < 1"),
+    ):
+        assert _status([*base, "--out", str(inputs / "out"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def _status(argv) -> int:
+    try:
+        return cli.main(argv)
+    except SystemExit as exit_:
+        return exit_.code
