@@ -262,8 +262,10 @@ def test_validation_does_not_depend_on_how_cases_are_shared(monkeypatch):
 
 
 def torchrun(out: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen:
+    """As scripts/slurm/train.sbatch starts it, on one node."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "60"]
     command += ["-m", "tests.stack.toy_job", str(out), *arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
@@ -292,7 +294,7 @@ def test_a_signal_to_torchrun_saves(tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     saved = final(tmp_path)["progress"]["step"]

@@ -221,6 +221,15 @@ def test_an_infinite_gradient_of_a_finite_loss_is_an_error(tmp_path):
         loop(tmp_path, Steep(noisy=False)).run()
 
 
+def test_a_loss_that_is_not_finite_is_no_step_for_the_scaler_to_skip(tmp_path):
+    class Bad(Toy):
+        def losses(self, network, batch, random):
+            return {"loss": super().losses(network, batch, random)["loss"] * math.nan}
+
+    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+        loop(tmp_path, Bad(), precision="fp16").run()
+
+
 def test_learning_rate_rises_and_falls():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = warm_up_and_cosine(optimizer, 100, 0.1)
@@ -251,6 +260,15 @@ def test_epochs_are_steps():
 
 
 # --- validation ---
+
+
+def test_validation_does_not_move_training(tmp_path):
+    """It may draw random numbers; dropout in training does not see it."""
+    for every in (1, 6):
+        schedule = Schedule(steps=6, validate_every=every, checkpoint_every=6)
+        assert loop(tmp_path / str(every), schedule=schedule).run()
+    often, once = (final(tmp_path / str(every)) for every in (1, 6))
+    assert checkpoints.checksum(often["model"]) == checkpoints.checksum(once["model"])
 
 
 def test_the_best_stays_and_patience_ends(tmp_path):
