@@ -152,6 +152,20 @@ __device__ __forceinline__ void mma_m16n8k16<Float16>(float (&d)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+// The same of half the depth, 16 x 8 x 8, by the fragments' first halves.
+template <class T>
+SWIN_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4]);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k8<Float16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                                                     const float (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
 // 2^x to about 2 units in the last place; results below 2^-126 are zero.
 SWIN_DEVICE float exp2_approx(float x) {
   float y;

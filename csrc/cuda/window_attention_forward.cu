@@ -20,10 +20,11 @@ namespace {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kTile = 16;       // rows and columns of a tile of scores, as mma.sync cuts them
-constexpr int kStepKeys = 32;   // keys whose scores a warp holds at a time
-constexpr int kMaxWarps = 12;   // of a block of `attend`, so that a thread may have 168 registers
-constexpr float kSlack = 8.0f;  // powers of two that a score may exceed the running maximum by: weights stay below 256
+constexpr int kTile = 16;                    // rows and columns of a tile of scores, as mma.sync cuts them
+constexpr int kStepKeys = 32;                // keys whose scores a warp holds at a time
+constexpr int kMaxWarps = 12;                // of a block of `attend`, so that a thread may have 168 registers
+constexpr float kMostWeight = 256.0f;        // of a key in units of the running maximum; float16 holds up to 65504
+constexpr float kLowest = -3.402823466e38f;  // finite: a maximum of minus infinity would make weights NaN
 
 // Instead of the index of a token in the volume:
 constexpr uint32_t kPadding = 0xfffffffeu;  // a padding token
@@ -123,8 +124,9 @@ SWIN_DEVICE float load_table(const Call& call, int64_t index, T) {
   return call.float_table ? load_table(call, index, 0.0f) : to_float(static_cast<const T*>(call.bias_table)[index]);
 }
 
-// The bias in tiles of 16 queries x 16 keys, float16, in the order in which the threads of a warp hold the left factor
-// of an mma: one load of 16 bytes a thread brings a tile. Zero beyond the window. A warp writes one tile.
+// The bias, divided by |scale| but for bias_unit, in tiles of 16 queries x 16 keys, float16, in the order in which the
+// threads of a warp hold the left factor of an mma: one load of 16 bytes a thread brings a tile. Zero beyond the
+// window. A warp writes one tile.
 template <class T>
 __global__ void __launch_bounds__(256) expand_bias(const Call call) {
   const int64_t tile = thread_of_grid() / 32;
@@ -181,13 +183,14 @@ SWIN_DEVICE float quad_max(float x) {
 }
 
 // A block owns the queries [blockIdx.x rows, ...) of head blockIdx.y in every gridDim.z-th window; a warp 16 of them.
-// Scores are kept divided by scale: a product with the diagonal 1/|scale| adds the bias, and weights are
-// 2^(scale log2(e) score - maximum), one fused multiply-add before the exponential. The running maximum moves only when
-// a score exceeds it by kSlack, which all lanes of a warp decide together: most steps need neither shuffle nor
-// rescaling.
+// Scores are kept divided by scale: a product with a diagonal matrix adds the bias, and weights are
+// 2^(scale log2(e) score - maximum), one fused multiply-add before the exponential. The running maximum is a matter of
+// range alone: it moves when the weights of a row exceed kMostWeight, which the sum that is taken anyway shows and all
+// lanes of a warp decide together. Most steps need neither comparison of scores nor shuffle nor rescaling.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   using C = Cut<D>;
+  constexpr int kTiles = kStepKeys / kTile;
   const int lane = lane_index(), warp = warp_index();
   const int g = lane / 4, t = lane % 4, head = static_cast<int>(blockIdx.y);
   const int block_row = static_cast<int>(blockIdx.x) * call.rows, own = block_row + warp * kTile;
@@ -229,6 +232,106 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
 
   uint32_t q_tile[C::kSteps][4];
   float sums[C::kColumns][4], maximum[2], total[2];  // of rows g and g + 8
+
+  // The keys [first, end) of a window, whose k, v and bias lie at k_at, v_at and tile_at.
+  const auto attend_keys = [&](auto resident, auto exact, int first, int end, const Window& window,
+                               const uint32_t (&region)[2], const T* k_at, const T* v_at, const uint4* tile_at) {
+    // Of the steps that begin behind key 0, those from here on need a mask or reach beyond the window.
+    const auto plain = static_cast<uint32_t>(window.seam || call.n < kStepKeys ? 0 : call.n - kStepKeys);
+    SWIN_NO_UNROLL
+    for (int key = first; key < end; key += kStepKeys) {
+      float s[kTiles][2][4] = {};
+      SWIN_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint4 four;
+        if constexpr (decltype(resident)::value) {
+          four = load_shared(tile_at + tile * 32);
+        } else {
+          four = tile_at[tile * 32];
+        }
+        const uint32_t bias[2][2] = {{four.x, four.y}, {four.z, four.w}};  // of the left and the right half of the keys
+        SWIN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          mma_m16n8k8<Float16>(s[tile][half], bias[half], diagonal, s[tile][half]);
+          if constexpr (!decltype(exact)::value) {
+            mma_m16n8k8<Float16>(s[tile][half], bias[half], rest_diagonal, s[tile][half]);
+          }
+        }
+        SWIN_UNROLL
+        for (int step = 0; step < C::kSteps; ++step) {
+          uint32_t k_tile[4];
+          ldmatrix_x4(k_tile, k_at + tile * kTile * C::kStride + step * kTile);
+          mma_m16n8k16<T>(s[tile][0], q_tile[step], k_tile[0], k_tile[1], s[tile][0]);
+          mma_m16n8k16<T>(s[tile][1], q_tile[step], k_tile[2], k_tile[3], s[tile][1]);
+        }
+      }
+
+      const auto raise_maximum = [&] {
+        float most[2] = {kLowest, kLowest};
+        SWIN_UNROLL
+        for (int i = 0; i < kTiles * 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
+        SWIN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float moved = fmaxf(maximum[half], quad_max(most[half]) * factor);
+          const float shrink = exp2_approx(maximum[half] - moved);
+          maximum[half] = moved;
+          total[half] *= shrink;
+          SWIN_UNROLL
+          for (int i = 0; i < 2 * C::kColumns; ++i) sums[i / 2][2 * half + i % 2] *= shrink;
+        }
+      };
+      if (static_cast<uint32_t>(key) - 1 >= plain) {
+        if (window.seam) {
+          SWIN_UNROLL
+          for (int i = 0; i < kTiles * 8; ++i) {
+            const int column = key + i / 4 * 8 + 2 * t + i % 2;
+            if (window.tokens[column].y != region[i / 2 % 2]) s[i / 8][i / 4 % 2][i % 4] += mask;
+          }
+        }
+        if (key + kStepKeys > call.n) {  // keys beyond the window get no weight
+          SWIN_UNROLL
+          for (int i = 0; i < kTiles * 8; ++i) {
+            if (key + i / 4 * 8 + 2 * t + i % 2 >= call.n) s[i / 8][i / 4 % 2][i % 4] = -kInfinity;
+          }
+        }
+        if (key == 0) raise_maximum();
+      }
+
+      uint32_t p_tile[kTiles][4];  // as fragments of A: rows g and g + 8 of the left half, then of the right one
+      float step_total[2];
+      const auto weigh = [&] {
+        SWIN_UNROLL
+        for (int i = 0; i < kTiles * 4; ++i) {
+          const float* two = s[i / 4][i % 4 / 2] + i % 2 * 2;
+          const float p[2] = {exp2_approx(fmaf(two[0], factor, -maximum[i % 2])),
+                              exp2_approx(fmaf(two[1], factor, -maximum[i % 2]))};
+          step_total[i % 2] = i < 2 ? p[0] + p[1] : step_total[i % 2] + (p[0] + p[1]);
+          p_tile[i / 4][i % 4] = pack<T>(p[0], p[1]);
+        }
+      };
+      weigh();
+      if (warp_any(step_total[0] > kMostWeight || step_total[1] > kMostWeight)) {
+        raise_maximum();
+        weigh();
+      }
+      total[0] += step_total[0], total[1] += step_total[1];
+      SWIN_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        SWIN_UNROLL
+        for (int pair = 0; pair < C::kPairs; ++pair) {
+          uint32_t v_tile[4];
+          ldmatrix_x4_trans(v_tile, v_at + tile * kTile * C::kStride + pair * kTile);
+          SWIN_UNROLL
+          for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
+            const int b = column % 2 * 2;
+            mma_m16n8k16<T>(sums[column], p_tile[tile], v_tile[b], v_tile[b + 1], sums[column]);
+          }
+        }
+      }
+      k_at += kStepKeys * C::kStride, v_at += kStepKeys * C::kStride, tile_at += kTiles * 32;
+    }
+  };
+
   bool active = false;
   int index = static_cast<int>(blockIdx.z), chunk = 0;
   stage_step(index, 0, 0);
@@ -254,7 +357,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       active = warp_any(token[0] < kPadding || token[1] < kPadding);
       SWIN_UNROLL
       for (int i = 0; i < 4 * C::kColumns; ++i) sums[i / 4][i % 4] = 0;
-      maximum[0] = maximum[1] = -kInfinity, total[0] = total[1] = 0;
+      maximum[0] = maximum[1] = kLowest, total[0] = total[1] = 0;
       if (active) {
         const T* const rows = q_rows + (buffer * call.rows + warp * kTile) * C::kStride;
         SWIN_UNROLL
@@ -266,82 +369,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       }
     }
     if (active) {
-      const int first = chunk * call.chunk;
-      const int keys = call.n - first < call.chunk ? call.n - first : call.chunk;
-      const T* const k_step = k_rows + buffer * call.chunk * C::kStride + across_first(lane, C::kStride);
-      const T* const v_step = v_rows + buffer * call.chunk * C::kStride + down_first(lane, C::kStride);
-      SWIN_NO_UNROLL
-      for (int key = 0; key < keys; key += kStepKeys) {
-        constexpr int kTiles = kStepKeys / kTile;
-        float s[kTiles][2][4] = {};
-        SWIN_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const int at = ((first + key) / kTile + tile) * 32;
-          const uint4 four = call.resident ? load_shared(resident_tiles + at) : own_tiles[at];
-          const uint32_t bias[4] = {four.x, four.y, four.z, four.w};
-          mma_m16n8k16<Float16>(s[tile][0], bias, diagonal, 0, s[tile][0]);
-          mma_m16n8k16<Float16>(s[tile][1], bias, 0, diagonal, s[tile][1]);
-          if (rest != 0) {
-            mma_m16n8k16<Float16>(s[tile][0], bias, rest_diagonal, 0, s[tile][0]);
-            mma_m16n8k16<Float16>(s[tile][1], bias, 0, rest_diagonal, s[tile][1]);
-          }
-          SWIN_UNROLL
-          for (int step = 0; step < C::kSteps; ++step) {
-            uint32_t k_tile[4];
-            ldmatrix_x4(k_tile, k_step + (key + tile * kTile) * C::kStride + step * kTile);
-            mma_m16n8k16<T>(s[tile][0], q_tile[step], k_tile[0], k_tile[1], s[tile][0]);
-            mma_m16n8k16<T>(s[tile][1], q_tile[step], k_tile[2], k_tile[3], s[tile][1]);
-          }
-        }
-        if (window.seam) {
-          SWIN_UNROLL
-          for (int i = 0; i < kTiles * 8; ++i) {
-            const int column = first + key + i / 4 * 8 + 2 * t + i % 2;
-            if (window.tokens[column].y != region[i / 2 % 2]) s[i / 8][i / 4 % 2][i % 4] += mask;
-          }
-        }
-        if (key + kStepKeys > keys) {  // keys beyond the window get no weight
-          SWIN_UNROLL
-          for (int i = 0; i < kTiles * 8; ++i) {
-            if (key + i / 4 * 8 + 2 * t + i % 2 >= keys) s[i / 8][i / 4 % 2][i % 4] = -kInfinity;
-          }
-        }
-        float most[2] = {-kInfinity, -kInfinity};
-        SWIN_UNROLL
-        for (int i = 0; i < kTiles * 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
-        if (warp_any(most[0] * factor > maximum[0] + kSlack || most[1] * factor > maximum[1] + kSlack)) {
-          SWIN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const float moved = fmaxf(maximum[half], quad_max(most[half]) * factor);
-            const float shrink = exp2_approx(maximum[half] - moved);
-            maximum[half] = moved;
-            total[half] *= shrink;
-            SWIN_UNROLL
-            for (int i = 0; i < 2 * C::kColumns; ++i) sums[i / 2][2 * half + i % 2] *= shrink;
-          }
-        }
-        SWIN_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          uint32_t p_tile[4];
-          SWIN_UNROLL
-          for (int i = 0; i < 4; ++i) {  // as a fragment of A: rows g and g + 8 of the left half, then of the right one
-            const float* two = s[tile][i / 2] + i % 2 * 2;
-            const float p[2] = {exp2_approx(fmaf(two[0], factor, -maximum[i % 2])),
-                                exp2_approx(fmaf(two[1], factor, -maximum[i % 2]))};
-            total[i % 2] += p[0] + p[1];
-            p_tile[i] = pack<T>(p[0], p[1]);
-          }
-          SWIN_UNROLL
-          for (int pair = 0; pair < C::kPairs; ++pair) {
-            uint32_t v_tile[4];
-            ldmatrix_x4_trans(v_tile, v_step + (key + tile * kTile) * C::kStride + pair * kTile);
-            SWIN_UNROLL
-            for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
-              const int b = column % 2 * 2;
-              mma_m16n8k16<T>(sums[column], p_tile, v_tile[b], v_tile[b + 1], sums[column]);
-            }
-          }
-        }
+      const int first = chunk * call.chunk, end = call.n - first < call.chunk ? call.n : first + call.chunk;
+      const T* const k_first = k_rows + buffer * call.chunk * C::kStride + across_first(lane, C::kStride);
+      const T* const v_first = v_rows + buffer * call.chunk * C::kStride + down_first(lane, C::kStride);
+      const int tile = first / kTile * 32;
+      constexpr std::true_type yes;
+      constexpr std::false_type no;
+      if (!call.resident) {
+        attend_keys(no, no, first, end, window, region, k_first, v_first, own_tiles + tile);
+      } else if (rest != 0) {
+        attend_keys(yes, no, first, end, window, region, k_first, v_first, resident_tiles + tile);
+      } else {
+        attend_keys(yes, yes, first, end, window, region, k_first, v_first, resident_tiles + tile);
       }
       if (last) {
         SWIN_UNROLL
