@@ -60,34 +60,29 @@ SWIN_DEVICE int64_t thread_of_grid() { return static_cast<int64_t>(blockIdx.x) *
 struct Window {
   const uint2* tokens;
   int64_t first;
+  int within;  // its volume
   bool seam;
 };
 
-SWIN_DEVICE Window window_at(const Call& call, int window) {
-  const int volume = window / call.windows_a_volume, within = window - volume * call.windows_a_volume;
+SWIN_DEVICE Window window_in(const Call& call, int64_t first, int within) {
   Window found;
   found.tokens = call.tokens + static_cast<int64_t>(within) * call.padded;
-  found.first = volume * call.volume_tokens;
+  found.first = first, found.within = within;
   found.seam = call.seams[within] != 0;
   return found;
 }
 
-// Starts to copy `count` tokens to rows of `row_stride` elements in shared memory: D channels of one part (0: q, 1: k,
-// 2: v) of a head, then zeros up to Columns. A padding token carries pad_qkv, or zeros.
-template <class T, int D, int Columns>
-SWIN_DEVICE void stage(const Call& call, const Window& window, int first, int count, int head, int part, T* shared,
-                       int row_stride) {
-  constexpr int kPiece = 16 / sizeof(T), kPieces = Columns / kPiece;
-  const int64_t channels = channels_of(call), offset = part * channels + head * D;
-  const T* source = static_cast<const T*>(call.qkv) + window.first * 3 * channels + offset;
-  const T* pad = call.pad_qkv == nullptr ? nullptr : static_cast<const T*>(call.pad_qkv) + offset;
-  for (int i = static_cast<int>(threadIdx.x); i < count * kPieces; i += static_cast<int>(blockDim.x)) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
-    const uint32_t token = window.tokens[first + row].x;
-    const T* from = token < kPadding ? source + token * 3 * channels : token == kPadding ? pad : nullptr;
-    const bool valid = from != nullptr && column < D;
-    cp_async_16(shared + row * row_stride + column, valid ? from + column : source, valid);
-  }
+SWIN_DEVICE Window window_at(const Call& call, int window) {
+  const int volume = window / call.windows_a_volume;
+  return window_in(call, volume * call.volume_tokens, window - volume * call.windows_a_volume);
+}
+
+// The window `by` windows behind `window`: a division less than window_at.
+SWIN_DEVICE Window window_behind(const Call& call, const Window& window, int by) {
+  int64_t first = window.first;
+  int within = window.within + by;
+  for (; within >= call.windows_a_volume; within -= call.windows_a_volume) first += call.volume_tokens;
+  return window_in(call, first, within);
 }
 
 // ---- where tokens lie, and the bias of every pair ------------------------------------------------------------------
@@ -196,7 +191,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   const int block_row = static_cast<int>(blockIdx.x) * call.rows, own = block_row + warp * kTile;
   const int chunks = (call.padded + call.chunk - 1) / call.chunk, side = call.padded / kTile;
   const int block_rows = call.padded - block_row < call.rows ? call.padded - block_row : call.rows;
-  const int64_t channels = channels_of(call);
+  const auto channels = static_cast<uint32_t>(call.heads * D);
   const float magnitude = call.scale < 0 ? -call.scale : call.scale, factor = magnitude * kLog2E;
   const uint32_t sign = call.scale < 0 ? 0x80008000u : 0u;
   const float mask = static_cast<float>(kMaskValue) / magnitude;
@@ -218,18 +213,39 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
     }
   }
 
-  const auto stage_step = [&](int index, int chunk, int buffer) {
-    const Window window = window_at(call, index);
-    const int first = chunk * call.chunk;
-    const int keys = call.padded - first < call.chunk ? call.padded - first : call.chunk;
-    if (chunk == 0) {
-      stage<T, D, C::kDepth>(call, window, block_row, block_rows, head, 0, q_rows + buffer * call.rows * C::kStride,
-                             C::kStride);
+  // A thread brings 16 bytes of every row_step-th row, always the same ones of the row.
+  constexpr int kPieces = C::kDepth / 8;
+  const int column = static_cast<int>(threadIdx.x) % kPieces * 8, first_row = static_cast<int>(threadIdx.x) / kPieces;
+  const int row_step = static_cast<int>(blockDim.x) / kPieces, own_piece = kept(first_row * C::kStride + column);
+  const uint32_t token_stride = 3 * channels;
+  const bool has_pad = call.pad_qkv != nullptr;
+  const T* const qkv = static_cast<const T*>(call.qkv) + head * D + column;
+  const T* const pad = has_pad ? static_cast<const T*>(call.pad_qkv) + head * D + column : qkv;
+  const auto stage_queries = [&](const Window& window, int buffer) {
+    const T* const source = qkv + window.first * token_stride;
+    T* to = q_rows + buffer * call.rows * C::kStride + own_piece;
+    for (int row = first_row; row < block_rows; row += row_step, to += row_step * C::kStride) {
+      const uint32_t token = window.tokens[block_row + row].x;
+      const bool valid = token < kPadding && column < D;
+      cp_async_16(to, source + uint64_t{valid ? token : 0} * token_stride, valid);
     }
-    stage<T, D, C::kDepth>(call, window, first, keys, head, 1, k_rows + buffer * call.chunk * C::kStride, C::kStride);
-    stage<T, D, C::kDepth>(call, window, first, keys, head, 2, v_rows + buffer * call.chunk * C::kStride, C::kStride);
+  };
+  const auto stage_keys = [&](const Window& window, int chunk, int buffer) {
+    const T* const source = qkv + window.first * token_stride;
+    const int first = chunk * call.chunk, end = call.padded - first < call.chunk ? call.padded : first + call.chunk;
+    T *k_to = k_rows + buffer * call.chunk * C::kStride + own_piece, *v_to = k_to + (v_rows - k_rows);
+    for (int row = first + first_row; row < end; row += row_step) {
+      const uint32_t token = window.tokens[row].x;
+      const bool real = token < kPadding, valid = (real || (token == kPadding && has_pad)) && column < D;
+      const T* const from = (real ? source : pad) + uint64_t{real ? token : 0} * token_stride;
+      cp_async_16(k_to, from + channels, valid);
+      cp_async_16(v_to, from + 2 * channels, valid);
+      k_to += row_step * C::kStride, v_to += row_step * C::kStride;
+    }
   };
 
+  const int across = kept(across_first(lane, C::kStride)), down = kept(down_first(lane, C::kStride));
+  const int own_q = kept(warp * kTile * C::kStride + down_first(lane, C::kStride));
   uint32_t q_tile[C::kSteps][4];
   float sums[C::kColumns][4], maximum[2], total[2];  // of rows g and g + 8
 
@@ -283,9 +299,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       if (static_cast<uint32_t>(key) - 1 >= plain) {
         if (window.seam) {
           SWIN_UNROLL
-          for (int i = 0; i < kTiles * 8; ++i) {
-            const int column = key + i / 4 * 8 + 2 * t + i % 2;
-            if (window.tokens[column].y != region[i / 2 % 2]) s[i / 8][i / 4 % 2][i % 4] += mask;
+          for (int two = 0; two < kTiles * 2; ++two) {  // keys 2t and 2t + 1 of eight
+            const auto entry = *reinterpret_cast<const uint4*>(window.tokens + key + two * 8 + 2 * t);
+            SWIN_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              if ((i % 2 == 0 ? entry.y : entry.w) != region[i / 2]) s[two / 2][two % 2][i] += mask;
+            }
           }
         }
         if (key + kStepKeys > call.n) {  // keys beyond the window get no weight
@@ -334,17 +353,26 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
 
   bool active = false;
   int index = static_cast<int>(blockIdx.z), chunk = 0;
-  stage_step(index, 0, 0);
+  const int stride = static_cast<int>(gridDim.z);
+  Window window = window_at(call, index);
+  stage_queries(window, 0);
+  stage_keys(window, 0, 0);
   cp_async_commit();
   for (int buffer = 0; index < call.windows; buffer ^= 1) {
     cp_async_wait<0>();
     block_barrier();  // this step's rows are there, and nobody reads the other buffer any more
     const bool last = chunk + 1 == chunks;
-    const int next = last ? index + static_cast<int>(gridDim.z) : index, next_chunk = last ? 0 : chunk + 1;
-    if (next < call.windows) stage_step(next, next_chunk, buffer ^ 1);
+    const int next_chunk = last ? 0 : chunk + 1;
+    Window next = window;
+    if (!last) {
+      stage_keys(window, next_chunk, buffer ^ 1);
+    } else if (index + stride < call.windows) {
+      next = window_behind(call, window, stride);
+      stage_queries(next, buffer ^ 1);
+      stage_keys(next, 0, buffer ^ 1);
+    }
     cp_async_commit();
 
-    const Window window = window_at(call, index);
     uint32_t token[2] = {kAbsent, kAbsent}, region[2] = {};
     if (own < call.padded) {
       SWIN_UNROLL
@@ -359,10 +387,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       for (int i = 0; i < 4 * C::kColumns; ++i) sums[i / 4][i % 4] = 0;
       maximum[0] = maximum[1] = kLowest, total[0] = total[1] = 0;
       if (active) {
-        const T* const rows = q_rows + (buffer * call.rows + warp * kTile) * C::kStride;
+        const T* const rows = q_rows + buffer * call.rows * C::kStride + own_q;
         SWIN_UNROLL
         for (int step = 0; step < C::kSteps; ++step) {
-          ldmatrix_x4(q_tile[step], rows + step * kTile + down_first(lane, C::kStride));
+          ldmatrix_x4(q_tile[step], rows + step * kTile);
           SWIN_UNROLL
           for (int i = 0; i < 4; ++i) q_tile[step][i] ^= sign;
         }
@@ -370,8 +398,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
     }
     if (active) {
       const int first = chunk * call.chunk, end = call.n - first < call.chunk ? call.n : first + call.chunk;
-      const T* const k_first = k_rows + buffer * call.chunk * C::kStride + across_first(lane, C::kStride);
-      const T* const v_first = v_rows + buffer * call.chunk * C::kStride + down_first(lane, C::kStride);
+      const T* const k_first = k_rows + buffer * call.chunk * C::kStride + across;
+      const T* const v_first = v_rows + buffer * call.chunk * C::kStride + down;
       const int tile = first / kTile * 32;
       constexpr std::true_type yes;
       constexpr std::false_type no;
@@ -383,22 +411,26 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
         attend_keys(yes, yes, first, end, window, region, k_first, v_first, resident_tiles + tile);
       }
       if (last) {
+        T* const out = static_cast<T*>(call.out) + window.first * channels + head * D + 2 * t;
+        float* const lse = call.lse + window.first * call.heads + head;
         SWIN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const float sum = quad_sum(total[half]), part = 1.0f / sum;
+          const float sum = quad_sum(total[half]), part = reciprocal_approx(sum);
           if (token[half] >= kPadding) continue;  // a padding query has no output
-          const int64_t position = window.first + token[half];
-          T* const at = static_cast<T*>(call.out) + position * channels + head * D + 2 * t;
+          T* const at = out + uint64_t{token[half]} * channels;
           SWIN_UNROLL
           for (int column = 0; column < C::kColumns; ++column) {
             *reinterpret_cast<uint32_t*>(at + column * 8) =
                 pack<T>(sums[column][2 * half] * part, sums[column][2 * half + 1] * part);
           }
-          if (t == 0) call.lse[position * call.heads + head] = (maximum[half] + log2f(sum)) * kLn2;
+          if (t == 0) {
+            lse[uint64_t{token[half]} * static_cast<uint32_t>(call.heads)] = (maximum[half] + log2_approx(sum)) * kLn2;
+          }
         }
       }
     }
-    index = next, chunk = next_chunk;
+    window = next, chunk = next_chunk;
+    if (last) index += stride;
   }
 }
 
@@ -422,17 +454,24 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
   const bool works = token.x < kPadding;
   const int64_t position = window.first + (works ? token.x : 0);
   const int raster = works ? call.rasters[query] + static_cast<int>(bias_origin(call.grid)) : 0;
-  float q[kOwn] = {}, sums[kOwn] = {}, maximum = -kInfinity, total = 0;
+  float q[kOwn] = {}, sums[kOwn] = {}, maximum = kLowest, total = 0;
   if (works) {
     const float* const from = static_cast<const float*>(call.qkv) + position * 3 * channels + head * D + channel;
     SWIN_UNROLL
     for (int i = 0; i < kOwn; ++i) q[i] = from[i];
   }
+  const auto* const qkv = static_cast<const float*>(call.qkv) + window.first * 3 * channels + head * D;
+  const auto* const pad = static_cast<const float*>(call.pad_qkv) + (call.pad_qkv ? head * D : 0);
   for (int first = 0; first < call.n; first += kFloatKeys) {
     const int count = call.n - first < kFloatKeys ? call.n - first : kFloatKeys;
     block_barrier();  // nobody reads the last keys any more
-    stage<float, D, D>(call, window, first, count, head, 1, k_rows, D);
-    stage<float, D, D>(call, window, first, count, head, 2, v_rows, D);
+    for (int i = static_cast<int>(threadIdx.x); i < count * (D / 4); i += kFloatThreads) {
+      const uint32_t other = window.tokens[first + i / (D / 4)].x;
+      const bool valid = other < kPadding || call.pad_qkv != nullptr;
+      const float* const from = (other < kPadding ? qkv + other * 3 * channels : valid ? pad : qkv) + i % (D / 4) * 4;
+      cp_async_16(k_rows + i * 4, from + channels, valid);
+      cp_async_16(v_rows + i * 4, from + 2 * channels, valid);
+    }
     cp_async_commit();
     cp_async_wait<0>();
     block_barrier();
@@ -483,34 +522,42 @@ struct Plan {
   int64_t shared_bytes;
 };
 
-// Cuts the queries of a head into blocks whose bias stays in shared memory beside two steps of k and v; where that
-// leaves less than 4 warps a block, the bias is read from memory, and keys pass by in chunks.
+// Cuts the queries of a head into blocks, and the windows into parts, so that the busiest scheduler is done first. A
+// multiprocessor has four schedulers; a warp alone on one leaves it waiting about half of the time (docs/cuda.md). The
+// bias of a block lies in shared memory beside two chunks of k and v, or is read from memory in every window.
 template <int D>
 const char* cut(const DeviceLimits& limits, Call* call, Plan* plan) {
   constexpr int kRow = Cut<D>::kStride * 2;  // bytes
-  const int tiles = call->padded / kTile;
-  const int64_t bias = int64_t{tiles} * 512, query = 2 * kTile * kRow, limit = limits.shared_per_block;
+  const int64_t tiles = call->padded / kTile, steps = call->padded / kStepKeys;
+  double least = kInfinity;
   for (const bool resident : {true, false}) {
-    for (int chunks = 1; chunks <= tiles / 2; ++chunks) {
-      const int64_t chunk = divide_up(call->padded, int64_t{chunks} * kStepKeys) * kStepKeys;
-      const int64_t left = limit - 4 * chunk * kRow, warp_bytes = query + (resident ? bias : 0);
-      const int64_t fitting = left / warp_bytes;
-      if (fitting < (resident && tiles > 4 ? 4 : 1) && fitting < tiles) continue;
-      const int64_t most = fitting < kMaxWarps ? fitting : kMaxWarps;
-      plan->blocks = static_cast<int>(divide_up(tiles, most));
-      plan->warps = static_cast<int>(divide_up(tiles, plan->blocks));
-      plan->shared_bytes = 4 * chunk * kRow + plan->warps * warp_bytes;
-      call->chunk = static_cast<int>(chunk);
-      call->rows = plan->warps * kTile;
-      call->resident = resident;
-      const int64_t slots = limits.multiprocessors * (limits.shared_per_multiprocessor / (plan->shared_bytes + 1024));
-      const int64_t parts = slots / (int64_t{plan->blocks} * call->heads);
-      plan->parts = static_cast<int>(parts < 1 ? 1 : parts > call->windows ? call->windows : parts);
-      if (plan->parts < 1) plan->parts = 1;
-      return nullptr;
+    const int64_t warp_bytes = 2 * kTile * kRow + (resident ? tiles * 512 : 0);
+    for (int together = 1; together <= 2; ++together) {  // blocks that a multiprocessor holds
+      const int64_t half = limits.shared_per_multiprocessor / together - 1024;
+      const int64_t shared = half < limits.shared_per_block ? half : limits.shared_per_block;
+      for (int64_t warps = 1; warps * together <= kMaxWarps && warps <= tiles; ++warps) {
+        const int64_t fitting = (shared - warps * warp_bytes) / (4 * kStepKeys * kRow);  // steps of k and v
+        if (fitting < 1) break;
+        const int64_t chunks = divide_up(steps, fitting), chunk = divide_up(steps, chunks) * kStepKeys;
+        const int64_t blocks = divide_up(tiles, warps), slots = int64_t{limits.multiprocessors} * together;
+        int64_t parts = slots / (blocks * call->heads);
+        if (parts > call->windows) parts = call->windows;
+        if (parts < 1) parts = 1;
+        const int64_t turns = divide_up(blocks * call->heads * parts, slots) * divide_up(call->windows, parts);
+        const int64_t warps_of_scheduler = divide_up(warps * together, 4);
+        const double cost = static_cast<double>(turns * (warps_of_scheduler < 2 ? 2 : warps_of_scheduler)) *
+                            (1 + 0.02 * static_cast<double>(chunks)) * (resident ? 1 : 1.5);
+        if (cost >= least) continue;
+        least = cost;
+        plan->warps = static_cast<int>(warps), plan->blocks = static_cast<int>(blocks);
+        plan->parts = static_cast<int>(parts);
+        plan->shared_bytes = 4 * chunk * kRow + warps * warp_bytes;
+        call->chunk = static_cast<int>(chunk), call->rows = static_cast<int>(warps) * kTile;
+        call->resident = resident;
+      }
     }
   }
-  return "window_attention: a block of this GPU has too little shared memory";
+  return least < kInfinity ? nullptr : "window_attention: a block of this GPU has too little shared memory";
 }
 
 template <class Function>

@@ -77,6 +77,7 @@ SWIN_DEVICE float2 unpack(uint32_t packed) {
 
 SWIN_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31); }
 SWIN_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
+SWIN_DEVICE int kept(int value) { return value; }
 SWIN_DEVICE void block_barrier() { emulation::block_barrier(); }
 SWIN_DEVICE void warp_barrier() { emulation::warp_barrier(); }
 
@@ -209,13 +210,25 @@ SWIN_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, 
   multiply<T, 1>("mma_m16n8k8", d, a, &b, c);
 }
 
-// Subnormal arguments and results are zero; a relative error of up to 2^-22 as PTX grants it, drawn from the argument.
-SWIN_DEVICE float exp2_approx(float x) {
-  if (std::fabs(x) < 0x1p-126f) return 1.0f;
+// A number from -1 to 1 that is drawn from the argument, to err by.
+SWIN_DEVICE double drawn_from(float x) {
   const uint32_t hash = (bits_of(x) ^ bits_of(x) >> 15) * 0x9E3779B9u;
-  const double error = (static_cast<double>(hash) / 0x1p31 - 1) * 0x1p-22;
-  const auto y = static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + error));
-  return y < 0x1p-126f ? 0.0f : y;
+  return static_cast<double>(hash) / 0x1p31 - 1;
+}
+SWIN_DEVICE float flushed(double x) {
+  return std::fabs(static_cast<float>(x)) < 0x1p-126f ? 0.0f : static_cast<float>(x);
+}
+
+// Subnormal arguments and results are zero; errors are up to what PTX grants.
+SWIN_DEVICE float exp2_approx(float x) {
+  return x = flushed(x), x == 0 ? 1.0f : flushed(std::exp2(static_cast<double>(x)) * (1 + drawn_from(x) * 0x1p-22));
+}
+SWIN_DEVICE float log2_approx(float x) {
+  const double y = std::log2(static_cast<double>(flushed(x)));
+  return flushed(x == 1 ? 0 : y + drawn_from(x) * 0x1p-22 * (x > 0.5f && x < 2 ? 1 : y));
+}
+SWIN_DEVICE float reciprocal_approx(float x) {
+  return flushed(1 / static_cast<double>(flushed(x)) * (1 + drawn_from(x) * 0x1p-23));
 }
 
 }  // namespace swin
