@@ -10,162 +10,37 @@
 // product, with a diagonal matrix. `attend_float` is float32 throughout. Results repeat bit by bit.
 #include <type_traits>
 
-#include "cuda/launch.h"
-#include "cuda/launchers.h"
-#include "cuda/ptx.h"
+#include "cuda/windows.h"
 
 namespace swin {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kTile = 16;                    // rows and columns of a tile of scores, as mma.sync cuts them
 constexpr int kStepKeys = 32;                // keys whose scores a warp holds at a time
 constexpr int kMaxWarps = 12;                // of a block of `attend`, so that a thread may have 168 registers
 constexpr float kMostWeight = 256.0f;        // of a key in units of the running maximum; float16 holds up to 65504
 constexpr float kLowest = -3.402823466e38f;  // finite: a maximum of minus infinity would make weights NaN
 
-// Instead of the index of a token in the volume:
-constexpr uint32_t kPadding = 0xfffffffeu;  // a padding token
-constexpr uint32_t kAbsent = 0xffffffffu;   // beyond the window
-
-// What every kernel of one call knows.
-struct Call {
-  WindowGrid grid;
-  int64_t volume_tokens;  // of one volume of the batch
-  int windows_a_volume, windows, heads, head_dim;
-  int n, padded;     // tokens of a window, and rounded up to kStepKeys
-  int chunk;         // keys that are staged at a time
-  int rows;          // queries of a block of `attend`
-  bool resident;     // whether the bias of a block lies in shared memory
-  bool float_table;  // bias_table is float32 beside 16-bit tensors
-  float scale;
-  const void *qkv, *bias_table, *pad_qkv;
+struct Call : Windows {
+  int chunk;      // keys that are staged at a time
+  int rows;       // queries of a block of `attend`
+  bool resident;  // whether the bias of a block lies in shared memory
   void* out;
   float* lse;
-
-  // Workspace
-  uint2* tokens;    // (windows_a_volume, padded): index in the volume, and region
-  uint32_t* seams;  // (windows_a_volume): whether the window holds tokens of two regions
-  int* rasters;     // (padded): bias_raster of a token
-  uint4* tiles;     // (heads, padded / 16, padded / 16, 32): see expand_bias
+  uint4* tiles;  // workspace (heads, padded / 16, padded / 16, 32): see bias_tile
 };
 
-SWIN_DEVICE int64_t channels_of(const Call& call) { return static_cast<int64_t>(call.heads) * call.head_dim; }
-
-SWIN_DEVICE int64_t thread_of_grid() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
-
-// The tokens of a window, and where its volume begins in the batch.
-struct Window {
-  const uint2* tokens;
-  int64_t first;
-  int within;  // its volume
-  bool seam;
-};
-
-SWIN_DEVICE Window window_in(const Call& call, int64_t first, int within) {
-  Window found;
-  found.tokens = call.tokens + static_cast<int64_t>(within) * call.padded;
-  found.first = first, found.within = within;
-  found.seam = call.seams[within] != 0;
-  return found;
-}
-
-SWIN_DEVICE Window window_at(const Call& call, int window) {
-  const int volume = window / call.windows_a_volume;
-  return window_in(call, volume * call.volume_tokens, window - volume * call.windows_a_volume);
-}
-
-// The window `by` windows behind `window`: a division less than window_at.
-SWIN_DEVICE Window window_behind(const Call& call, const Window& window, int by) {
-  int64_t first = window.first;
-  int within = window.within + by;
-  for (; within >= call.windows_a_volume; within -= call.windows_a_volume) first += call.volume_tokens;
-  return window_in(call, first, within);
-}
-
-// ---- where tokens lie, and the bias of every pair ------------------------------------------------------------------
-
-__global__ void __launch_bounds__(256) find_tokens(const Call call) {
-  const int64_t thread = thread_of_grid();
-  if (thread >= static_cast<int64_t>(call.windows_a_volume) * call.padded) return;
-  const int64_t window = thread / call.padded, t = thread % call.padded;
-  int64_t place[kAxes], local[kAxes];
-  decode(window, call.grid.counts, place);
-  decode(t, call.grid.window, local);
-  int64_t token = 0;
-  uint32_t region = 0;
-  bool real = true, seam = false;
-  SWIN_UNROLL
-  for (int axis = 0; axis < kAxes; ++axis) {
-    const int64_t position = natural_position(call.grid, axis, place[axis], local[axis]);
-    real = real && position >= 0;
-    token = token * call.grid.spatial[axis] + position;
-    region = region * 3 + static_cast<uint32_t>(region_along(call.grid, axis, place[axis], local[axis]));
-    seam = seam || has_seam(call.grid, axis, place[axis]);
-  }
-  const uint32_t where = t >= call.n ? kAbsent : real ? static_cast<uint32_t>(token) : kPadding;
-  call.tokens[thread] = make_uint2(where, region);
-  if (t == 0) call.seams[window] = seam ? 1 : 0;
-  if (window == 0) call.rasters[t] = t < call.n ? static_cast<int>(bias_raster(call.grid, t)) : 0;
-}
-
-SWIN_DEVICE float load_table(const Call& call, int64_t index, float) {
-  return static_cast<const float*>(call.bias_table)[index];
-}
-template <class T>
-SWIN_DEVICE float load_table(const Call& call, int64_t index, T) {
-  return call.float_table ? load_table(call, index, 0.0f) : to_float(static_cast<const T*>(call.bias_table)[index]);
-}
-
-// The bias, divided by |scale| but for bias_unit, in tiles of 16 queries x 16 keys, float16, in the order in which the
-// threads of a warp hold the left factor of an mma: one load of 16 bytes a thread brings a tile. Zero beyond the
-// window. A warp writes one tile.
+// A warp writes one tile.
 template <class T>
 __global__ void __launch_bounds__(256) expand_bias(const Call call) {
   const int64_t tile = thread_of_grid() / 32;
-  const int lane = lane_index(), side = call.padded / kTile;
+  const int side = call.padded / kTile;
   if (tile >= static_cast<int64_t>(call.heads) * side * side) return;
-  const int key_tile = static_cast<int>(tile % side), query_tile = static_cast<int>(tile / side % side);
+  const int column_tile = static_cast<int>(tile % side), row_tile = static_cast<int>(tile / side % side);
   const int head = static_cast<int>(tile / side / side);
-  const int origin = static_cast<int>(bias_origin(call.grid));
-  uint32_t words[4];
-  SWIN_UNROLL
-  for (int word = 0; word < 4; ++word) {  // as a fragment of A
-    const int query = query_tile * kTile + lane / 4 + word % 2 * 8;
-    float value[2] = {};
-    SWIN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int key = key_tile * kTile + word / 2 * 8 + lane % 4 * 2 + i;
-      if (query >= call.n || key >= call.n) continue;
-      const int64_t entry = call.rasters[query] - call.rasters[key] + origin;
-      value[i] = load_table(call, entry * call.heads + head, T{});
-      value[i] = fmaxf(fminf(value[i], 65504.0f), -65504.0f);  // a bias beyond the range of float16 stays finite
-    }
-    words[word] = pack<Float16>(value[0], value[1]);
-  }
-  call.tiles[tile * 32 + lane] = make_uint4(words[0], words[1], words[2], words[3]);
+  call.tiles[tile * 32 + lane_index()] = bias_tile<T>(call, head, row_tile, column_tile, false);
 }
 
 // ---- 16-bit --------------------------------------------------------------------------------------------------------
-
-// How `attend` lays out a head of D channels.
-template <int D>
-struct Cut {
-  static constexpr int kDepth = D < kTile ? kTile : D;  // channels in shared memory: an mma multiplies at least 16
-  static constexpr int kStride = kDepth + 8;  // elements from row to row: ldmatrix finds 8 rows in different banks
-  static constexpr int kSteps = kDepth / kTile;
-  static constexpr int kColumns = D / 8;             // of an mma that has channels in columns
-  static constexpr int kPairs = (kColumns + 1) / 2;  // ldmatrix brings two at a time
-};
-
-// Where a lane points ldmatrix_x4 to, from the first element of a 16 x 16 tile: the four 8 x 8 matrices in the order
-// (rows 0-7, 8-15 of columns 0-7, then of columns 8-15): an A fragment, and transposed the B fragments of two column
-// blocks; or in the order (columns 0-7, 8-15 of rows 0-7, then of rows 8-15): the B fragments of two column blocks that
-// lie in rows.
-SWIN_DEVICE int down_first(int lane, int stride) { return lane % 16 * stride + lane / 16 * 8; }
-SWIN_DEVICE int across_first(int lane, int stride) { return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8; }
 
 // The sum, and the maximum, over the four lanes that share a row of scores.
 SWIN_DEVICE float quad_sum(float x) {
@@ -194,12 +69,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   const auto channels = static_cast<uint32_t>(call.heads * D);
   const float magnitude = call.scale < 0 ? -call.scale : call.scale, factor = magnitude * kLog2E;
   const uint32_t sign = call.scale < 0 ? 0x80008000u : 0u;
-  const float mask = static_cast<float>(kMaskValue) / magnitude;
-  const float inverse = 1.0f / magnitude;
-  const uint32_t diagonal = pack<Float16>(2 * t == g ? inverse : 0.0f, 2 * t + 1 == g ? inverse : 0.0f);
-  // What float16 leaves of the diagonal: nothing where scale is a power of two.
-  const float rest = inverse - to_float(from_float<Float16>(inverse));
-  const uint32_t rest_diagonal = pack<Float16>(2 * t == g ? rest : 0.0f, 2 * t + 1 == g ? rest : 0.0f);
+  const float mask = kMask / magnitude;
+  const Diagonal diagonal = diagonal_of(1.0f / magnitude);
+  const Share<D> share = own_share<D>();
 
   T* const q_rows = reinterpret_cast<T*>(shared_memory());                                   // (2, rows, kStride)
   T* const k_rows = q_rows + 2 * call.rows * C::kStride;                                     // (2, chunk, kStride)
@@ -213,35 +85,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
     }
   }
 
-  // A thread brings 16 bytes of every row_step-th row, always the same ones of the row.
-  constexpr int kPieces = C::kDepth / 8;
-  const int column = static_cast<int>(threadIdx.x) % kPieces * 8, first_row = static_cast<int>(threadIdx.x) / kPieces;
-  const int row_step = static_cast<int>(blockDim.x) / kPieces, own_piece = kept(first_row * C::kStride + column);
-  const uint32_t token_stride = 3 * channels;
-  const bool has_pad = call.pad_qkv != nullptr;
-  const T* const qkv = static_cast<const T*>(call.qkv) + head * D + column;
-  const T* const pad = has_pad ? static_cast<const T*>(call.pad_qkv) + head * D + column : qkv;
-  const auto stage_queries = [&](const Window& window, int buffer) {
-    const T* const source = qkv + window.first * token_stride;
-    T* to = q_rows + buffer * call.rows * C::kStride + own_piece;
-    for (int row = first_row; row < block_rows; row += row_step, to += row_step * C::kStride) {
-      const uint32_t token = window.tokens[block_row + row].x;
-      const bool valid = token < kPadding && column < D;
-      cp_async_16(to, source + uint64_t{valid ? token : 0} * token_stride, valid);
-    }
-  };
-  const auto stage_keys = [&](const Window& window, int chunk, int buffer) {
-    const T* const source = qkv + window.first * token_stride;
+  const auto stage_step = [&](const Window& window, int chunk, int buffer) {
     const int first = chunk * call.chunk, end = call.padded - first < call.chunk ? call.padded : first + call.chunk;
-    T *k_to = k_rows + buffer * call.chunk * C::kStride + own_piece, *v_to = k_to + (v_rows - k_rows);
-    for (int row = first + first_row; row < end; row += row_step) {
-      const uint32_t token = window.tokens[row].x;
-      const bool real = token < kPadding, valid = (real || (token == kPadding && has_pad)) && column < D;
-      const T* const from = (real ? source : pad) + uint64_t{real ? token : 0} * token_stride;
-      cp_async_16(k_to, from + channels, valid);
-      cp_async_16(v_to, from + 2 * channels, valid);
-      k_to += row_step * C::kStride, v_to += row_step * C::kStride;
+    if (chunk == 0) {
+      stage_queries<T, D>(share, window, head, block_row, block_row + block_rows, call.qkv, 3 * channels,
+                          q_rows + buffer * call.rows * C::kStride);
     }
+    const int at = buffer * call.chunk * C::kStride;
+    stage_keys<T, D>(call, share, window, head, first, end, k_rows + at, v_rows + at);
   };
 
   const int across = kept(across_first(lane, C::kStride)), down = kept(down_first(lane, C::kStride));
@@ -265,14 +116,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
         } else {
           four = tile_at[tile * 32];
         }
-        const uint32_t bias[2][2] = {{four.x, four.y}, {four.z, four.w}};  // of the left and the right half of the keys
-        SWIN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          mma_m16n8k8<Float16>(s[tile][half], bias[half], diagonal, s[tile][half]);
-          if constexpr (!decltype(exact)::value) {
-            mma_m16n8k8<Float16>(s[tile][half], bias[half], rest_diagonal, s[tile][half]);
-          }
-        }
+        add_bias(s[tile], four, diagonal.most);
+        if constexpr (!decltype(exact)::value) add_bias(s[tile], four, diagonal.rest);
         SWIN_UNROLL
         for (int step = 0; step < C::kSteps; ++step) {
           uint32_t k_tile[4];
@@ -355,22 +200,16 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   int index = static_cast<int>(blockIdx.z), chunk = 0;
   const int stride = static_cast<int>(gridDim.z);
   Window window = window_at(call, index);
-  stage_queries(window, 0);
-  stage_keys(window, 0, 0);
+  stage_step(window, 0, 0);
   cp_async_commit();
   for (int buffer = 0; index < call.windows; buffer ^= 1) {
     cp_async_wait<0>();
     block_barrier();  // this step's rows are there, and nobody reads the other buffer any more
     const bool last = chunk + 1 == chunks;
     const int next_chunk = last ? 0 : chunk + 1;
-    Window next = window;
-    if (!last) {
-      stage_keys(window, next_chunk, buffer ^ 1);
-    } else if (index + stride < call.windows) {
-      next = window_behind(call, window, stride);
-      stage_queries(next, buffer ^ 1);
-      stage_keys(next, 0, buffer ^ 1);
-    }
+    const bool ends = last && index + stride >= call.windows;
+    const Window next = last && !ends ? window_behind(call, window, stride) : window;
+    if (!ends) stage_step(next, next_chunk, buffer ^ 1);
     cp_async_commit();
 
     uint32_t token[2] = {kAbsent, kAbsent}, region[2] = {};
@@ -405,7 +244,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       constexpr std::false_type no;
       if (!call.resident) {
         attend_keys(no, no, first, end, window, region, k_first, v_first, own_tiles + tile);
-      } else if (rest != 0) {
+      } else if (!diagonal.exact) {
         attend_keys(yes, no, first, end, window, region, k_first, v_first, resident_tiles + tile);
       } else {
         attend_keys(yes, yes, first, end, window, region, k_first, v_first, resident_tiles + tile);
@@ -453,7 +292,7 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
   const uint2 token = query < call.n ? window.tokens[query] : make_uint2(kAbsent, 0);
   const bool works = token.x < kPadding;
   const int64_t position = window.first + (works ? token.x : 0);
-  const int raster = works ? call.rasters[query] + static_cast<int>(bias_origin(call.grid)) : 0;
+  const int raster = works ? call.rasters[query] : 0;
   float q[kOwn] = {}, sums[kOwn] = {}, maximum = kLowest, total = 0;
   if (works) {
     const float* const from = static_cast<const float*>(call.qkv) + position * 3 * channels + head * D + channel;
@@ -486,9 +325,8 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
       SWIN_UNROLL
       for (int lanes = 1; lanes < kLanes; lanes *= 2) score += shuffle_xor(score, lanes);
       if (!works) continue;
-      const int64_t entry = static_cast<int64_t>(raster - call.rasters[first + key]) * call.heads + head;
-      score = fmaf(score, call.scale, load_table(call, entry, 0.0f));
-      if (window.seam && window.tokens[first + key].y != token.y) score += static_cast<float>(kMaskValue);
+      score = fmaf(score, call.scale, bias_of<float>(call, head, raster, call.rasters[first + key]));
+      if (window.seam && window.tokens[first + key].y != token.y) score += kMask;
       if (score > maximum) {
         const float shrink = exp2_approx((maximum - score) * kLog2E);
         maximum = score;
@@ -514,8 +352,6 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 struct Plan {
   int warps, blocks, parts;  // of `attend`: warps of a block, blocks of a head's queries, parts of the windows
@@ -560,17 +396,6 @@ const char* cut(const DeviceLimits& limits, Call* call, Plan* plan) {
   return least < kInfinity ? nullptr : "window_attention: a block of this GPU has too little shared memory";
 }
 
-template <class Function>
-const char* with_head_dim(int64_t head_dim, const Function& function) {
-  switch (head_dim) {
-    case 8: return function.template operator()<8>();
-    case 16: return function.template operator()<16>();
-    case 32: return function.template operator()<32>();
-    case 64: return function.template operator()<64>();
-    default: return "the CUDA kernels have head_dim 8, 16, 32 and 64";
-  }
-}
-
 struct CutFor {
   const DeviceLimits& limits;
   Call* call;
@@ -583,48 +408,17 @@ struct CutFor {
 
 const char* make_plan(const SwinAttention& attention, Call* call, Plan* plan) {
   DeviceLimits limits;
-  if (const char* error = device_limits(&limits)) return error;
-  if (limits.compute_capability < 80) return "the CUDA kernels need compute capability 8.0";
-  const int64_t n = product(attention.grid.window), windows_a_volume = product(attention.grid.counts);
-  const double magnitude = attention.scale < 0 ? -attention.scale : attention.scale;
-  if (n > 4096) return "the CUDA kernels are for windows of at most 4096 tokens";
-  if (product(attention.grid.spatial) >= kPadding) return "a volume of 2^32 - 2 tokens or more";
-  if (attention.batch * windows_a_volume > INT32_MAX / 64) return "more than 2^25 windows";
-  if (attention.heads > 65535) return "more than 65535 heads";
-  if (bias_table_length(attention.grid) > INT32_MAX / 2) return "a bias table of more than 2^30 rows";
-  if (attention.element != kSwinFloat32 && !(magnitude >= 0x1p-14 && magnitude <= 0x1p14)) {
-    return "in 16 bits the CUDA kernels need a scale of magnitude 2^-14 to 2^14";  // 1/scale is a float16
-  }
-  call->grid = attention.grid;
-  call->volume_tokens = product(attention.grid.spatial);
-  call->windows_a_volume = static_cast<int>(windows_a_volume);
-  call->windows = static_cast<int>(attention.batch * windows_a_volume);
-  call->heads = static_cast<int>(attention.heads), call->head_dim = static_cast<int>(attention.head_dim);
-  call->n = static_cast<int>(n), call->padded = static_cast<int>(divide_up(n, kStepKeys)) * kStepKeys;
-  call->float_table = attention.bias_element == kSwinFloat32;
-  call->scale = static_cast<float>(attention.scale);
+  if (const char* reason = read_call(attention, kStepKeys, &limits, call)) return reason;
   return with_head_dim(attention.head_dim, CutFor{limits, call, plan});
 }
 
-// Hands out the workspace, each piece at a multiple of 256 bytes of it; returns the bytes taken.
-int64_t carve(const SwinAttention& attention, unsigned char* workspace, Call* call) {
-  int64_t used = 0;
-  const auto take = [&](auto** pointer, int64_t count) {
-    *pointer = reinterpret_cast<std::remove_reference_t<decltype(*pointer)>>(workspace + used);
-    used += divide_up(count * static_cast<int64_t>(sizeof(**pointer)), 256) * 256;
-  };
-  const int64_t padded = call->padded, tiles = attention.element == kSwinFloat32 ? 0 : padded * padded / 256;
-  take(&call->tokens, call->windows_a_volume * padded);
-  take(&call->seams, call->windows_a_volume);
-  take(&call->rasters, padded);
-  take(&call->tiles, attention.heads * tiles * 32);
-  return used;
-}
-
-LaunchGrid blocks_of(int64_t x, int64_t y = 1, int64_t z = 1) {
-  LaunchGrid grid;
-  grid.x = x, grid.y = y, grid.z = z;
-  return grid;
+// Hands out the workspace; returns its bytes.
+int64_t carve(const SwinAttention& attention, void* workspace, Call* call) {
+  Carver carver{static_cast<unsigned char*>(workspace)};
+  carver.take_tokens(call);
+  const int64_t side = call->padded / kTile;
+  carver.take(&call->tiles, attention.element == kSwinFloat32 ? 0 : attention.heads * side * side * 32);
+  return carver.used;
 }
 
 template <class T>
@@ -679,7 +473,7 @@ const char* swin_cuda_attention_forward(const SwinAttention* attention, const Sw
   swin::Call call{};
   swin::Plan plan{};
   if (const char* reason = swin::make_plan(*attention, &call, &plan)) return reason;
-  swin::carve(*attention, static_cast<unsigned char*>(workspace), &call);
+  swin::carve(*attention, workspace, &call);
   call.qkv = tensors->qkv, call.bias_table = tensors->bias_table, call.pad_qkv = tensors->pad_qkv;
   call.out = tensors->out, call.lse = tensors->lse;
   switch (attention->element) {
