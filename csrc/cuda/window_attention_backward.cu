@@ -56,6 +56,7 @@ SWIN_DEVICE float dot_of(const uint4& a, const uint4& b) {
 
 // Starts to copy lse and -delta of `count` queries, an even number.
 SWIN_DEVICE void stage_rows(float2* shared, const float2* rows, int count) {
+  SWIN_NO_UNROLL
   for (int i = 2 * static_cast<int>(threadIdx.x); i < count; i += 2 * static_cast<int>(blockDim.x)) {
     cp_async_16(shared + i, rows + i, true);
   }
@@ -396,7 +397,7 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
         }
       }
     }
-    if (call.has_padding) {
+    if (window.padded) {
       float* sums = reinterpret_cast<float*>(ds_rows);  // (warps, 2, D)
       SWIN_UNROLL
       for (int i = 0; i < 4 * C::kColumns; ++i) {
@@ -406,14 +407,17 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
         if (g == 0) store_shared(sums + (warp * 2 + part) * D + column * 8 + 2 * t + channel, sum);
       }
       block_barrier();
+    }
+    if (call.has_padding) {
+      const float* const sums = reinterpret_cast<const float*>(ds_rows);
       for (int i = static_cast<int>(threadIdx.x); i < 2 * D; i += static_cast<int>(blockDim.x)) {
         float sum = 0;
-        for (int from = 0; from < warps; ++from) sum += load_shared(sums + from * 2 * D + i);
+        for (int from = 0; from < (window.padded ? warps : 0); ++from) sum += load_shared(sums + from * 2 * D + i);
         const int64_t row = static_cast<int64_t>(window_index) * key_blocks + key_block;
         call.pad_parts[row * 2 * channels + i / D * channels + head * D + i % D] = sum;
       }
-      block_barrier();
     }
+    if (window.padded) block_barrier();  // the sums may be overwritten
     window = next_window, window_index = next_window_index, key_block = next_key_block;
   }
 }

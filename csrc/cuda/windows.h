@@ -19,6 +19,8 @@ constexpr int kTile = 16;  // rows and columns of a tile of scores, as mma.sync 
 constexpr uint32_t kPadding = 0xfffffffeu;  // a padding token
 constexpr uint32_t kAbsent = 0xffffffffu;   // beyond the window
 
+constexpr uint32_t kSeam = 1, kPadded = 2;  // a window holds tokens of two regions; holds padding tokens
+
 // What every kernel of a call knows.
 struct Windows {
   WindowGrid grid;
@@ -31,7 +33,7 @@ struct Windows {
 
   // Workspace
   uint2* tokens;    // (windows_a_volume, padded): index in the volume, and region
-  uint32_t* seams;  // (windows_a_volume): whether the window holds tokens of two regions
+  uint32_t* flags;  // (windows_a_volume): kSeam and kPadded
   int* rasters;     // (padded): bias_raster of a token
 };
 
@@ -44,14 +46,14 @@ struct Window {
   const uint2* tokens;
   int64_t first;
   int within;  // its volume
-  bool seam;
+  bool seam, padded;
 };
 
 SWIN_DEVICE Window window_in(const Windows& call, int64_t first, int within) {
   Window found;
   found.tokens = call.tokens + static_cast<int64_t>(within) * call.padded;
   found.first = first, found.within = within;
-  found.seam = call.seams[within] != 0;
+  found.seam = (call.flags[within] & kSeam) != 0, found.padded = (call.flags[within] & kPadded) != 0;
   return found;
 }
 
@@ -77,18 +79,23 @@ __global__ void __launch_bounds__(256) find_tokens(const Windows call) {
   decode(t, call.grid.window, local);
   int64_t token = 0;
   uint32_t region = 0;
-  bool real = true, seam = false;
+  bool real = true;
+  uint32_t flags = 0;
   SWIN_UNROLL
   for (int axis = 0; axis < kAxes; ++axis) {
     const int64_t position = natural_position(call.grid, axis, place[axis], local[axis]);
     real = real && position >= 0;
     token = token * call.grid.spatial[axis] + position;
     region = region * 3 + static_cast<uint32_t>(region_along(call.grid, axis, place[axis], local[axis]));
-    seam = seam || has_seam(call.grid, axis, place[axis]);
+    if (t != 0) continue;
+    if (has_seam(call.grid, axis, place[axis])) flags |= kSeam;
+    for (int64_t i = 0; i < call.grid.window[axis]; ++i) {
+      if (natural_position(call.grid, axis, place[axis], i) < 0) flags |= kPadded;
+    }
   }
   const uint32_t where = t >= call.n ? kAbsent : real ? static_cast<uint32_t>(token) : kPadding;
   call.tokens[thread] = make_uint2(where, region);
-  if (t == 0) call.seams[window] = seam ? 1 : 0;
+  if (t == 0) call.flags[window] = flags;
   if (window == 0) call.rasters[t] = t < call.n ? static_cast<int>(bias_raster(call.grid, t)) : 0;
 }
 
@@ -198,6 +205,7 @@ SWIN_DEVICE void stage_keys(const Windows& call, const Share<D>& share, const Wi
   const T* const source = static_cast<const T*>(call.qkv) + window.first * token_stride + own;
   const T* const pad = has_pad ? static_cast<const T*>(call.pad_qkv) + own : source;
   k_rows += share.offset, v_rows += share.offset;
+  SWIN_NO_UNROLL
   for (int row = first + share.row; row < end; row += share.step) {
     const uint32_t token = row < call.padded ? window.tokens[row].x : kAbsent;
     const bool real = token < kPadding, valid = (real || (token == kPadding && has_pad)) && share.inside;
@@ -214,6 +222,7 @@ SWIN_DEVICE void stage_queries(const Share<D>& share, const Window& window, int 
                                const void* rows, uint32_t token_stride, T* to) {
   const T* const source = static_cast<const T*>(rows) + window.first * token_stride + head * D + share.column;
   to += share.offset;
+  SWIN_NO_UNROLL
   for (int row = first + share.row; row < end; row += share.step) {
     const uint32_t token = window.tokens[row].x;
     const bool valid = token < kPadding && share.inside;
@@ -281,7 +290,7 @@ struct Carver {
   }
   void take_tokens(Windows* call) {
     take(&call->tokens, int64_t{call->windows_a_volume} * call->padded);
-    take(&call->seams, call->windows_a_volume);
+    take(&call->flags, call->windows_a_volume);
     take(&call->rasters, call->padded);
   }
 };
