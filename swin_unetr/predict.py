@@ -30,6 +30,9 @@ from .prediction.windows import Windows, slabs
 ENTROPY = "entropy"
 """Folder of the entropy maps, inside of that of the results."""
 
+PIECE = 16
+"""Rows of the network's grid that are turned into labels at once: of few rows, what is made of them stays in caches."""
+
 
 @dataclass
 class Options:
@@ -178,13 +181,14 @@ def segment(
     inside = [slice(missing // 2, missing // 2 + extent) for missing, extent in zip(lack, grid, strict=True)]
     whole = []
     for first, logits in slabs(padded, networks, ensemble.labels.channels, ensemble.roi, windows, say):
-        probabilities = sum(ensemble.labels.probabilities(of_one) for of_one in logits)[0] / len(networks)
         rows = inside[0] if lack[0] else slice(None)  # of an axis that was padded there is one slab
-        slab = probabilities[:, rows, inside[1], inside[2]]
-        if axes is None:
-            whole.append(slab)
-        else:
-            restored.add(first, slab)
+        pieces = zip(*(of_one[0, :, rows, inside[1], inside[2]].split(PIECE, dim=1) for of_one in logits), strict=True)
+        for number, piece in enumerate(pieces):  # each (channels, up to PIECE, *grid[1:]) of every network
+            probabilities = sum(ensemble.labels.probabilities(of_one[None])[0] for of_one in piece) / len(networks)
+            if axes is None:
+                whole.append(probabilities)
+            else:
+                restored.add(first + number * PIECE, probabilities)
     if axes is None:
         say("the image's axes are not at right angles (a tilted gantry?): the whole volume was interpolated at once")
         restored.add_whole(torch.cat(whole, dim=1), affine, volume.affine)

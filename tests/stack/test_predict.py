@@ -60,6 +60,14 @@ def test_label_map_is_monais(tmp_path, labels, axes):
     assert (ours == theirs).mean() > 0.9999
 
 
+def test_a_grid_may_have_as_many_voxels_as_the_image(tmp_path):
+    """Nothing is resampled, but axes are mirrored and permuted."""
+    ensemble = ensembles.load([checkpoint(tmp_path / "x.pt", spacing=None)], CPU)
+    found = volume("ILA", (30, 32, 50))
+    ours = predict.segment(found, ensemble, Windows(overlap=0.0), CPU).labels
+    assert (ours == by_monai(ensemble, found, 0.0)).mean() > 0.9999
+
+
 def test_a_tilted_gantry_is_interpolated_in_space(tmp_path):
     ensemble = ensembles.load([checkpoint(tmp_path / "x.pt")], CPU)
     place, said = affine(), []
