@@ -7,11 +7,14 @@ SIGTERM or SIGUSR1 after saving, to be started again; 130 interrupted from the k
 from __future__ import annotations
 
 import importlib
+import json
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
+from typing import get_type_hints
 
 COMMANDS = {
     "pretrain": "train the encoder on volumes without labels",
@@ -56,7 +59,8 @@ def parse(kind: type, command: str, argv: Sequence[str]):
     # Listed here for --help; `_expand` has made a --config of it.
     parser.add_argument("--preset", metavar="NAME", help=f"options that come with the package: {', '.join(presets())}")
     parser.add_class_arguments(kind, fail_untyped=True)
-    parsed = parser.instantiate(parser.parse_args(_expand(argv)))
+    lists = [f"--{name}" for name, of in get_type_hints(kind).items() if of == list[Path]]
+    parsed = parser.instantiate(parser.parse_args(_bracketed(_expand(argv), lists)))
     return kind(**{field.name: parsed[field.name] for field in fields(kind) if field.init})
 
 
@@ -83,6 +87,21 @@ def _expand(argv: Sequence[str]) -> list[str]:
             raise ValueError(f"preset: got {name!r}; accepted are {', '.join(presets())}")
         expanded += ["--config", str(PRESETS / f"{name}.yaml")]
     return expanded
+
+
+def _bracketed(argv: Sequence[str], options: Collection[str]) -> list[str]:
+    """`argv` with the paths after each of `options`, of which a shell's pattern gives several, as one word: a list."""
+    bracketed: list[str] = []
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        bracketed.append(word)
+        if word in options and words and not words[0].startswith(("--", "[")):
+            listed = []
+            while words and not words[0].startswith("--"):
+                listed.append(words.popleft())
+            bracketed.append(json.dumps(listed))
+    return bracketed
 
 
 def _summary(kind: type) -> str:
