@@ -24,6 +24,8 @@ TAGS = (
 )  # fmt: skip
 UNEVEN = 0.02
 """Part of the distance of slices that one distance may differ from the others."""
+PARALLEL = 1e-3
+"""How much the components of a direction may differ between slices of one volume."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,23 @@ class Series:
 def find(folder: Path) -> list[Series]:
     """The series among the files in `folder` and below it; files that are no images in DICOM are left out.
 
-    Slices of one series that differ in echo, orientation or extents are series of their own.
+    Slices of one series that differ in echo, orientation, extents or extents of pixels are series of their own.
+
+    Raises:
+        BadCase: the header of a DICOM file is damaged.
     """
     groups: dict[tuple, list[Slice]] = defaultdict(list)
+    planes: list[tuple[float, ...]] = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
-        except (InvalidDicomError, OSError, EOFError):
+            if "SeriesInstanceUID" in header and "Rows" in header:
+                groups[_kind(header, planes)].append(Slice(path, header))
+        except InvalidDicomError:
             continue
-        if "SeriesInstanceUID" in header and "Rows" in header:
-            groups[_kind(header)].append(Slice(path, header))
+        # Without its header nobody knows which series would lack this slice.
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            raise BadCase(f"{path}: cannot be read: {str(error).strip() or type(error).__name__}") from error
     labels = {key: _label(slices[0].header) for key, slices in groups.items()}
     shared = Counter(labels.values())
     names, taken = {}, Counter()
@@ -77,11 +86,17 @@ def find(folder: Path) -> list[Series]:
     return [Series(names[key], tuple(slices)) for key, slices in groups.items()]
 
 
-def _kind(header: pydicom.Dataset) -> tuple:
-    """What slices of one volume have in common."""
-    orientation = tuple(round(float(x), 3) + 0.0 for x in header.get("ImageOrientationPatient") or ())
+def _kind(header: pydicom.Dataset, planes: list[tuple[float, ...]]) -> tuple:
+    """What slices of one volume have in common; an orientation like none of `planes` is added to them."""
+    own = tuple(float(x) for x in header.get("ImageOrientationPatient") or ())
+    alike = (plane for plane in planes if len(plane) == len(own) and np.allclose(plane, own, rtol=0, atol=PARALLEL))
+    orientation = next(alike, None)
+    if orientation is None:
+        orientation = own
+        planes.append(own)
     echo = str(header.get("EchoNumbers", "")), str(header.get("EchoTime", ""))
-    return str(header.SeriesInstanceUID), echo, orientation, int(header.Rows), int(header.Columns)
+    pixel = tuple(round(float(x), 4) for x in header.get("PixelSpacing") or ())
+    return str(header.SeriesInstanceUID), echo, orientation, int(header.Rows), int(header.Columns), pixel
 
 
 def _label(header: pydicom.Dataset) -> str:
@@ -91,7 +106,7 @@ def _label(header: pydicom.Dataset) -> str:
 
 def _difference(key: tuple, groups: dict[tuple, list[Slice]]) -> str:
     """What tells a group from the others of its series: its echo, the plane it lies in, or its extents."""
-    _, echo, orientation, rows, columns = key
+    _, echo, orientation, rows, columns, _ = key
     siblings = [other for other in groups if other[0] == key[0]]
     if len({other[1] for other in siblings}) > 1:
         return f"echo{re.sub(r'[^0-9.]+', '', echo[0] or echo[1])}"
@@ -162,7 +177,16 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
             f"{where}: slices are {reason} between {along[index]:.2f} and {along[index + 1]:.2f} mm: "
             f"{gaps[index]:.3g} mm apart where the others are {usual:.3g} mm; accepted are evenly spaced slices"
         )
-    return (slices[-1].position - slices[0].position) / (len(slices) - 1)
+    step = (slices[-1].position - slices[0].position) / (len(slices) - 1)
+    off = np.array([one.position - slices[0].position - index * step for index, one in enumerate(slices)])  # (n, 3)
+    beside = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1)  # (n,)
+    if beside.max() > min(map(float, slices[0].header.PixelSpacing)):
+        index = int(beside.argmax())
+        raise BadCase(
+            f"{where}: {slices[index].path.name} lies {beside[index]:.3g} mm beside the line of the other slices; "
+            "accepted are slices above each other"
+        )
+    return step
 
 
 def _pixels(one: Slice) -> np.ndarray:

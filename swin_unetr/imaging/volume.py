@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import nibabel
@@ -46,7 +48,8 @@ class Source:
     """An image that can be read.
 
     Attributes:
-        name: of the case: the file's without suffix, or what a DICOM series says of itself.
+        name: of the case: the file's without suffix, or what a DICOM series says of itself, after its folder's name
+            where several say the same.
         path: file, or folder of the series.
         read: reads it; raises `BadCase`, which names the file.
     """
@@ -66,6 +69,14 @@ def find(paths: Sequence[Path], largest: float) -> list[Source]:
         ValueError: a path is missing, of an unknown kind or holds no image, or two images have one name.
     """
     sources = [source for path in paths for source in _sources(Path(path), largest)]
+    # Series of several patients are often named alike; their folders tell them apart.
+    shared = Counter(source.name for source in sources)
+    sources = [
+        replace(source, name=f"{source.path.resolve().name}_{source.name}")
+        if shared[source.name] > 1 and source.path.is_dir()
+        else source
+        for source in sources
+    ]
     by_name: dict[str, Source] = {}
     for source in sources:
         other = by_name.setdefault(source.name, source)
@@ -86,10 +97,17 @@ def _sources(path: Path, largest: float) -> list[Source]:
     volumes = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
     if volumes:
         return [_file(volume, largest) for volume in volumes]
-    series = dicom.find(path)
+    try:
+        series = dicom.find(path)
+    except BadCase as error:
+        return [Source(path.resolve().name, path, partial(_fail, error))]
     if not series:
         raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")
     return [Source(one.name, path, lambda one=one: Volume(*dicom.read(one, largest))) for one in series]
+
+
+def _fail(error: BadCase) -> Volume:
+    raise error
 
 
 def _file(path: Path, largest: float) -> Source:

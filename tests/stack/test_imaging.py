@@ -186,6 +186,35 @@ def test_echoes_orientations_and_series_are_told_apart(tmp_path):
     assert not any("doe" in name or "secret" in name for name in found)
 
 
+def test_slices_differ_by_rounding_but_not_in_the_extents_of_pixels(tmp_path):
+    uid = series(tmp_path / "d", image((6, 5, 4)))
+    for number, path in enumerate(sorted((tmp_path / "d").iterdir())):
+        data = pydicom.dcmread(path)
+        data.ImageOrientationPatient = [1, 0.0005 + 1e-6 * number, 0, -0.0005, 1, 0]  # to either side of a third digit
+        data.save_as(path)
+    (source,) = imaging.find([tmp_path / "d"], 1.0)
+    assert source.read().values.shape == (1, 6, 5, 4)
+    series(tmp_path / "d" / "more", image((6, 5, 4)), uid=uid, PixelSpacing=[0.25, 0.25])
+    assert len(imaging.find([tmp_path / "d"], 1.0)) == 2
+
+
+def test_series_named_alike_are_told_apart_by_their_folders(tmp_path):
+    for folder in ("first", "second"):
+        series(tmp_path / folder, image((6, 5, 4)))
+    names = [source.name for source in imaging.find([tmp_path / "first", tmp_path / "second"], 1.0)]
+    assert names == ["first_series_3_thorax_2_5", "second_series_3_thorax_2_5"]
+
+
+def test_a_damaged_header_is_reported_with_its_folder(tmp_path):
+    series(tmp_path / "d", image((6, 5, 4)))
+    path = next((tmp_path / "d").iterdir())
+    path.write_bytes(path.read_bytes().replace(b"1.0\\0.0\\0.0\\0.0\\1.0\\0.0", b"1.0\\0.0\\x.0\\0.0\\1.0\\0.0"))
+    (source,) = imaging.find([tmp_path / "d"], 1.0)
+    assert source.name == "d"
+    with pytest.raises(imaging.BadCase, match=rf"{path.name}: cannot be read: .*x\.0"):
+        source.read()
+
+
 def test_series_that_are_no_volume_are_refused_with_numbers(tmp_path):
     cases = {
         "missing": (
@@ -200,6 +229,14 @@ def test_series_that_are_no_volume_are_refused_with_numbers(tmp_path):
         (source,) = imaging.find([tmp_path / name], 1.0)
         with pytest.raises(imaging.BadCase, match=message):
             source.read()
+    series(tmp_path / "beside", image((6, 5, 5)))
+    moved = sorted((tmp_path / "beside").iterdir())[1]
+    data = pydicom.dcmread(moved)
+    data.ImagePositionPatient = [data.ImagePositionPatient[0] + 4, *data.ImagePositionPatient[1:]]
+    data.save_as(moved)
+    (source,) = imaging.find([tmp_path / "beside"], 1.0)
+    with pytest.raises(imaging.BadCase, match="lies 4 mm beside the line of the other slices"):
+        source.read()
     series(tmp_path / "doubled", image((6, 5, 3)))
     again = next((tmp_path / "doubled").iterdir())
     again.with_name("again.dcm").write_bytes(again.read_bytes())
