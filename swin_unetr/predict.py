@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def run(options: Options, console: Console | None = None) -> int:
 def _run(options: Options, device: torch.device, console: Console) -> int:
     sources = imaging.find(options.input, options.largest)
     outputs = {source.name: options.out / f"{source.name}{imaging.output_suffix(source)}" for source in sources}
-    distributed.first(lambda: _prepare(options, outputs.values()))
+    distributed.first(lambda: _prepare(options, sources, outputs.values()))
     ensemble = ensembles.load(options.checkpoint, device)
     done: list[report.Case] = []
     failed: dict[str, str] = {}
@@ -110,9 +110,16 @@ def _run(options: Options, device: torch.device, console: Console) -> int:
     return 1 if failed else 0
 
 
-def _prepare(options: Options, outputs) -> None:
-    names = ("volumes.csv", "volumes.json", "report.html")
-    present = [path for path in (*outputs, *(options.out / name for name in names)) if path.exists()]
+def _prepare(options: Options, sources: Sequence[imaging.Source], outputs: Collection[Path]) -> None:
+    """Make the folders of the results, which take the place of no image and, unasked, of no earlier result."""
+    files = [*outputs, *(options.out / name for name in ("volumes.csv", "volumes.json", "report.html"))]
+    if options.entropy:
+        files += [options.out / ENTROPY / path.name for path in outputs]
+    images = {source.path.resolve() for source in sources}
+    for path in files:
+        if path.resolve() in images:
+            raise ValueError(f"out: {path} is an image to segment; accepted is another folder")
+    present = [path for path in files if path.exists()]
     if present and not options.overwrite:
         raise ValueError(f"out: {present[0]} is there already; accepted is another folder, or overwrite: true")
     (options.out / ENTROPY if options.entropy else options.out).mkdir(parents=True, exist_ok=True)

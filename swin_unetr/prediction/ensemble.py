@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -38,8 +39,8 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
     """The networks in checkpoints of `swin-unetr train`, with their averaged weights where there are some.
 
     Raises:
-        ValueError: a checkpoint is missing, damaged or of pretraining, or two do not agree in classes, preprocessing,
-            roi or channels.
+        ValueError: a checkpoint is missing, damaged, of pretraining or of a network for other images than volumes, or
+            two do not agree in classes, preprocessing, roi or channels.
     """
     networks, files, agreed = [], {}, {}
     for path in paths:
@@ -49,6 +50,21 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
             raise ValueError(f"checkpoint: {path} does not exist or is no file") from error
         if content.get("kind") != "train":
             raise ValueError(f"checkpoint: {path} is of {content.get('kind')!r}; accepted are those of 'train'")
+        network, facts = _network(path, content)
+        for name, value in facts.items():
+            if agreed.setdefault(name, value) != value:
+                raise ValueError(
+                    f"checkpoint: {path} has {name} {value}, {paths[0]} has {agreed[name]}; accepted are checkpoints "
+                    "that agree"
+                )
+        networks.append(network.to(device).eval().requires_grad_(False))
+        files[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Ensemble(tuple(networks), files=files, **agreed)
+
+
+def _network(path: Path, content: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The network in a checkpoint, and what all of an ensemble have to agree on."""
+    try:
         architecture = Architecture(**content["architecture"])
         facts = {
             "labels": Labels(**content["labels"]),
@@ -56,17 +72,21 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
             "roi": tuple(content["roi"]),
             "channels": architecture.in_channels,
         }
-        for name, value in facts.items():
-            if agreed.setdefault(name, value) != value:
-                raise ValueError(
-                    f"checkpoint: {path} has {name} {value}, {paths[0]} has {agreed[name]}; accepted are checkpoints "
-                    "that agree"
-                )
         network = architecture.build()
         network.load_state_dict(content["ema"] if content["ema"] is not None else content["model"])
-        networks.append(network.to(device).eval().requires_grad_(False))
-        files[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Ensemble(tuple(networks), files=files, **agreed)
+    # The file is whole, but what it says is missing, of another kind or of another shape.
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"checkpoint: {path} has no network that can be built: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+    if architecture.spatial_dims != 3:
+        raise ValueError(f"checkpoint: {path} is of a network for 2-D images; accepted are those for volumes")
+    if architecture.out_channels != facts["labels"].channels:
+        raise ValueError(
+            f"checkpoint: {path} has {architecture.out_channels} output channels and labels for "
+            f"{facts['labels'].channels}; accepted are as many"
+        )
+    return network, facts
 
 
 def _tuples(values: dict) -> dict:

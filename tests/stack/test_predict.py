@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from monai import transforms
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from rich.console import Console
 
 from swin_unetr import checkpoints, cli, imaging, predict
+from swin_unetr.architecture import Architecture
 from swin_unetr.labels import Labels
 from swin_unetr.prediction import ensemble as ensembles
 from swin_unetr.prediction import windows
@@ -32,8 +35,8 @@ def volume(axes: str = "RAS", shape=(70, 61, 33)) -> imaging.Volume:
     return imaging.Volume(image(shape)[None].astype(np.float32), affine(axes))
 
 
-def by_monai(ensemble: ensembles.Ensemble, found: imaging.Volume, overlap: float) -> np.ndarray:
-    """Label map by MONAI's transforms and their inverse: what users have."""
+def by_monai(ensemble: ensembles.Ensemble, found: imaging.Volume, overlap: float, decide: bool = True):
+    """Label map, or probabilities, by MONAI's transforms and their inverse: what users have."""
     keys = ("image",)
     steps = ensemble.preprocessing
     before = transforms.Compose([*steps.geometry(keys), *steps.scale()])
@@ -45,6 +48,8 @@ def by_monai(ensemble: ensembles.Ensemble, found: imaging.Volume, overlap: float
     item["pred"] = ensemble.labels.probabilities(logits[None])[0]
     inverse = transforms.Invertd("pred", before, "image", nearest_interp=False, to_tensor=True)
     probabilities = inverse(item)["pred"].as_tensor().float()[None]
+    if not decide:
+        return probabilities
     decided = (probabilities > 0.5).float() if ensemble.labels.overlapping else probabilities.argmax(1, keepdim=True)
     return ensemble.labels.label_map(decided)[0, 0].numpy()
 
@@ -147,6 +152,8 @@ def test_ensembles_average_probabilities_and_mirrors_logits(tmp_path):
     found = volume(shape=(38, 60, 20))
     maps = [predict.segment(found, e, Windows(), CPU, entropy=True) for e in (both, one)]
     assert (maps[0].labels != maps[1].labels).mean() > 0.01
+    mean = sum(by_monai(ensembles.load([path], CPU), found, 0.5, decide=False) for path in paths) / 2
+    assert (maps[0].labels == ORGANS.label_map(mean.argmax(1, keepdim=True))[0, 0].numpy()).mean() > 0.9999
     x = torch.randn(1, 1, *ROI)
     network = one.networks[0]
     with torch.inference_mode():
@@ -225,6 +232,48 @@ def test_results_are_not_replaced_unasked(inputs):
     assert (inputs / "out" / "good.nii.gz").stat().st_mtime_ns == before
     assert predict.run(options(inputs, overwrite=True), quiet) == 0
 
+    (inputs / "out" / "entropy").mkdir()
+    (inputs / "out" / "good.nii.gz").rename(inputs / "out" / "entropy" / "good.nii.gz")
+    for left in inputs.glob("out/*.*"):
+        left.unlink()
+    with pytest.raises(ValueError, match=r"entropy/good.nii.gz is there already"):
+        predict.run(options(inputs, entropy=True), quiet)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_an_image_is_never_replaced(inputs, entropy):
+    """Not even where replacing results is allowed, and not through another name of its folder."""
+    (inputs / "link").symlink_to(inputs / "in")
+    (inputs / "in" / "entropy").mkdir()
+    image_file = inputs / "in" / "entropy" / "good.nii.gz" if entropy else inputs / "in" / "good.nii.gz"
+    (inputs / "in" / "good.nii.gz").rename(image_file)
+    before = image_file.read_bytes()
+    given = options(inputs, input=[image_file], out=inputs / "link", entropy=entropy, overwrite=True)
+    with pytest.raises(ValueError, match=r"good.nii.gz is an image to segment; accepted is another folder"):
+        predict.run(given, Console(quiet=True))
+    assert image_file.read_bytes() == before
+
+
+def _predict_on_a_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    status = predict.run(options(Path(folder), out=Path(folder) / "shared"), Console(quiet=True))
+    torch.distributed.destroy_process_group()
+    (Path(folder) / f"status{rank}").write_text(str(status))
+
+
+def test_ranks_share_the_cases(inputs):
+    for number in range(2):
+        nifti(inputs / "in" / f"more{number}.nii.gz", image(seed=number))
+    (inputs / "in" / "text.nii.gz").write_text("no image")
+    torch.multiprocessing.spawn(_predict_on_a_rank, (str(inputs),), nprocs=2)
+    assert [(inputs / f"status{rank}").read_text() for rank in range(2)] == ["1", "1"]
+    assert predict.run(options(inputs), Console(quiet=True)) == 1
+    tables = [(inputs / out / "volumes.csv").read_text() for out in ("shared", "out")]
+    assert tables[0] == tables[1]
+    assert [line.partition(",")[0] for line in tables[0].splitlines()[1::2]] == ["good", "more0", "more1"]
+    assert "text.nii.gz: cannot be read" in (inputs / "shared" / "report.html").read_text()
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -240,6 +289,42 @@ def test_results_are_not_replaced_unasked(inputs):
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         ensembles.load([checkpoint(tmp_path / "x.pt"), checkpoint(tmp_path / "y.pt", **change)], CPU)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("architecture", {"spatial_dims": 2}, "x.pt is of a network for 2-D images; accepted are those for volumes"),
+        ("architecture", {"depths": (1, 1, 1, 2)}, "x.pt has no network that can be built: RuntimeError: .*state_dict"),
+        ("architecture", {"layers": 3}, "x.pt has no network that can be built: TypeError: .*'layers'"),
+        ("labels", {"classes": {"liver": [1]}}, "x.pt has 3 output channels and labels for 2; accepted are as many"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_named(tmp_path, part, value, message):
+    content = checkpoints.read(checkpoint(tmp_path / "x.pt"))
+    content[part] |= value
+    if "spatial_dims" in value:
+        content["model"] = Architecture(**content[part]).build().state_dict()
+    checkpoints.write(tmp_path / "x.pt", content)
+    with pytest.raises(ValueError, match=message):
+        ensembles.load([tmp_path / "x.pt"], CPU)
+    del content["roi"]
+    content["architecture"] = {}
+    checkpoints.write(tmp_path / "x.pt", content)
+    with pytest.raises(ValueError, match="no network that can be built: KeyError: 'roi'"):
+        ensembles.load([tmp_path / "x.pt"], CPU)
+
+
+def test_a_shells_pattern_names_files(tmp_path):
+    """A file alone is no list of files, as the parser would have it."""
+    (tmp_path / "a.pt").write_text("none.pt")
+    for given, expected in (
+        ([tmp_path / "a.pt"], [tmp_path / "a.pt"]),
+        (["a.pt", "b c.pt"], [Path("a.pt"), Path("b c.pt")]),
+        (["[a.pt,b.pt]"], [Path("a.pt"), Path("b.pt")]),
+    ):
+        argv = ["--checkpoint", *map(str, given), "--input", "x", "--entropy", "true"]
+        assert cli.parse(predict.Options, "predict", argv).checkpoint == expected
 
 
 def test_bad_options_are_named(inputs, capsys):
