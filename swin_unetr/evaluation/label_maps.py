@@ -11,9 +11,10 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from ..imaging.itk import read_itk
+from ..imaging.nifti import read_any
+from ..imaging.volume import NIFTI
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mhd")
-NIFTI = (".nii.gz", ".nii")
 AGREEMENT = 1e-3  # mm; files keep float32 geometry
 
 
@@ -90,13 +91,10 @@ def read(path: Path) -> LabelMap:
     Raises:
         ValueError: the file is damaged or no label map; its name is in the message.
     """
-    try:
-        values, affine = (_read_nifti if path.name.endswith(NIFTI) else _read_itk)(path)
-    # EOFError: a truncated gzip stream. RuntimeError: SimpleITK's.
-    except (OSError, EOFError, RuntimeError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
-        raise ValueError(f"{path}: cannot be read: {str(error).strip() or type(error).__name__}") from error
-    if values.ndim > 3 and all(extent == 1 for extent in values.shape[3:]):
-        values = values.reshape(values.shape[:3])  # (X, Y, Z, 1, …) -> (X, Y, Z)
+    if path.name.endswith(NIFTI):
+        values, affine, _ = read_any(path)
+    else:
+        values, affine = _read_itk(path)
     if values.ndim not in (2, 3):
         raise ValueError(f"{path}: has shape {values.shape}; accepted is a label map of 2 or 3 axes")
     if not np.issubdtype(values.dtype, np.integer):
@@ -123,13 +121,11 @@ def _corners(of: LabelMap) -> np.ndarray:
     return nibabel.affines.apply_affine(of.affine, corners)
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    image = nibabel.load(path)
-    return np.asanyarray(image.dataobj), image.affine
-
-
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    values, affine = read_itk(path)  # (X, Y[, Z], C)
+    try:
+        values, affine = read_itk(path)  # (X, Y[, Z], C)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: cannot be read: {str(error).strip()}") from error
     if values.shape[-1] != 1:
-        raise ValueError(f"has {values.shape[-1]} components a voxel; accepted is one")
+        raise ValueError(f"{path}: has {values.shape[-1]} components a voxel; accepted is one")
     return values[..., 0], affine

@@ -29,13 +29,25 @@ def read_nifti(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray]:
 def read_with_header(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray, nibabel.Nifti1Header]:
     """Values ``(X, Y, Z)`` or ``(X, Y, Z, C)`` of a file, its affine ``(4, 4)``, voxel index to mm in RAS+, its header.
 
+    Raises:
+        BadCase: as `read_any`, or the file has other axes.
+    """
+    values, affine, header = read_any(path, largest)
+    if values.ndim not in (3, 4):
+        raise BadCase(f"{path}: has shape {values.shape}; accepted are three axes, or four with channels last")
+    return values, affine, header
+
+
+def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndarray, nibabel.Nifti1Header]:
+    """Values of any number of axes but trailing ones of one voxel, affine ``(4, 4)`` and header of a file.
+
     What is read is what the header implies: a compressed stream that goes on after it is not followed.
 
     Args:
         largest: GiB that the file may take uncompressed.
 
     Raises:
-        BadCase: the file is damaged, larger than `largest` or than its header implies, or no volume of numbers.
+        BadCase: the file is damaged, larger than `largest` or than its header implies, or no grid of numbers in space.
     """
     try:
         with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
@@ -56,8 +68,8 @@ def read_with_header(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray
         raise BadCase(f"{path}: has voxels of type {values.dtype}; accepted are real numbers")
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]  # (X, Y, Z, 1) -> (X, Y, Z)
-    if values.ndim not in (3, 4) or not values.size:
-        raise BadCase(f"{path}: has shape {values.shape}; accepted are three axes, or four with channels last")
+    if not values.size:
+        raise BadCase(f"{path}: has shape {values.shape}; accepted is one voxel or more")
     affine = image.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise BadCase(f"{path}: has an affine that cannot be inverted; accepted is a voxel grid in space")
