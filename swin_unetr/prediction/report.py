@@ -171,6 +171,9 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; colo
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
 .warn { background: var(--warn-back); color: var(--warn); border-radius: 6px; padding: 8px 12px; margin: 0 0 12px; }
 .warn ul { margin: 0; padding-left: 18px; } .bad { color: var(--bad); }
+@media (max-width: 600px) { section { padding: 12px; } img { width: 720px; }
+  .classes th, .classes td:first-child { white-space: normal; }
+  .classes th, .classes td { padding: 5px 4px; } }
 @media print { body { background: #fff; } }
 """
 
@@ -222,12 +225,13 @@ def _case(case: Case, options: Labels) -> str:
         for colour, organ in zip(_colours(options), case.organs, strict=True)
     )
     head = "<tr><th>class</th><th>volume</th><th>intensity (mean ± SD)</th></tr>"
-    parts.append(f"<div class=scroll><table>{head}{rows}</table></div></section>")
+    parts.append(f"<div class=scroll><table class=classes>{head}{rows}</table></div></section>")
     return "\n".join(parts)
 
 
 def _image(png: str, caption: str) -> str:
-    return f"<figure><img src='data:image/png;base64,{png}' alt='{caption}'><figcaption>{caption}</figcaption></figure>"
+    picture = f"<img src='data:image/png;base64,{png}' alt='{caption}'>"
+    return f"<figure><div class=scroll>{picture}</div><figcaption>{caption}</figcaption></figure>"
 
 
 def _spread(organ: Organ) -> str:
