@@ -1,7 +1,7 @@
 """Sliding windows over volumes of any extent: slab by slab, so that what is summed up fits in memory.
 
 A slab holds rows of the first axis that no later window reaches; its windows lie where those of the whole volume do, so
-slabs give what one sliding window over everything gives.
+slabs give what one sliding window over everything gives. Windows that lie across two slabs are computed for both.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn as nn
 from monai.inferers import sliding_window_inference
 
 FLOAT32 = 4  # bytes
+GIB = 2**30
 SUMS = 3
 """Volumes of all channels that live at once while a slab is summed up: sums, weights, and what is made of them."""
 
@@ -26,7 +27,8 @@ class Windows:
     Args:
         overlap: of neighbouring windows, as a part of their extents.
         batch: windows that go through the network at once.
-        memory_limit: GiB for the sums of a slab; null takes half of what is free.
+        memory_limit: GiB for the sums of a slab; null takes half of what the machine has free, which may be more than
+            a container or a scheduler allows.
     """
 
     overlap: float = 0.5
@@ -67,10 +69,14 @@ def slabs(
     extent = image.shape[2]
     starts = starts_along(extent, roi[0], how.overlap)
     row_bytes = image[0, 0, 0].numel() * channels * FLOAT32 * SUMS * len(networks)
-    room = (how.memory_limit * 2**30 if how.memory_limit is not None else _free(image.device) / 2) / row_bytes
+    allowed = how.memory_limit * GIB if how.memory_limit is not None else _free(image.device) / 2
+    room = allowed / row_bytes
     device = image.device
     if extent > room:
-        say(f"{extent} rows of {channels} channels do not fit in memory at once: in slabs")
+        say(
+            f"in slabs: sums of the whole volume take {extent * row_bytes / GIB:.3g} GiB, of one window's rows "
+            f"{roi[0] * row_bytes / GIB:.3g} GiB, and {allowed / GIB:.3g} GiB are allowed"
+        )
     first = 0  # number of the first window of the slab
     while first < len(starts):
         low = starts[first]
