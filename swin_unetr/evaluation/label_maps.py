@@ -122,10 +122,7 @@ def _corners(of: LabelMap) -> np.ndarray:
 
 
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        values, affine = read_itk(path)  # (X, Y[, Z], C)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: cannot be read: {str(error).strip()}") from error
+    values, affine = read_itk(path)  # (X, Y[, Z], C)
     if values.shape[-1] != 1:
         raise ValueError(f"{path}: has {values.shape[-1]} components a voxel; accepted is one")
     return values[..., 0], affine

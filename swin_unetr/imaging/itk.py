@@ -1,24 +1,41 @@
-"""What SimpleITK reads: NRRD, MetaImage, slices of DICOM."""
+"""What SimpleITK reads and writes: NRRD, MetaImage."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
+from .nifti import GIB, BadCase
+
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's and DICOM's patient axes are left, posterior, superior."""
 
 
-def read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_itk(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndarray]:
     """Values ``(X, Y[, Z], C)`` of a file, and its affine ``(4, 4)``, voxel index to mm in RAS+.
 
+    Args:
+        largest: GiB that the file's values may take as float32.
+
     Raises:
-        RuntimeError: the file is damaged or of another kind; SimpleITK's.
+        BadCase: the file is damaged, larger than `largest` by its header, or no grid of numbers.
     """
-    image = sitk.ReadImage(str(path))
+    try:
+        header = sitk.ImageFileReader()
+        header.SetFileName(str(path))
+        header.ReadImageInformation()
+        size = 4 * header.GetNumberOfComponents() * math.prod(header.GetSize())
+        if size > largest * GIB:
+            raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise BadCase(f"{path}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
     values = sitk.GetArrayFromImage(image)  # ([Z, ]Y, X[, C])
+    if values.dtype.kind not in "iuf":
+        raise BadCase(f"{path}: has voxels of type {values.dtype}; accepted are real numbers")
     if image.GetNumberOfComponentsPerPixel() == 1:
         values = values[..., None]  # ([Z, ]Y, X, C)
     dimension = image.GetDimension()

@@ -126,10 +126,7 @@ def read(path: Path, largest: float) -> Volume:
         values, affine, header = read_with_header(path, largest)
         values = values[..., None] if values.ndim == 3 else values  # (X, Y, Z, C)
     else:
-        try:
-            values, affine = read_itk(path)
-        except RuntimeError as error:
-            raise BadCase(f"{path}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        values, affine = read_itk(path, largest)
         if values.ndim != 4:
             raise BadCase(f"{path}: has {values.ndim - 1} axes; accepted are three")
     try:
@@ -159,6 +156,7 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
             header = nibabel.Nifti1Header() if volume.header is None else volume.header.copy()
             header.set_data_dtype(values.dtype)
             header.set_slope_inter(1, 0)
+            header["cal_min"] = header["cal_max"] = 0  # how to show the image, not its labels
             kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
             affine = volume.affine if volume.header is None else None  # a header that has one keeps both of its forms
             nibabel.save(kind(values, affine, header), temporary)

@@ -53,6 +53,7 @@ def test_both_forms_of_a_nifti_geometry_are_kept(tmp_path):
     picture.set_qform(affine("LPS"), code=1)
     picture.set_sform(affine("RAS"), code=2)
     picture.header.set_slope_inter(2, 5)
+    picture.header["cal_max"] = 300
     nibabel.save(picture, tmp_path / "x.nii.gz")
     volume = only(tmp_path / "x.nii.gz")
     imaging.write(np.ones(volume.values.shape[1:], np.uint8), volume, tmp_path / "y.nii.gz")
@@ -61,6 +62,7 @@ def test_both_forms_of_a_nifti_geometry_are_kept(tmp_path):
     assert written.get_sform(coded=True)[1] == 2
     np.testing.assert_allclose(written.get_qform(), affine("LPS"), atol=1e-4)
     assert written.get_data_dtype() == np.uint8
+    assert written.header["cal_max"] == 0
     assert np.unique(written.get_fdata()).tolist() == [1]
 
 
@@ -81,6 +83,13 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "x.nii.gz").write_bytes(gzip.compress(gzip.decompress(whole) + bytes(1 << 20)))
     with pytest.raises(imaging.BadCase, match=r"x.nii.gz: is larger than its header says"):
         only(tmp_path / "x.nii.gz")
+    write_itk(image(), affine(), tmp_path / "x.nrrd")
+    (large,) = imaging.find([tmp_path / "x.nrrd"], 1e-9)
+    with pytest.raises(imaging.BadCase, match=r"x.nrrd: takes .* GiB by its header; accepted are 1e-09"):
+        large.read()
+    sitk.WriteImage(sitk.GetImageFromArray(image().astype(np.complex64)), str(tmp_path / "y.nrrd"))
+    with pytest.raises(imaging.BadCase, match=r"y.nrrd: has voxels of type complex64"):
+        only(tmp_path / "y.nrrd")
     (tmp_path / "x.nrrd").write_bytes(b"NRRD0004\nnothing")
     with pytest.raises(imaging.BadCase, match=r"x.nrrd: cannot be read"):
         only(tmp_path / "x.nrrd")
