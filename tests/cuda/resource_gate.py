@@ -40,7 +40,8 @@ class Resources:
         tensor_clocks: of a multiprocessor, at 1,024 multiply-adds a clock.
         wavefronts: passes through shared memory, one a clock.
         stored: of `global_`, the stores.
-        other: integers, predicates, conversions, moves, branches.
+        imad: integers on the float32 units, and moves in that guise.
+        other: further integers, predicates, conversions, moves, branches.
         beside: executed for a window outside the loops over scores; loops that bring rows are counted once.
     """
 
@@ -59,6 +60,7 @@ class Resources:
     wavefronts: int = 0
     global_: int = 0
     stored: int = 0
+    imad: int = 0
     other: int = 0
     all: int = 0
     beside: int = 0
@@ -163,17 +165,17 @@ def executed(kernel: str, instructions: list[sass.Instruction]) -> dict[str, int
         quiet = [one for one in bodies if not holds(one, "MUFU.EX2") and holds(one, "HMMA|FFMA") > 1]
         (inner,) = innermost(quiet)
         parts.append((sass.common_path(instructions, inner, work, 0), shape.inner))
-    found = dict.fromkeys((*sass.KINDS, "tensor_clocks", "wavefronts", "stored", "all"), 0.0)
+    found = dict.fromkeys((*sass.KINDS, "tensor_clocks", "wavefronts", "stored", "imad", "all"), 0.0)
     for places, scores in parts:
         body = [instructions[i] for i in places]
         counts = {kind: sass.count(body, pattern) for kind, pattern in sass.KINDS.items()}
         products = [one for one in body if not (shape.exact and one.predicated)]  # predicated is what 1/scale leaves
         counts["tensor_clocks"] = 2 * sass.count(products, "HMMA.16816") + sass.count(products, "HMMA.1688")
         counts["wavefronts"], counts["stored"] = sass.wavefronts(body), sass.count(body, "STG")
-        counts["all"] = len(body)
+        counts["imad"], counts["all"] = sass.count(body, "IMAD"), len(body)
         for kind, number in counts.items():
             found[kind] += number * 1000 / scores
-    found["other"] = found["all"] - sum(found[kind] for kind in sass.KINDS)
+    found["other"] = found["all"] - sum(found[kind] for kind in (*sass.KINDS, "imad"))
     if shape.window:
         around = [one for one in bodies if one != hot_loop and hot_loop.start in one and hot_loop[-1] in one]
         around.sort(key=len)

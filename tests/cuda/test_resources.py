@@ -8,12 +8,11 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed, and with it cuobjdump")
 
+from .. import sass
 from . import builds, resource_gate
 
 WORSE = 1.05
 """An instruction count may be this many times the committed one."""
-
-COUNTS = ("tensor", "exp", "fp32", "shared", "wavefronts", "global_", "other", "all", "beside")
 
 ACCEPT = "python -m tests.cuda.resource_gate accepts what changed"
 
@@ -59,7 +58,7 @@ def test_instruction_mix(found):
     worse = [
         f"{key}: {name} {getattr(found[key], name)}, was {getattr(before, name)}"
         for key, before in table.items()
-        for name in COUNTS
+        for name in (*sass.KINDS, "tensor_clocks", "wavefronts", "all", "beside")
         if getattr(found[key], name) > max(WORSE * getattr(before, name), getattr(before, name) + 2)
     ]
     assert not worse, "\n".join([*worse, ACCEPT])
