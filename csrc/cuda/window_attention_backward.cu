@@ -856,7 +856,7 @@ struct Plan {
   int64_t qkv_shared;
   int row_blocks;  // differentiate_rows_float
   int bias_warps, parts;
-  int64_t bias_tiles, bias_shared;
+  int64_t bias_tiles, bias_shared, bias_resident;  // the last: blocks that a multiprocessor holds
   int pad_rows;
 };
 
@@ -899,6 +899,8 @@ const char* cut_half(const DeviceLimits& limits, const Windows& call, Plan* plan
   while (bias_shared_bytes<D>(plan->bias_warps) > limits.shared_per_block && plan->bias_warps > 1) --plan->bias_warps;
   plan->bias_shared = bias_shared_bytes<D>(plan->bias_warps);
   plan->bias_tiles = divide_up(query_units, plan->bias_warps) * (call.padded / kBiasKeys);
+  plan->bias_resident = limits.shared_per_multiprocessor / (plan->bias_shared + 1024);
+  if (plan->bias_resident > (D <= 16 ? 2 : 1)) plan->bias_resident = D <= 16 ? 2 : 1;  // by their registers
   plan->pad_rows = call.windows * plan->key_blocks;
   if (plan->qkv_shared > limits.shared_per_block || plan->bias_shared > limits.shared_per_block) {
     return "the gradient needs more shared memory than a block of this device has";
@@ -911,6 +913,7 @@ const char* cut_float(const Windows& call, Plan* plan) {
   constexpr int kLanes = D < 16 ? 1 : D / 16;
   plan->row_blocks = static_cast<int>(divide_up(call.n, kFloatThreads / kLanes));
   plan->bias_tiles = static_cast<int64_t>(call.padded / kFloatTile) * (call.padded / kFloatTile);
+  plan->bias_resident = 4;
   plan->pad_rows = call.windows * plan->row_blocks;
   return nullptr;
 }
@@ -933,9 +936,9 @@ const char* make_plan(const SwinAttention& attention, Call* call, Plan* plan) {
   if (const char* reason = with_head_dim(attention.head_dim, CutFor{attention.element, *call, limits, plan})) {
     return reason;
   }
-  // Two blocks a multiprocessor, unless the parts of the bias gradient would take more than 128 MiB.
-  const int64_t plane = attention.heads * call->padded * call->padded * 4;
-  int64_t parts = divide_up(2 * limits.multiprocessors, plan->bias_tiles * attention.heads);
+  // As many parts as are resident at a time, one more would wait for all of them; of at most 128 MiB.
+  const int64_t tiles = plan->bias_tiles * attention.heads, plane = attention.heads * call->padded * call->padded * 4;
+  int64_t parts = plan->bias_resident * limits.multiprocessors / tiles;
   if (parts > (int64_t{128} << 20) / plane) parts = (int64_t{128} << 20) / plane;
   if (parts > call->windows) parts = call->windows;
   plan->parts = static_cast<int>(parts < 1 ? 1 : parts);
