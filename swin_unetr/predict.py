@@ -159,7 +159,7 @@ def segment(
         say: is told what a reader of the result should know of how it was made.
 
     Raises:
-        ValueError: the volume has other channels than the networks, or axes that are not at right angles.
+        ValueError: the volume has other channels than the networks.
     """
     if len(volume.values) != ensemble.channels:
         raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")
@@ -167,7 +167,8 @@ def segment(
     preprocessing = ensemble.preprocessing
     prepared = Compose([*preprocessing.geometry(("image",)), *preprocessing.scale()])({"image": image})["image"]
     grid = tuple(prepared.shape[1:])
-    axes = axes_between(volume.affine, volume.values.shape[1:], prepared.affine.numpy().astype(np.float64), grid)
+    affine = prepared.affine.numpy().astype(np.float64)
+    axes = axes_between(volume.affine, volume.values.shape[1:], affine, grid)
     restored = Restored(volume.values.shape[1:], axes, ensemble.labels, entropy)
     # As MONAI's sliding window does where a volume is smaller than the window: zeros on both sides.
     lack = [max(0, extent - have) for extent, have in zip(ensemble.roi, grid, strict=True)]
@@ -175,10 +176,18 @@ def segment(
     padded = F.pad(prepared.as_tensor().float()[None].to(device), pad)  # (1, C, *S)
     networks = [Mirrored(network, mirror) if mirror else network for network in ensemble.networks]
     inside = [slice(missing // 2, missing // 2 + extent) for missing, extent in zip(lack, grid, strict=True)]
+    whole = []
     for first, logits in slabs(padded, networks, ensemble.labels.channels, ensemble.roi, windows, say):
         probabilities = sum(ensemble.labels.probabilities(of_one) for of_one in logits)[0] / len(networks)
         rows = inside[0] if lack[0] else slice(None)  # of an axis that was padded there is one slab
-        restored.add(first, probabilities[:, rows, inside[1], inside[2]])
+        slab = probabilities[:, rows, inside[1], inside[2]]
+        if axes is None:
+            whole.append(slab)
+        else:
+            restored.add(first, slab)
+    if axes is None:
+        say("the image's axes are not at right angles (a tilted gantry?): the whole volume was interpolated at once")
+        restored.add_whole(torch.cat(whole, dim=1), affine, volume.affine)
     return restored
 
 

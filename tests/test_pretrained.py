@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from monai.networks.nets.swin_unetr import filter_swinunetr
+from safetensors.torch import save_file
 
 import swin_unetr
 from swin_kernels import accelerate
@@ -108,6 +109,22 @@ def test_layouts(layout, target, trained, capsys, tmp_path):
     assert ("made for downsample='merging_legacy'" in printed) == old
     for name in report.unexpected:
         assert name.removeprefix("module.").split(".")[0] in printed
+
+
+def test_safetensors(trained, tmp_path):
+    save_file(prefixed("module.", trained), tmp_path / "weights.safetensors")
+    model = own()
+    report = load_pretrained(model, tmp_path / "weights.safetensors", verbose=False)
+    assert len(report.loaded) == 159
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+
+
+def test_damaged_safetensors(trained, tmp_path):
+    save_file(trained, tmp_path / "weights.safetensors")
+    content = (tmp_path / "weights.safetensors").read_bytes()
+    (tmp_path / "weights.safetensors").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"weights\.safetensors is no safetensors file"):
+        load_pretrained(own(), tmp_path / "weights.safetensors")
 
 
 def test_encoder_layout_agrees_with_monais_filter(trained):

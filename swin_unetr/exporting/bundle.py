@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +22,7 @@ from . import bundle_texts
 from .formats import Run
 from .trained import Trained
 
-SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20220324.json"
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 OWN_NETWORK, MONAI_NETWORK = "swin_unetr.SwinUNETR", "monai.networks.nets.SwinUNETR"
 
 
@@ -65,6 +66,7 @@ class Bundle:
         return self.options.name
 
     def write(self, trained: Trained, folder: Path) -> None:
+        _refuse_code(trained.description)
         root = folder / self.output
         for name in ("configs", "models", "docs"):
             (root / name).mkdir(parents=True)
@@ -96,7 +98,6 @@ class Bundle:
     def _target(self) -> str:
         return MONAI_NETWORK if self.portable else OWN_NETWORK
 
-    # Names of classes stay out of this file: in it, text that starts with "$" is code.
     def _inference(self, trained: Trained) -> dict[str, Any]:
         """``configs/inference.json``."""
         return {
@@ -144,13 +145,13 @@ class Bundle:
         labels, channels = trained.labels, trained.architecture.in_channels
         classes = {str(value): name for value, name in zip(labels.written(), labels.names, strict=True)}
         tensor = {"type": "image", "modality": self.options.modality, "spatial_shape": list(trained.roi)}
-        optional = ["nibabel", "pytorch-ignite", "einops"] + ([] if self.portable else ["swin-kernels"])
+        packages = ["nibabel", "pytorch-ignite", "einops"] + ([] if self.portable else ["swin-kernels"])
         return {
             "schema": SCHEMA,
             "version": self.options.version,
             "changelog": {self.options.version: "written by swin-unetr export"},
             **{f"{name}_version": _version(package) for name, package in _REQUIRED.items()},
-            "optional_packages_version": {name: version for name in optional if (version := _version(name))},
+            "required_packages_version": {name: version for name in packages if (version := _version(name))},
             "name": self.options.name,
             "task": f"segmentation of {', '.join(labels.names)}",
             "description": f"Swin UNETR that segments {', '.join(labels.names)}, by sliding window",
@@ -190,6 +191,22 @@ class Bundle:
         }
 
 
+def _refuse_code(value: Any) -> None:
+    """Raise `ValueError` if text in `value` could be more than text to MONAI, which evaluates what starts with "$".
+
+    It does so in both files of ``configs``, and looks up what starts with "@" or "%". A checkpoint must not bring code.
+    """
+    if isinstance(value, Mapping):
+        _refuse_code([*value.keys(), *value.values()])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_code(item)
+    elif isinstance(value, str) and set("$@%") & set(value):
+        raise ValueError(
+            f"the checkpoint says {value!r}; accepted in a bundle is text without $, @ and %, MONAI's code"
+        )
+
+
 _REQUIRED = {"monai": "monai", "pytorch": "torch", "numpy": "numpy"}
 
 
@@ -225,17 +242,11 @@ def _preprocessing(trained: Trained) -> list[dict[str, Any]]:
 def _postprocessing(trained: Trained) -> list[dict[str, Any]]:
     """From logits to a label map in the image's own geometry, as `Labels` decides it."""
     labels = trained.labels
-    steps: list[dict[str, Any]] = [
-        {"_target_": "Activationsd", "keys": "pred", "sigmoid" if labels.overlapping else "softmax": True},
-        {
-            "_target_": "Invertd",
-            "keys": "pred",
-            "transform": "@preprocessing",
-            "orig_keys": "image",
-            "nearest_interp": False,
-            "to_tensor": True,
-        },
-    ]
+    activation = {"sigmoid" if labels.overlapping else "softmax": True}
+    steps: list[dict[str, Any]] = [{"_target_": "Activationsd", "keys": "pred", **activation}]
+    if trained.preprocessing.geometry(["image"]):
+        back = {"transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False, "to_tensor": True}
+        steps.append({"_target_": "Invertd", "keys": "pred", **back})
     if labels.overlapping:
         # Of the classes that hold in a voxel, the last: they are listed from the outermost in.
         last = "$lambda held: (held * torch.arange(1, len(held) + 1).view(-1, 1, 1, 1).to(held)).amax(0, keepdim=True)"
