@@ -58,6 +58,12 @@ GOALS = (
         1 / 0.75,
         "peak memory of the training step ≤ 75 % of eager's",
     ),
+    Goal(
+        "predict, from file to file",
+        "MONAI",
+        1.5,
+        "predict on a 512×512×61 CT ≥ 1.5× MONAI's SwinUNETR and transforms, same label map (≥ 99.99 % of the voxels)",
+    ),
 )
 
 

@@ -5,6 +5,7 @@ Started by ``torchrun``, each process has a rank; without it there is one, of ra
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,6 +57,8 @@ def job(device: str | None = None) -> Iterator[torch.device]:
         says = re.sub(r"^\[.*?\] *", "", str(error).strip()).splitlines()[0].partition(". ")[0]
         raise RankLost(f"rank {rank()} of {ranks} lost another rank, whose own output says why ({says})") from error
     finally:
+        # Networks in reference cycles hold the group, whose threads must end before the interpreter does.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -27,6 +27,9 @@ from .prediction.ensemble import Ensemble, Mirrored
 from .prediction.restore import Restored, axes_between
 from .prediction.windows import Windows, slabs
 
+ENTROPY = "entropy"
+"""Folder of the entropy maps, inside of that of the results."""
+
 
 @dataclass
 class Options:
@@ -42,7 +45,7 @@ class Options:
         out: folder for the results.
         windows: how a volume is cut, and how much memory is used.
         mirror: axes of the network's volume that are mirrored too, the mean deciding: [0, 1, 2] takes 8 times as long.
-        entropy: write a map of the prediction's entropy, 0 where it is certain and 1 where nothing is known.
+        entropy: write maps of the prediction's entropy into entropy/: 0 is certain, 1 is not knowing anything.
         overwrite: replace results that are there.
         largest: GiB that one image may take uncompressed.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
@@ -109,7 +112,7 @@ def _prepare(options: Options, outputs) -> None:
     present = [path for path in (*outputs, *(options.out / name for name in names)) if path.exists()]
     if present and not options.overwrite:
         raise ValueError(f"out: {present[0]} is there already; accepted is another folder, or overwrite: true")
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / ENTROPY if options.entropy else options.out).mkdir(parents=True, exist_ok=True)
 
 
 def _case(source, output: Path, ensemble: Ensemble, options: Options, device: torch.device) -> report.Case:
@@ -120,7 +123,8 @@ def _case(source, output: Path, ensemble: Ensemble, options: Options, device: to
     imaging.write(found.labels, volume, output)
     entropy = ""
     if found.entropy is not None:
-        imaging.write(found.entropy, volume, output.with_name(f"{source.name}_entropy{imaging.output_suffix(source)}"))
+        # In a folder of its own: what lies beside a label map is taken for one by `evaluate`.
+        imaging.write(found.entropy, volume, options.out / ENTROPY / output.name)
         entropy = report.entropy_picture(found.entropy, found.labels, volume.affine)
     organs = volumes.measure(found.labels, volume.values[0], volume.affine, ensemble.labels)
     return report.Case(
@@ -155,7 +159,7 @@ def segment(
         say: is told what a reader of the result should know of how it was made.
 
     Raises:
-        ValueError: the volume has other channels than the networks, or axes that are not at right angles.
+        ValueError: the volume has other channels than the networks.
     """
     if len(volume.values) != ensemble.channels:
         raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")
@@ -163,7 +167,8 @@ def segment(
     preprocessing = ensemble.preprocessing
     prepared = Compose([*preprocessing.geometry(("image",)), *preprocessing.scale()])({"image": image})["image"]
     grid = tuple(prepared.shape[1:])
-    axes = axes_between(volume.affine, volume.values.shape[1:], prepared.affine.numpy().astype(np.float64), grid)
+    affine = prepared.affine.numpy().astype(np.float64)
+    axes = axes_between(volume.affine, volume.values.shape[1:], affine, grid)
     restored = Restored(volume.values.shape[1:], axes, ensemble.labels, entropy)
     # As MONAI's sliding window does where a volume is smaller than the window: zeros on both sides.
     lack = [max(0, extent - have) for extent, have in zip(ensemble.roi, grid, strict=True)]
@@ -171,16 +176,26 @@ def segment(
     padded = F.pad(prepared.as_tensor().float()[None].to(device), pad)  # (1, C, *S)
     networks = [Mirrored(network, mirror) if mirror else network for network in ensemble.networks]
     inside = [slice(missing // 2, missing // 2 + extent) for missing, extent in zip(lack, grid, strict=True)]
+    whole = []
     for first, logits in slabs(padded, networks, ensemble.labels.channels, ensemble.roi, windows, say):
         probabilities = sum(ensemble.labels.probabilities(of_one) for of_one in logits)[0] / len(networks)
         rows = inside[0] if lack[0] else slice(None)  # of an axis that was padded there is one slab
-        restored.add(first, probabilities[:, rows, inside[1], inside[2]])
+        slab = probabilities[:, rows, inside[1], inside[2]]
+        if axes is None:
+            whole.append(slab)
+        else:
+            restored.add(first, slab)
+    if axes is None:
+        say("the image's axes are not at right angles (a tilted gantry?): the whole volume was interpolated at once")
+        restored.add_whole(torch.cat(whole, dim=1), affine, volume.affine)
     return restored
 
 
 def _write(done, failed, ensemble: Ensemble, options: Options, device: torch.device) -> None:
     report.write_tables(done, options.out)
-    prepared = (f"{name} {value}" for name, value in asdict(ensemble.preprocessing).items() if name != "crop_foreground")
+    prepared = (
+        f"{name} {value}" for name, value in asdict(ensemble.preprocessing).items() if name != "crop_foreground"
+    )
     how = {
         "checkpoints": "; ".join(f"{path}, SHA-256 {digest}" for path, digest in ensemble.files.items()),
         "windows": f"{' × '.join(map(str, ensemble.roi))} voxels, overlap {options.windows.overlap:g}, Gaussian",

@@ -9,22 +9,20 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.utils import set_determinism
 from PIL import Image
 from rich.console import Console
 
 from swin_unetr import cli, demo
-from swin_unetr.demo import comparison, data, report, training
+from swin_unetr.demo import comparison, data, report
 from swin_unetr.imaging import planes
 
-TINY = demo.Recipe(steps=2, batch_size=1, window=(64, 32, 32), depths=(1, 1, 1, 1))
+TINY = ("--architecture.depths=[1,1,1,1]", "--roi=[64,32,32]")
 CROP = (slice(20, 84), slice(30, 66), slice(8, 40))
 
 
-def _cropped(number):
-    """The middle of a patient's chest, small enough for a test."""
-    patient = data.load_patient(number)
-    return dataclasses.replace(patient, ct=patient.ct[CROP].copy(), labels=patient.labels[CROP].copy())
+def options(out, **more) -> demo.Options:
+    given = {"pretraining_steps": 2, "steps": 2, "rounds": 1, "device": "cpu", "more": TINY}
+    return demo.Options(out=out, **given | more)
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +30,13 @@ def finished(tmp_path_factory):
     """(folder, returned results, terminal output) of one tiny run on the CPU."""
     out = tmp_path_factory.mktemp("demo") / "made" / "by the demo"
     terminal = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_patient", _cropped)
-        results = demo.run(
-            out, recipe=TINY, device=torch.device("cpu"), rounds=1, console=Console(file=terminal, width=100)
-        )
+    results = demo.demonstrate(options(out), Console(file=terminal, width=100))
     return out, results, terminal.getvalue()
 
 
 def test_prediction_lies_in_the_geometry_of_the_ct(finished):
     out, results, _ = finished
-    prediction, patient = nibabel.load(out / demo.FILES["prediction"]), _cropped(1)
+    prediction, patient = nibabel.load(out / demo.FILES["prediction"]), data.load_patient(1)
     np.testing.assert_array_equal(prediction.affine, patient.affine)
     np.testing.assert_array_equal(prediction.get_sform(), patient.header.get_sform())
     np.testing.assert_array_equal(prediction.get_qform(), patient.header.get_qform())
@@ -50,7 +44,8 @@ def test_prediction_lies_in_the_geometry_of_the_ct(finished):
     assert prediction.get_data_dtype() == np.uint8
     labels = np.asarray(prediction.dataobj)
     assert set(np.unique(labels)) <= {0, 1, 2}
-    assert results["dice"] == training.dice(labels, patient.labels)
+    both = [(labels == 2), (patient.labels == 2)]
+    assert results["dice"]["lung"] == pytest.approx(2 * (both[0] & both[1]).sum() / (both[0].sum() + both[1].sum()))
     assert results["millilitres"]["lung"] == pytest.approx((labels == 2).sum() * 3 * 3 * 5 / 1000)
 
 
@@ -64,7 +59,7 @@ def test_overlay_is_a_picture(finished):
 def test_results_are_finite_and_written_as_returned(finished):
     out, results, _ = finished
     assert json.loads((out / demo.FILES["results"]).read_text()) == json.loads(json.dumps(results))
-    numbers = [*results["training"].values()]
+    numbers = [*results["pretraining"].values(), *results["training"].values()]
     for key in ("dice", "dice_of_bare_threshold", "millilitres", "millilitres_of_labels"):
         assert set(results[key]) == {"body", "lung"}
         numbers += results[key].values()
@@ -79,10 +74,9 @@ def test_terminal_states_dice_labels_conditions_and_files(finished):
     assert data.LABEL_NOTE in terminal
     for organ, score in results["dice"].items():
         assert any(organ in line and f"{score:.3f}" in line for line in terminal.splitlines())
-    for stated in (torch.__version__, "MONAI", "threads", "every check passed", "seed 0", "s/step", "speed-up"):
-        assert stated in terminal
-    for name in demo.FILES.values():
-        assert f"{out / name}\n" in terminal
+    stated = (torch.__version__, "MONAI", "threads", "every check passed", "seed 0", "speed-up", "swinViT (")
+    for text in (*stated, *(f"{out / name}\n" for name in demo.FILES.values())):
+        assert text in terminal
     assert "nan" not in terminal.lower()
 
 
@@ -91,65 +85,43 @@ def test_results_name_machine_and_settings(finished):
     assert results["doctor_passed"] is True
     assert results["machine"]["torch"] == torch.__version__
     assert results["machine"]["threads"].startswith(f"{torch.get_num_threads()} of")
-    assert set(results["settings"]) == {"device", "model", "training", "date"}
+    assert set(results["settings"]) == {"device", "model", "pretraining", "training", "date"}
 
 
-def test_training_is_reproducible_on_the_cpu():
-    def losses(seed):
-        set_determinism(seed)
-        found = []
-        training.train(_cropped(2), TINY, torch.device("cpu"), seed, lambda loss, seconds: found.append(loss))
-        return found
-
-    first = losses(3)
-    assert len(first) == TINY.steps
-    assert losses(3) == first
-    assert losses(4) != first
+def test_a_demo_by_other_options_is_not_continued(finished):
+    out, _, _ = finished
+    with pytest.raises(ValueError, match="seed"):
+        demo.demonstrate(options(out, seed=1), Console(quiet=True))
 
 
-def test_views_are_random_aligned_and_reproducible():
-    patient = data.load_patient(2)
-    views, again, other = (data.random_views(patient, (64, 64, 32), 4, seed) for seed in (0, 0, 1))
-    seen = []
-    for view, same in zip(views, again, strict=True):
-        image, label = view["image"], view["label"]
-        assert image.shape == label.shape == (1, 64, 64, 32)
-        assert set(label.unique().tolist()) <= {0, 1, 2}
-        torch.testing.assert_close(image, same["image"], rtol=0, atol=0)
-        # 0.3 is about −600 HU: the label moved with the image.
-        assert image[label == 2].median() < 0.3 < image[label == 1].median()
-        seen.append(image)
-    assert not any(torch.equal(seen[i], seen[i + 1]) for i in range(3))
-    assert not torch.equal(other[0]["image"], seen[0])
+def test_pretraining_sees_what_training_sees(tmp_path):
+    asked = options(tmp_path)
+    before, after = demo._pretraining(asked), demo._training(asked)
+    assert (before.roi, before.architecture, before.preprocessing) == (
+        after.roi,
+        after.architecture,
+        after.preprocessing,
+    )
+    assert after.initial == before.out / "best.pt"
+    assert json.loads(before.data.datalist.read_text())["training"] == [
+        {"image": "patient2_ct.nii.gz", "label": "patient2_labels.nii.gz"}
+    ]
 
 
-def test_dice_by_class():
-    expected = np.zeros((4, 4, 4), np.uint8)
-    expected[:2], expected[2] = 1, 2
-    assert training.dice(expected, expected) == {"body": 1.0, "lung": 1.0}
-    found = expected.copy()
-    found[1] = 2  # body: 16 of 32 voxels found; lung: 16 of 16, and 16 too many
-    assert training.dice(found, expected) == {"body": pytest.approx(2 / 3), "lung": pytest.approx(2 / 3)}
-
-
-def test_no_speedup_where_results_differ_from_monai():
-    set_determinism(0)
-    model = TINY.model()
+def test_no_speedup_where_results_differ_from_monai(tmp_path):
+    training = demo._training(options(tmp_path))
+    torch.manual_seed(0)
+    model = training.architecture.build()
     model.out.register_forward_hook(lambda module, inputs, output: 1.01 * output)
-    timings = comparison.compare(model, _cropped(1), TINY, rounds=1)
+    patient = data.load_patient(1)
+    patient = dataclasses.replace(patient, ct=patient.ct[CROP].copy(), labels=patient.labels[CROP].copy())
+    timings = comparison.compare(model, patient, training, rounds=1)
     assert [t.agrees for t in timings] == [False, False]
     assert [t.speedup for t in timings] == [None, None]
     terminal = io.StringIO()
     report.timing_table(Console(file=terminal, width=120), timings, 1)
     assert "×" not in terminal.getvalue()
     assert terminal.getvalue().count("none: differs by more than") == 2
-
-
-def test_a_loss_that_is_not_finite_stops_the_training():
-    patient = _cropped(2)
-    broken = dataclasses.replace(TINY, learning_rate=1e30, warm_up=0.5, steps=8)
-    with pytest.raises(FloatingPointError, match="the training loss is nan"):
-        training.train(patient, broken, torch.device("cpu"), 0, lambda loss, seconds: None)
 
 
 @pytest.mark.parametrize("orientation", ["LPS", "RAS", "SLA"])
@@ -169,59 +141,63 @@ def test_slices_are_radiological_whatever_the_orientation_of_the_scan(orientatio
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "COMMAND"),
-        (["demo", "--steps", "0"], "argument --steps: got '0'; accepted is an integer of at least 1"),
-        (["demo", "--steps", "many"], "argument --steps: got 'many'"),
-        (["demo", "--seed", "-1"], "argument --seed: got '-1'; accepted is an integer from 0"),
-        (["demo", "--device", "abacus"], "argument --device: cannot use 'abacus'"),
-        (["demo", "--device", "cuda:77"], "argument --device: cannot use 'cuda:77'"),
-        (["demo", "--device", "cpu", "--backend", "abacus"], "argument --backend: got 'abacus'; accepted are "),
-        (["demo", "--out", "a file/below"], "argument --out: cannot write to 'a file/below': Not a directory"),
-        (["demo", "--out", "a file"], "argument --out: cannot write to 'a file': File exists"),
-        (["demo", "--speed", "11"], "unrecognized arguments: --speed 11"),
+        (["--steps", "0"], "steps is 0; accepted is a number ≥ 1"),
+        (["--steps", "many"], "steps"),
+        (["--device", "abacus"], "device: cannot use 'abacus'"),
+        (["--device", "cuda:77"], "device: cannot use 'cuda:77'"),
+        (["--device", "cpu", "--backend", "abacus"], "backend is 'abacus'; accepted are "),
+        (["--out", "a file/below"], "out: cannot write to 'a file/below': Not a directory"),
+        (["--out", "a file"], "out: cannot write to 'a file': File exists"),
+        (["--speed", "11"], "speed"),
     ],
 )
 def test_a_wrong_argument_is_named_before_any_work(arguments, message, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a file").touch()
-    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: pytest.fail("the demo started"))
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments)
-    assert exit_.value.code == 2
+    monkeypatch.setattr(demo.doctor, "run", lambda *args, **kwargs: pytest.fail("the demo started"))
+    assert _status(["demo", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_backend_that_cannot_run_says_why(monkeypatch, tmp_path, capsys):
+def test_commands_are_listed(capsys):
+    assert _status(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(command in listed for command in cli.COMMANDS)
+    assert _status([]) == 2
+    assert _status(["fly"]) == 2
+    assert "no command 'fly'; accepted are pretrain, train" in capsys.readouterr().err
+
+
+def _status(arguments) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as exit_:
+        return exit_.code
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch):
     reasons = {"slow": None, "fast": "no such hardware"}
     monkeypatch.setattr(demo.swin_kernels, "explain", lambda *args: reasons)
-    with pytest.raises(SystemExit):
-        cli.main(["demo", "--out", str(tmp_path), "--device", "cpu", "--backend", "fast"])
-    message = "argument --backend: 'fast' cannot run on cpu: no such hardware; accepted are slow"
-    assert message in capsys.readouterr().err
-    assert demo.choose_backend(demo.Recipe(), torch.device("cpu")) == "slow"
+    message = "backend 'fast' cannot run on cpu: no such hardware; accepted are slow"
+    with pytest.raises(ValueError, match=message):
+        demo.choose_backend(12, torch.device("cpu"), "fast")
+    assert demo.choose_backend(12, torch.device("cpu")) == "slow"
 
 
 @pytest.mark.parametrize("doctor_passed", [True, False])
 def test_arguments_reach_the_demo_and_the_doctor_sets_the_status(doctor_passed, monkeypatch, tmp_path):
     calls = []
-
-    def run(*args, **kwargs):
-        calls.append((args, kwargs))
-        return {"doctor_passed": doctor_passed}
-
-    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(demo, "demonstrate", lambda *args: calls.append(args) or {"doctor_passed": doctor_passed})
     arguments = ["--out", str(tmp_path / "new"), "--steps", "7", "--seed", "5", "--device", "cpu"]
     assert cli.main(["demo", *arguments, "--backend", "reference"]) == (0 if doctor_passed else 1)
-    ((args, kwargs),) = calls
-    assert args == (tmp_path / "new",)
-    assert kwargs["recipe"] == demo.Recipe(steps=7)
-    assert (kwargs["seed"], kwargs["device"], kwargs["backend"]) == (5, torch.device("cpu"), "reference")
+    (((asked), _),) = calls
+    assert asked == demo.Options(tmp_path / "new", steps=7, seed=5, device="cpu", backend="reference")
 
 
 def test_interrupt_leaves_a_message_and_no_traceback(monkeypatch, tmp_path, capsys):
-    def interrupted(*args, **kwargs):
+    def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run", interrupted)
+    monkeypatch.setattr(demo, "demonstrate", interrupted)
     assert cli.main(["demo", "--out", str(tmp_path), "--device", "cpu"]) == 130
-    assert capsys.readouterr().err == "\nswin-unetr: interrupted\n"
+    assert capsys.readouterr().err == "\nswin-unetr demo: interrupted\n"

@@ -126,6 +126,7 @@ def test_wheel_with_kernels(sources: Path, tmp_path: Path):
     assert ("CUDA kernels are SKIPPED: nvcc was not found" in printed) == (NVCC is None)
     assert not [name for name in names if name.startswith(("csrc", "tests", "build"))]
     shipped = [str(file.relative_to(ROOT)) for file in (ROOT / "swin_unetr" / "data").glob("*.nii.gz")]
+    shipped += [str(file.relative_to(ROOT)) for file in (ROOT / "swin_unetr" / "presets").rglob("*.yaml")]
     assert shipped
     assert {*shipped, "swin_kernels/ops/window_attention.py"} <= {*names}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -78,12 +78,12 @@ class AmxProjection {
   SWIN_ALWAYS_INLINE void normalize(__m512 (&x)[kPieces]) const {
     __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
     for (int piece = 0; piece < kPieces; ++piece) sum += x[piece];
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(channels_));
+    const __m512 mean = _mm512_set1_ps(sum_lanes<float>(sum) / static_cast<float>(channels_));
     for (int piece = 0; piece < kPieces; ++piece) {
       x[piece] -= mean;
       squares += x[piece] * x[piece];
     }
-    const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(channels_);
+    const float variance = sum_lanes<float>(squares) / static_cast<float>(channels_);
     const __m512 scale = _mm512_set1_ps(1 / std::sqrt(variance + call_.norm_eps));
     for (int piece = 0; piece < kPieces; ++piece)
       x[piece] = x[piece] * scale * load(norm_ + piece * kTileRows) + load(norm_ + channels_ + piece * kTileRows);

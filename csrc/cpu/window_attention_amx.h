@@ -95,6 +95,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
         ones_(arena.take<uint32_t>(kTileRows)),
         nothing_(arena.take<float>(kTileRows)),
         no_row_(arena.take<float>(kTileRows)),
+        stage_(arena.take<float>(kHeadDim)),
         projection_(projected ? *projected : no_projection(), arena),
         qkv_(arena.take<float>(projected ? kGroup * window_qkv_size() : 0)) {
     for (WindowParts& parts : parts_) {
@@ -146,7 +147,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   const float* row(int g, int64_t t, int part) const {
     if (t >= group_.tokens()) return no_row_;
     if (projected_) return window_qkv(g) + (t * 3 + part) * group_.channels() + group_.head() * kHeadDim;
-    return group_.part_row(group_.window(g).token[t], part, nullptr);
+    return group_.part_row(group_.window(g).token[t], part, stage_);
   }
 
   void attend(int count) {
@@ -321,7 +322,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
       const int64_t t = tile.first + i;
       __m512 x = _mm512_setzero_ps();
       if (t < tile.last && tile.window->token[t] >= 0) x = load(row(tile.g, t, 0)) * factor;
-      const float square = _mm512_reduce_add_ps(x * x);
+      const float square = sum_lanes<float>(x * x);
       norm = square > norm ? square : norm;
       norm += square * 0;  // NaN stays
       split_left_row(x, i, tiles);
@@ -448,7 +449,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   float* sums_;    // a tile
   float* totals_;  // a tile
   uint32_t* ones_;
-  float *nothing_, *no_row_;
+  float *nothing_, *no_row_, *stage_;
   AmxProjection projection_;
   float* qkv_;  // of the group's windows
   WindowParts parts_[kGroup];

@@ -55,6 +55,13 @@ SWIN_DEVICE T shuffle_xor(T value, int mask) {
 // Whether `predicate` holds for any thread of the warp.
 SWIN_DEVICE bool warp_any(bool predicate) { return __any_sync(0xffffffffu, predicate) != 0; }
 
+// `value`, and the compiler does not know how it came about: it keeps it in a register where it would rather compute it
+// again in every turn of a loop.
+SWIN_DEVICE int kept(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
 // The dynamic shared memory of the block, aligned to 128 bytes.
@@ -80,9 +87,11 @@ SWIN_DEVICE void store_shared(T* pointer, T value) {
 
 // Starts to copy 16 bytes from global to shared memory; zeros where `valid` is false, and `global` is then not read.
 SWIN_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "{ .reg .pred ignored; setp.eq.s32 ignored, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, ignored; }" ::"r"(shared_address(shared)),
+      "l"(global), "r"(static_cast<int>(valid))
+      : "memory");
 }
 
 // Closes the group of copies that this thread started since the last call.
@@ -152,10 +161,38 @@ __device__ __forceinline__ void mma_m16n8k16<Float16>(float (&d)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+// The same of half the depth, 16 x 8 x 8, by the fragments' first halves.
+template <class T>
+SWIN_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4]);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k8<Float16>(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                                                     const float (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
 // 2^x to about 2 units in the last place; results below 2^-126 are zero.
 SWIN_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x) to about 2^-22, absolute between 0.5 and 2 and relative beyond; a subnormal x counts as zero.
+SWIN_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x to one unit in the last place; infinite for a subnormal x.
+SWIN_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -10,165 +10,37 @@
 // product, with a diagonal matrix. `attend_float` is float32 throughout. Results repeat bit by bit.
 #include <type_traits>
 
-#include "cuda/launch.h"
-#include "cuda/launchers.h"
-#include "cuda/ptx.h"
+#include "cuda/windows.h"
 
 namespace swin {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_huge_valf();
-constexpr int kTile = 16;       // rows and columns of a tile of scores, as mma.sync cuts them
-constexpr int kStepKeys = 32;   // keys whose scores a warp holds at a time
-constexpr int kMaxWarps = 12;   // of a block of `attend`, so that a thread may have 168 registers
-constexpr float kSlack = 8.0f;  // powers of two that a score may exceed the running maximum by: weights stay below 256
+constexpr int kStepKeys = 32;                // keys whose scores a warp holds at a time
+constexpr int kMaxWarps = 12;                // of a block of `attend`, so that a thread may have 168 registers
+constexpr float kMostWeight = 256.0f;        // of a key in units of the running maximum; float16 holds up to 65504
+constexpr float kLowest = -3.402823466e38f;  // finite: a maximum of minus infinity would make weights NaN
 
-// Instead of the index of a token in the volume:
-constexpr uint32_t kPadding = 0xfffffffeu;  // a padding token
-constexpr uint32_t kAbsent = 0xffffffffu;   // beyond the window
-
-// What every kernel of one call knows.
-struct Call {
-  WindowGrid grid;
-  int64_t volume_tokens;  // of one volume of the batch
-  int windows_a_volume, windows, heads, head_dim;
-  int n, padded;     // tokens of a window, and rounded up to kStepKeys
-  int chunk;         // keys that are staged at a time
-  int rows;          // queries of a block of `attend`
-  bool resident;     // whether the bias of a block lies in shared memory
-  bool float_table;  // bias_table is float32 beside 16-bit tensors
-  float scale;
-  const void *qkv, *bias_table, *pad_qkv;
+struct Call : Windows {
+  int chunk;      // keys that are staged at a time
+  int rows;       // queries of a block of `attend`
+  bool resident;  // whether the bias of a block lies in shared memory
   void* out;
   float* lse;
-
-  // Workspace
-  uint2* tokens;    // (windows_a_volume, padded): index in the volume, and region
-  uint32_t* seams;  // (windows_a_volume): whether the window holds tokens of two regions
-  int* rasters;     // (padded): bias_raster of a token
-  uint4* tiles;     // (heads, padded / 16, padded / 16, 32): see expand_bias
+  uint4* tiles;  // workspace (heads, padded / 16, padded / 16, 32): see bias_tile
 };
 
-SWIN_DEVICE int64_t channels_of(const Call& call) { return static_cast<int64_t>(call.heads) * call.head_dim; }
-
-SWIN_DEVICE int64_t thread_of_grid() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
-
-// The tokens of a window, and where its volume begins in the batch.
-struct Window {
-  const uint2* tokens;
-  int64_t first;
-  bool seam;
-};
-
-SWIN_DEVICE Window window_at(const Call& call, int window) {
-  const int volume = window / call.windows_a_volume, within = window - volume * call.windows_a_volume;
-  Window found;
-  found.tokens = call.tokens + static_cast<int64_t>(within) * call.padded;
-  found.first = volume * call.volume_tokens;
-  found.seam = call.seams[within] != 0;
-  return found;
-}
-
-// Starts to copy `count` tokens to rows of `row_stride` elements in shared memory: D channels of one part (0: q, 1: k,
-// 2: v) of a head, then zeros up to Columns. A padding token carries pad_qkv, or zeros.
-template <class T, int D, int Columns>
-SWIN_DEVICE void stage(const Call& call, const Window& window, int first, int count, int head, int part, T* shared,
-                       int row_stride) {
-  constexpr int kPiece = 16 / sizeof(T), kPieces = Columns / kPiece;
-  const int64_t channels = channels_of(call), offset = part * channels + head * D;
-  const T* source = static_cast<const T*>(call.qkv) + window.first * 3 * channels + offset;
-  const T* pad = call.pad_qkv == nullptr ? nullptr : static_cast<const T*>(call.pad_qkv) + offset;
-  for (int i = static_cast<int>(threadIdx.x); i < count * kPieces; i += static_cast<int>(blockDim.x)) {
-    const int row = i / kPieces, column = i % kPieces * kPiece;
-    const uint32_t token = window.tokens[first + row].x;
-    const T* from = token < kPadding ? source + token * 3 * channels : token == kPadding ? pad : nullptr;
-    const bool valid = from != nullptr && column < D;
-    cp_async_16(shared + row * row_stride + column, valid ? from + column : source, valid);
-  }
-}
-
-// ---- where tokens lie, and the bias of every pair ------------------------------------------------------------------
-
-__global__ void __launch_bounds__(256) find_tokens(const Call call) {
-  const int64_t thread = thread_of_grid();
-  if (thread >= static_cast<int64_t>(call.windows_a_volume) * call.padded) return;
-  const int64_t window = thread / call.padded, t = thread % call.padded;
-  int64_t place[kAxes], local[kAxes];
-  decode(window, call.grid.counts, place);
-  decode(t, call.grid.window, local);
-  int64_t token = 0;
-  uint32_t region = 0;
-  bool real = true, seam = false;
-  SWIN_UNROLL
-  for (int axis = 0; axis < kAxes; ++axis) {
-    const int64_t position = natural_position(call.grid, axis, place[axis], local[axis]);
-    real = real && position >= 0;
-    token = token * call.grid.spatial[axis] + position;
-    region = region * 3 + static_cast<uint32_t>(region_along(call.grid, axis, place[axis], local[axis]));
-    seam = seam || has_seam(call.grid, axis, place[axis]);
-  }
-  const uint32_t where = t >= call.n ? kAbsent : real ? static_cast<uint32_t>(token) : kPadding;
-  call.tokens[thread] = make_uint2(where, region);
-  if (t == 0) call.seams[window] = seam ? 1 : 0;
-  if (window == 0) call.rasters[t] = t < call.n ? static_cast<int>(bias_raster(call.grid, t)) : 0;
-}
-
-SWIN_DEVICE float load_table(const Call& call, int64_t index, float) {
-  return static_cast<const float*>(call.bias_table)[index];
-}
-template <class T>
-SWIN_DEVICE float load_table(const Call& call, int64_t index, T) {
-  return call.float_table ? load_table(call, index, 0.0f) : to_float(static_cast<const T*>(call.bias_table)[index]);
-}
-
-// The bias in tiles of 16 queries x 16 keys, float16, in the order in which the threads of a warp hold the left factor
-// of an mma: one load of 16 bytes a thread brings a tile. Zero beyond the window. A warp writes one tile.
+// A warp writes one tile.
 template <class T>
 __global__ void __launch_bounds__(256) expand_bias(const Call call) {
   const int64_t tile = thread_of_grid() / 32;
-  const int lane = lane_index(), side = call.padded / kTile;
+  const int side = call.padded / kTile;
   if (tile >= static_cast<int64_t>(call.heads) * side * side) return;
-  const int key_tile = static_cast<int>(tile % side), query_tile = static_cast<int>(tile / side % side);
+  const int column_tile = static_cast<int>(tile % side), row_tile = static_cast<int>(tile / side % side);
   const int head = static_cast<int>(tile / side / side);
-  const int origin = static_cast<int>(bias_origin(call.grid));
-  uint32_t words[4];
-  SWIN_UNROLL
-  for (int word = 0; word < 4; ++word) {  // as a fragment of A
-    const int query = query_tile * kTile + lane / 4 + word % 2 * 8;
-    float value[2] = {};
-    SWIN_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int key = key_tile * kTile + word / 2 * 8 + lane % 4 * 2 + i;
-      if (query >= call.n || key >= call.n) continue;
-      const int64_t entry = call.rasters[query] - call.rasters[key] + origin;
-      value[i] = load_table(call, entry * call.heads + head, T{});
-      value[i] = fmaxf(fminf(value[i], 65504.0f), -65504.0f);  // a bias beyond the range of float16 stays finite
-    }
-    words[word] = pack<Float16>(value[0], value[1]);
-  }
-  call.tiles[tile * 32 + lane] = make_uint4(words[0], words[1], words[2], words[3]);
+  call.tiles[tile * 32 + lane_index()] = bias_tile<T>(call, head, row_tile, column_tile, false);
 }
 
 // ---- 16-bit --------------------------------------------------------------------------------------------------------
-
-// How `attend` lays out a head of D channels.
-template <int D>
-struct Cut {
-  static constexpr int kDepth = D < kTile ? kTile : D;  // channels in shared memory: an mma multiplies at least 16
-  static constexpr int kStride = kDepth + 8;  // elements from row to row: ldmatrix finds 8 rows in different banks
-  static constexpr int kSteps = kDepth / kTile;
-  static constexpr int kColumns = D / 8;             // of an mma that has channels in columns
-  static constexpr int kPairs = (kColumns + 1) / 2;  // ldmatrix brings two at a time
-};
-
-// Where a lane points ldmatrix_x4 to, from the first element of a 16 x 16 tile: the four 8 x 8 matrices in the order
-// (rows 0-7, 8-15 of columns 0-7, then of columns 8-15): an A fragment, and transposed the B fragments of two column
-// blocks; or in the order (columns 0-7, 8-15 of rows 0-7, then of rows 8-15): the B fragments of two column blocks that
-// lie in rows.
-SWIN_DEVICE int down_first(int lane, int stride) { return lane % 16 * stride + lane / 16 * 8; }
-SWIN_DEVICE int across_first(int lane, int stride) { return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8; }
 
 // The sum, and the maximum, over the four lanes that share a row of scores.
 SWIN_DEVICE float quad_sum(float x) {
@@ -181,27 +53,25 @@ SWIN_DEVICE float quad_max(float x) {
 }
 
 // A block owns the queries [blockIdx.x rows, ...) of head blockIdx.y in every gridDim.z-th window; a warp 16 of them.
-// Scores are kept divided by scale: a product with the diagonal 1/|scale| adds the bias, and weights are
-// 2^(scale log2(e) score - maximum), one fused multiply-add before the exponential. The running maximum moves only when
-// a score exceeds it by kSlack, which all lanes of a warp decide together: most steps need neither shuffle nor
-// rescaling.
+// Scores are kept divided by scale: a product with a diagonal matrix adds the bias, and weights are
+// 2^(scale log2(e) score - maximum), one fused multiply-add before the exponential. The running maximum is a matter of
+// range alone: it moves when the weights of a row exceed kMostWeight, which the sum that is taken anyway shows and all
+// lanes of a warp decide together. Most steps need neither comparison of scores nor shuffle nor rescaling.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   using C = Cut<D>;
+  constexpr int kTiles = kStepKeys / kTile;
   const int lane = lane_index(), warp = warp_index();
   const int g = lane / 4, t = lane % 4, head = static_cast<int>(blockIdx.y);
   const int block_row = static_cast<int>(blockIdx.x) * call.rows, own = block_row + warp * kTile;
   const int chunks = (call.padded + call.chunk - 1) / call.chunk, side = call.padded / kTile;
   const int block_rows = call.padded - block_row < call.rows ? call.padded - block_row : call.rows;
-  const int64_t channels = channels_of(call);
+  const auto channels = static_cast<uint32_t>(call.heads * D);
   const float magnitude = call.scale < 0 ? -call.scale : call.scale, factor = magnitude * kLog2E;
   const uint32_t sign = call.scale < 0 ? 0x80008000u : 0u;
-  const float mask = static_cast<float>(kMaskValue) / magnitude;
-  const float inverse = 1.0f / magnitude;
-  const uint32_t diagonal = pack<Float16>(2 * t == g ? inverse : 0.0f, 2 * t + 1 == g ? inverse : 0.0f);
-  // What float16 leaves of the diagonal: nothing where scale is a power of two.
-  const float rest = inverse - to_float(from_float<Float16>(inverse));
-  const uint32_t rest_diagonal = pack<Float16>(2 * t == g ? rest : 0.0f, 2 * t + 1 == g ? rest : 0.0f);
+  const float mask = kMask / magnitude;
+  const Diagonal diagonal = diagonal_of(1.0f / magnitude);
+  const Share<D> share = own_share<D>();
 
   T* const q_rows = reinterpret_cast<T*>(shared_memory());                                   // (2, rows, kStride)
   T* const k_rows = q_rows + 2 * call.rows * C::kStride;                                     // (2, chunk, kStride)
@@ -215,33 +85,133 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
     }
   }
 
-  const auto stage_step = [&](int index, int chunk, int buffer) {
-    const Window window = window_at(call, index);
-    const int first = chunk * call.chunk;
-    const int keys = call.padded - first < call.chunk ? call.padded - first : call.chunk;
+  const auto stage_step = [&](const Window& window, int chunk, int buffer) {
+    const int first = chunk * call.chunk, end = call.padded - first < call.chunk ? call.padded : first + call.chunk;
     if (chunk == 0) {
-      stage<T, D, C::kDepth>(call, window, block_row, block_rows, head, 0, q_rows + buffer * call.rows * C::kStride,
-                             C::kStride);
+      stage_queries<T, D>(share, window, head, block_row, block_row + block_rows, call.qkv, 3 * channels,
+                          q_rows + buffer * call.rows * C::kStride);
     }
-    stage<T, D, C::kDepth>(call, window, first, keys, head, 1, k_rows + buffer * call.chunk * C::kStride, C::kStride);
-    stage<T, D, C::kDepth>(call, window, first, keys, head, 2, v_rows + buffer * call.chunk * C::kStride, C::kStride);
+    const int at = buffer * call.chunk * C::kStride;
+    stage_keys<T, D>(call, share, window, head, first, end, k_rows + at, v_rows + at);
   };
 
+  const int across = kept(across_first(lane, C::kStride)), down = kept(down_first(lane, C::kStride));
+  const int own_q = kept(warp * kTile * C::kStride + down_first(lane, C::kStride));
   uint32_t q_tile[C::kSteps][4];
   float sums[C::kColumns][4], maximum[2], total[2];  // of rows g and g + 8
+
+  // The keys [first, end) of a window, whose k, v and bias lie at k_at, v_at and tile_at.
+  const auto attend_keys = [&](auto resident, auto exact, int first, int end, const Window& window,
+                               const uint32_t (&region)[2], const T* k_at, const T* v_at, const uint4* tile_at) {
+    // Of the steps that begin behind key 0, those from here on need a mask or reach beyond the window.
+    const auto plain = static_cast<uint32_t>(window.seam || call.n < kStepKeys ? 0 : call.n - kStepKeys);
+    SWIN_NO_UNROLL
+    for (int key = first; key < end; key += kStepKeys) {
+      float s[kTiles][2][4] = {};
+      SWIN_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint4 four;
+        if constexpr (decltype(resident)::value) {
+          four = load_shared(tile_at + tile * 32);
+        } else {
+          four = tile_at[tile * 32];
+        }
+        add_bias(s[tile], four, diagonal.most);
+        if constexpr (!decltype(exact)::value) add_bias(s[tile], four, diagonal.rest);
+        SWIN_UNROLL
+        for (int step = 0; step < C::kSteps; ++step) {
+          uint32_t k_tile[4];
+          ldmatrix_x4(k_tile, k_at + tile * kTile * C::kStride + step * kTile);
+          mma_m16n8k16<T>(s[tile][0], q_tile[step], k_tile[0], k_tile[1], s[tile][0]);
+          mma_m16n8k16<T>(s[tile][1], q_tile[step], k_tile[2], k_tile[3], s[tile][1]);
+        }
+      }
+
+      const auto raise_maximum = [&] {
+        float most[2] = {kLowest, kLowest};
+        SWIN_UNROLL
+        for (int i = 0; i < kTiles * 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
+        SWIN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float moved = fmaxf(maximum[half], quad_max(most[half]) * factor);
+          const float shrink = exp2_approx(maximum[half] - moved);
+          maximum[half] = moved;
+          total[half] *= shrink;
+          SWIN_UNROLL
+          for (int i = 0; i < 2 * C::kColumns; ++i) sums[i / 2][2 * half + i % 2] *= shrink;
+        }
+      };
+      if (static_cast<uint32_t>(key) - 1 >= plain) {
+        if (window.seam) {
+          SWIN_UNROLL
+          for (int two = 0; two < kTiles * 2; ++two) {  // keys 2t and 2t + 1 of eight
+            const auto entry = *reinterpret_cast<const uint4*>(window.tokens + key + two * 8 + 2 * t);
+            SWIN_UNROLL
+            for (int i = 0; i < 4; ++i) {
+              if ((i % 2 == 0 ? entry.y : entry.w) != region[i / 2]) s[two / 2][two % 2][i] += mask;
+            }
+          }
+        }
+        if (key + kStepKeys > call.n) {  // keys beyond the window get no weight
+          SWIN_UNROLL
+          for (int i = 0; i < kTiles * 8; ++i) {
+            if (key + i / 4 * 8 + 2 * t + i % 2 >= call.n) s[i / 8][i / 4 % 2][i % 4] = -kInfinity;
+          }
+        }
+        if (key == 0) raise_maximum();
+      }
+
+      uint32_t p_tile[kTiles][4];  // as fragments of A: rows g and g + 8 of the left half, then of the right one
+      float step_total[2];
+      const auto weigh = [&] {
+        SWIN_UNROLL
+        for (int i = 0; i < kTiles * 4; ++i) {
+          const float* two = s[i / 4][i % 4 / 2] + i % 2 * 2;
+          const float p[2] = {exp2_approx(fmaf(two[0], factor, -maximum[i % 2])),
+                              exp2_approx(fmaf(two[1], factor, -maximum[i % 2]))};
+          step_total[i % 2] = i < 2 ? p[0] + p[1] : step_total[i % 2] + (p[0] + p[1]);
+          p_tile[i / 4][i % 4] = pack<T>(p[0], p[1]);
+        }
+      };
+      weigh();
+      if (warp_any(step_total[0] > kMostWeight || step_total[1] > kMostWeight)) {
+        raise_maximum();
+        weigh();
+      }
+      total[0] += step_total[0], total[1] += step_total[1];
+      SWIN_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        SWIN_UNROLL
+        for (int pair = 0; pair < C::kPairs; ++pair) {
+          uint32_t v_tile[4];
+          ldmatrix_x4_trans(v_tile, v_at + tile * kTile * C::kStride + pair * kTile);
+          SWIN_UNROLL
+          for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
+            const int b = column % 2 * 2;
+            mma_m16n8k16<T>(sums[column], p_tile[tile], v_tile[b], v_tile[b + 1], sums[column]);
+          }
+        }
+      }
+      k_at += kStepKeys * C::kStride, v_at += kStepKeys * C::kStride, tile_at += kTiles * 32;
+    }
+  };
+
   bool active = false;
   int index = static_cast<int>(blockIdx.z), chunk = 0;
-  stage_step(index, 0, 0);
+  const int stride = static_cast<int>(gridDim.z);
+  Window window = window_at(call, index);
+  stage_step(window, 0, 0);
   cp_async_commit();
   for (int buffer = 0; index < call.windows; buffer ^= 1) {
     cp_async_wait<0>();
     block_barrier();  // this step's rows are there, and nobody reads the other buffer any more
     const bool last = chunk + 1 == chunks;
-    const int next = last ? index + static_cast<int>(gridDim.z) : index, next_chunk = last ? 0 : chunk + 1;
-    if (next < call.windows) stage_step(next, next_chunk, buffer ^ 1);
+    const int next_chunk = last ? 0 : chunk + 1;
+    const bool ends = last && index + stride >= call.windows;
+    const Window next = last && !ends ? window_behind(call, window, stride) : window;
+    if (!ends) stage_step(next, next_chunk, buffer ^ 1);
     cp_async_commit();
 
-    const Window window = window_at(call, index);
     uint32_t token[2] = {kAbsent, kAbsent}, region[2] = {};
     if (own < call.padded) {
       SWIN_UNROLL
@@ -254,112 +224,52 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       active = warp_any(token[0] < kPadding || token[1] < kPadding);
       SWIN_UNROLL
       for (int i = 0; i < 4 * C::kColumns; ++i) sums[i / 4][i % 4] = 0;
-      maximum[0] = maximum[1] = -kInfinity, total[0] = total[1] = 0;
+      maximum[0] = maximum[1] = kLowest, total[0] = total[1] = 0;
       if (active) {
-        const T* const rows = q_rows + (buffer * call.rows + warp * kTile) * C::kStride;
+        const T* const rows = q_rows + buffer * call.rows * C::kStride + own_q;
         SWIN_UNROLL
         for (int step = 0; step < C::kSteps; ++step) {
-          ldmatrix_x4(q_tile[step], rows + step * kTile + down_first(lane, C::kStride));
+          ldmatrix_x4(q_tile[step], rows + step * kTile);
           SWIN_UNROLL
           for (int i = 0; i < 4; ++i) q_tile[step][i] ^= sign;
         }
       }
     }
     if (active) {
-      const int first = chunk * call.chunk;
-      const int keys = call.n - first < call.chunk ? call.n - first : call.chunk;
-      const T* const k_step = k_rows + buffer * call.chunk * C::kStride + across_first(lane, C::kStride);
-      const T* const v_step = v_rows + buffer * call.chunk * C::kStride + down_first(lane, C::kStride);
-      SWIN_NO_UNROLL
-      for (int key = 0; key < keys; key += kStepKeys) {
-        constexpr int kTiles = kStepKeys / kTile;
-        float s[kTiles][2][4] = {};
-        SWIN_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const int at = ((first + key) / kTile + tile) * 32;
-          const uint4 four = call.resident ? load_shared(resident_tiles + at) : own_tiles[at];
-          const uint32_t bias[4] = {four.x, four.y, four.z, four.w};
-          mma_m16n8k16<Float16>(s[tile][0], bias, diagonal, 0, s[tile][0]);
-          mma_m16n8k16<Float16>(s[tile][1], bias, 0, diagonal, s[tile][1]);
-          if (rest != 0) {
-            mma_m16n8k16<Float16>(s[tile][0], bias, rest_diagonal, 0, s[tile][0]);
-            mma_m16n8k16<Float16>(s[tile][1], bias, 0, rest_diagonal, s[tile][1]);
-          }
-          SWIN_UNROLL
-          for (int step = 0; step < C::kSteps; ++step) {
-            uint32_t k_tile[4];
-            ldmatrix_x4(k_tile, k_step + (key + tile * kTile) * C::kStride + step * kTile);
-            mma_m16n8k16<T>(s[tile][0], q_tile[step], k_tile[0], k_tile[1], s[tile][0]);
-            mma_m16n8k16<T>(s[tile][1], q_tile[step], k_tile[2], k_tile[3], s[tile][1]);
-          }
-        }
-        if (window.seam) {
-          SWIN_UNROLL
-          for (int i = 0; i < kTiles * 8; ++i) {
-            const int column = first + key + i / 4 * 8 + 2 * t + i % 2;
-            if (window.tokens[column].y != region[i / 2 % 2]) s[i / 8][i / 4 % 2][i % 4] += mask;
-          }
-        }
-        if (key + kStepKeys > keys) {  // keys beyond the window get no weight
-          SWIN_UNROLL
-          for (int i = 0; i < kTiles * 8; ++i) {
-            if (key + i / 4 * 8 + 2 * t + i % 2 >= keys) s[i / 8][i / 4 % 2][i % 4] = -kInfinity;
-          }
-        }
-        float most[2] = {-kInfinity, -kInfinity};
-        SWIN_UNROLL
-        for (int i = 0; i < kTiles * 8; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i / 8][i / 4 % 2][i % 4]);
-        if (warp_any(most[0] * factor > maximum[0] + kSlack || most[1] * factor > maximum[1] + kSlack)) {
-          SWIN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            const float moved = fmaxf(maximum[half], quad_max(most[half]) * factor);
-            const float shrink = exp2_approx(maximum[half] - moved);
-            maximum[half] = moved;
-            total[half] *= shrink;
-            SWIN_UNROLL
-            for (int i = 0; i < 2 * C::kColumns; ++i) sums[i / 2][2 * half + i % 2] *= shrink;
-          }
-        }
-        SWIN_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          uint32_t p_tile[4];
-          SWIN_UNROLL
-          for (int i = 0; i < 4; ++i) {  // as a fragment of A: rows g and g + 8 of the left half, then of the right one
-            const float* two = s[tile][i / 2] + i % 2 * 2;
-            const float p[2] = {exp2_approx(fmaf(two[0], factor, -maximum[i % 2])),
-                                exp2_approx(fmaf(two[1], factor, -maximum[i % 2]))};
-            total[i % 2] += p[0] + p[1];
-            p_tile[i] = pack<T>(p[0], p[1]);
-          }
-          SWIN_UNROLL
-          for (int pair = 0; pair < C::kPairs; ++pair) {
-            uint32_t v_tile[4];
-            ldmatrix_x4_trans(v_tile, v_step + (key + tile * kTile) * C::kStride + pair * kTile);
-            SWIN_UNROLL
-            for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
-              const int b = column % 2 * 2;
-              mma_m16n8k16<T>(sums[column], p_tile, v_tile[b], v_tile[b + 1], sums[column]);
-            }
-          }
-        }
+      const int first = chunk * call.chunk, end = call.n - first < call.chunk ? call.n : first + call.chunk;
+      const T* const k_first = k_rows + buffer * call.chunk * C::kStride + across;
+      const T* const v_first = v_rows + buffer * call.chunk * C::kStride + down;
+      const int tile = first / kTile * 32;
+      constexpr std::true_type yes;
+      constexpr std::false_type no;
+      if (!call.resident) {
+        attend_keys(no, no, first, end, window, region, k_first, v_first, own_tiles + tile);
+      } else if (!diagonal.exact) {
+        attend_keys(yes, no, first, end, window, region, k_first, v_first, resident_tiles + tile);
+      } else {
+        attend_keys(yes, yes, first, end, window, region, k_first, v_first, resident_tiles + tile);
       }
       if (last) {
+        T* const out = static_cast<T*>(call.out) + window.first * channels + head * D + 2 * t;
+        float* const lse = call.lse + window.first * call.heads + head;
         SWIN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const float sum = quad_sum(total[half]), part = 1.0f / sum;
+          const float sum = quad_sum(total[half]), part = reciprocal_approx(sum);
           if (token[half] >= kPadding) continue;  // a padding query has no output
-          const int64_t position = window.first + token[half];
-          T* const at = static_cast<T*>(call.out) + position * channels + head * D + 2 * t;
+          T* const at = out + uint64_t{token[half]} * channels;
           SWIN_UNROLL
           for (int column = 0; column < C::kColumns; ++column) {
             *reinterpret_cast<uint32_t*>(at + column * 8) =
                 pack<T>(sums[column][2 * half] * part, sums[column][2 * half + 1] * part);
           }
-          if (t == 0) call.lse[position * call.heads + head] = (maximum[half] + log2f(sum)) * kLn2;
+          if (t == 0) {
+            lse[uint64_t{token[half]} * static_cast<uint32_t>(call.heads)] = (maximum[half] + log2_approx(sum)) * kLn2;
+          }
         }
       }
     }
-    index = next, chunk = next_chunk;
+    window = next, chunk = next_chunk;
+    if (last) index += stride;
   }
 }
 
@@ -382,18 +292,25 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
   const uint2 token = query < call.n ? window.tokens[query] : make_uint2(kAbsent, 0);
   const bool works = token.x < kPadding;
   const int64_t position = window.first + (works ? token.x : 0);
-  const int raster = works ? call.rasters[query] + static_cast<int>(bias_origin(call.grid)) : 0;
-  float q[kOwn] = {}, sums[kOwn] = {}, maximum = -kInfinity, total = 0;
+  const int raster = works ? call.rasters[query] : 0;
+  float q[kOwn] = {}, sums[kOwn] = {}, maximum = kLowest, total = 0;
   if (works) {
     const float* const from = static_cast<const float*>(call.qkv) + position * 3 * channels + head * D + channel;
     SWIN_UNROLL
     for (int i = 0; i < kOwn; ++i) q[i] = from[i];
   }
+  const auto* const qkv = static_cast<const float*>(call.qkv) + window.first * 3 * channels + head * D;
+  const auto* const pad = static_cast<const float*>(call.pad_qkv) + (call.pad_qkv ? head * D : 0);
   for (int first = 0; first < call.n; first += kFloatKeys) {
     const int count = call.n - first < kFloatKeys ? call.n - first : kFloatKeys;
     block_barrier();  // nobody reads the last keys any more
-    stage<float, D, D>(call, window, first, count, head, 1, k_rows, D);
-    stage<float, D, D>(call, window, first, count, head, 2, v_rows, D);
+    for (int i = static_cast<int>(threadIdx.x); i < count * (D / 4); i += kFloatThreads) {
+      const uint32_t other = window.tokens[first + i / (D / 4)].x;
+      const bool valid = other < kPadding || call.pad_qkv != nullptr;
+      const float* const from = (other < kPadding ? qkv + other * 3 * channels : valid ? pad : qkv) + i % (D / 4) * 4;
+      cp_async_16(k_rows + i * 4, from + channels, valid);
+      cp_async_16(v_rows + i * 4, from + 2 * channels, valid);
+    }
     cp_async_commit();
     cp_async_wait<0>();
     block_barrier();
@@ -408,9 +325,8 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
       SWIN_UNROLL
       for (int lanes = 1; lanes < kLanes; lanes *= 2) score += shuffle_xor(score, lanes);
       if (!works) continue;
-      const int64_t entry = static_cast<int64_t>(raster - call.rasters[first + key]) * call.heads + head;
-      score = fmaf(score, call.scale, load_table(call, entry, 0.0f));
-      if (window.seam && window.tokens[first + key].y != token.y) score += static_cast<float>(kMaskValue);
+      score = fmaf(score, call.scale, bias_of<float>(call, head, raster, call.rasters[first + key]));
+      if (window.seam && window.tokens[first + key].y != token.y) score += kMask;
       if (score > maximum) {
         const float shrink = exp2_approx((maximum - score) * kLog2E);
         maximum = score;
@@ -437,52 +353,47 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 struct Plan {
   int warps, blocks, parts;  // of `attend`: warps of a block, blocks of a head's queries, parts of the windows
   int64_t shared_bytes;
 };
 
-// Cuts the queries of a head into blocks whose bias stays in shared memory beside two steps of k and v; where that
-// leaves less than 4 warps a block, the bias is read from memory, and keys pass by in chunks.
+// Cuts the queries of a head into blocks, and the windows into parts, so that the busiest scheduler is done first. A
+// multiprocessor has four schedulers; a warp alone on one leaves it waiting about half of the time (docs/cuda.md). The
+// bias of a block lies in shared memory beside two chunks of k and v, or is read from memory in every window.
 template <int D>
 const char* cut(const DeviceLimits& limits, Call* call, Plan* plan) {
   constexpr int kRow = Cut<D>::kStride * 2;  // bytes
-  const int tiles = call->padded / kTile;
-  const int64_t bias = int64_t{tiles} * 512, query = 2 * kTile * kRow, limit = limits.shared_per_block;
+  const int64_t tiles = call->padded / kTile, steps = call->padded / kStepKeys;
+  double least = kInfinity;
   for (const bool resident : {true, false}) {
-    for (int chunks = 1; chunks <= tiles / 2; ++chunks) {
-      const int64_t chunk = divide_up(call->padded, int64_t{chunks} * kStepKeys) * kStepKeys;
-      const int64_t left = limit - 4 * chunk * kRow, warp_bytes = query + (resident ? bias : 0);
-      const int64_t fitting = left / warp_bytes;
-      if (fitting < (resident && tiles > 4 ? 4 : 1) && fitting < tiles) continue;
-      const int64_t most = fitting < kMaxWarps ? fitting : kMaxWarps;
-      plan->blocks = static_cast<int>(divide_up(tiles, most));
-      plan->warps = static_cast<int>(divide_up(tiles, plan->blocks));
-      plan->shared_bytes = 4 * chunk * kRow + plan->warps * warp_bytes;
-      call->chunk = static_cast<int>(chunk);
-      call->rows = plan->warps * kTile;
-      call->resident = resident;
-      const int64_t slots = limits.multiprocessors * (limits.shared_per_multiprocessor / (plan->shared_bytes + 1024));
-      const int64_t parts = slots / (int64_t{plan->blocks} * call->heads);
-      plan->parts = static_cast<int>(parts < 1 ? 1 : parts > call->windows ? call->windows : parts);
-      if (plan->parts < 1) plan->parts = 1;
-      return nullptr;
+    const int64_t warp_bytes = 2 * kTile * kRow + (resident ? tiles * 512 : 0);
+    for (int together = 1; together <= 2; ++together) {  // blocks that a multiprocessor holds
+      const int64_t half = limits.shared_per_multiprocessor / together - 1024;
+      const int64_t shared = half < limits.shared_per_block ? half : limits.shared_per_block;
+      for (int64_t warps = 1; warps * together <= kMaxWarps && warps <= tiles; ++warps) {
+        const int64_t fitting = (shared - warps * warp_bytes) / (4 * kStepKeys * kRow);  // steps of k and v
+        if (fitting < 1) break;
+        const int64_t chunks = divide_up(steps, fitting), chunk = divide_up(steps, chunks) * kStepKeys;
+        const int64_t blocks = divide_up(tiles, warps), slots = int64_t{limits.multiprocessors} * together;
+        int64_t parts = slots / (blocks * call->heads);
+        if (parts > call->windows) parts = call->windows;
+        if (parts < 1) parts = 1;
+        const int64_t turns = divide_up(blocks * call->heads * parts, slots) * divide_up(call->windows, parts);
+        const int64_t warps_of_scheduler = divide_up(warps * together, 4);
+        const double cost = static_cast<double>(turns * (warps_of_scheduler < 2 ? 2 : warps_of_scheduler)) *
+                            (1 + 0.02 * static_cast<double>(chunks)) * (resident ? 1 : 1.5);
+        if (cost >= least) continue;
+        least = cost;
+        plan->warps = static_cast<int>(warps), plan->blocks = static_cast<int>(blocks);
+        plan->parts = static_cast<int>(parts);
+        plan->shared_bytes = 4 * chunk * kRow + warps * warp_bytes;
+        call->chunk = static_cast<int>(chunk), call->rows = static_cast<int>(warps) * kTile;
+        call->resident = resident;
+      }
     }
   }
-  return "window_attention: a block of this GPU has too little shared memory";
-}
-
-template <class Function>
-const char* with_head_dim(int64_t head_dim, const Function& function) {
-  switch (head_dim) {
-    case 8: return function.template operator()<8>();
-    case 16: return function.template operator()<16>();
-    case 32: return function.template operator()<32>();
-    case 64: return function.template operator()<64>();
-    default: return "the CUDA kernels have head_dim 8, 16, 32 and 64";
-  }
+  return least < kInfinity ? nullptr : "window_attention: a block of this GPU has too little shared memory";
 }
 
 struct CutFor {
@@ -497,48 +408,17 @@ struct CutFor {
 
 const char* make_plan(const SwinAttention& attention, Call* call, Plan* plan) {
   DeviceLimits limits;
-  if (const char* error = device_limits(&limits)) return error;
-  if (limits.compute_capability < 80) return "the CUDA kernels need compute capability 8.0";
-  const int64_t n = product(attention.grid.window), windows_a_volume = product(attention.grid.counts);
-  const double magnitude = attention.scale < 0 ? -attention.scale : attention.scale;
-  if (n > 4096) return "the CUDA kernels are for windows of at most 4096 tokens";
-  if (product(attention.grid.spatial) >= kPadding) return "a volume of 2^32 - 2 tokens or more";
-  if (attention.batch * windows_a_volume > INT32_MAX / 64) return "more than 2^25 windows";
-  if (attention.heads > 65535) return "more than 65535 heads";
-  if (bias_table_length(attention.grid) > INT32_MAX / 2) return "a bias table of more than 2^30 rows";
-  if (attention.element != kSwinFloat32 && !(magnitude >= 0x1p-14 && magnitude <= 0x1p14)) {
-    return "in 16 bits the CUDA kernels need a scale of magnitude 2^-14 to 2^14";  // 1/scale is a float16
-  }
-  call->grid = attention.grid;
-  call->volume_tokens = product(attention.grid.spatial);
-  call->windows_a_volume = static_cast<int>(windows_a_volume);
-  call->windows = static_cast<int>(attention.batch * windows_a_volume);
-  call->heads = static_cast<int>(attention.heads), call->head_dim = static_cast<int>(attention.head_dim);
-  call->n = static_cast<int>(n), call->padded = static_cast<int>(divide_up(n, kStepKeys)) * kStepKeys;
-  call->float_table = attention.bias_element == kSwinFloat32;
-  call->scale = static_cast<float>(attention.scale);
+  if (const char* reason = read_call(attention, kStepKeys, &limits, call)) return reason;
   return with_head_dim(attention.head_dim, CutFor{limits, call, plan});
 }
 
-// Hands out the workspace, each piece at a multiple of 256 bytes of it; returns the bytes taken.
-int64_t carve(const SwinAttention& attention, unsigned char* workspace, Call* call) {
-  int64_t used = 0;
-  const auto take = [&](auto** pointer, int64_t count) {
-    *pointer = reinterpret_cast<std::remove_reference_t<decltype(*pointer)>>(workspace + used);
-    used += divide_up(count * static_cast<int64_t>(sizeof(**pointer)), 256) * 256;
-  };
-  const int64_t padded = call->padded, tiles = attention.element == kSwinFloat32 ? 0 : padded * padded / 256;
-  take(&call->tokens, call->windows_a_volume * padded);
-  take(&call->seams, call->windows_a_volume);
-  take(&call->rasters, padded);
-  take(&call->tiles, attention.heads * tiles * 32);
-  return used;
-}
-
-LaunchGrid blocks_of(int64_t x, int64_t y = 1, int64_t z = 1) {
-  LaunchGrid grid;
-  grid.x = x, grid.y = y, grid.z = z;
-  return grid;
+// Hands out the workspace; returns its bytes.
+int64_t carve(const SwinAttention& attention, void* workspace, Call* call) {
+  Carver carver{static_cast<unsigned char*>(workspace)};
+  carver.take_tokens(call);
+  const int64_t side = call->padded / kTile;
+  carver.take(&call->tiles, attention.element == kSwinFloat32 ? 0 : attention.heads * side * side * 32);
+  return carver.used;
 }
 
 template <class T>
@@ -593,7 +473,7 @@ const char* swin_cuda_attention_forward(const SwinAttention* attention, const Sw
   swin::Call call{};
   swin::Plan plan{};
   if (const char* reason = swin::make_plan(*attention, &call, &plan)) return reason;
-  swin::carve(*attention, static_cast<unsigned char*>(workspace), &call);
+  swin::carve(*attention, workspace, &call);
   call.qkv = tensors->qkv, call.bias_table = tensors->bias_table, call.pad_qkv = tensors->pad_qkv;
   call.out = tensors->out, call.lse = tensors->lse;
   switch (attention->element) {

@@ -6,15 +6,17 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
-from monai.transforms import ResizeWithPadOrCrop
+from monai.transforms import ResizeWithPadOrCrop, ScaleIntensityRange
 from torch import nn
 
+from .. import train
 from .data import Patient
-from .training import Recipe, Trainer, loss_function, predict
 
 TOLERANCE = 1e-4
 """Largest difference of outputs over the largest output, and of gradients over their norm, that counts as equal."""
@@ -42,7 +44,7 @@ class Timing:
 def compare(
     model: nn.Module,
     patient: Patient,
-    recipe: Recipe,
+    options: train.Options,
     rounds: int,
     on_run: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
@@ -51,29 +53,58 @@ def compare(
     Each round runs one after the other, in turns which first; a first round is not counted.
 
     Args:
-        model: a trained `recipe.model()`; it is left as it is.
+        model: what was trained by `options`; it is left as it is.
         patient: the prediction takes the whole CT, the training step a batch of its middle window.
         rounds: runs that count, of each piece of work and each model.
         on_run: called after each of the `timed_runs(rounds)` runs.
     """
     device = next(model.parameters()).device
-    monai = recipe.model(MonaiSwinUNETR).to(device)
+    monai = MonaiSwinUNETR(**asdict(options.architecture)).to(device, memory_format=torch.channels_last_3d)
     monai.load_state_dict(model.state_dict())
     pair = (copy.deepcopy(model), monai)
-    image = patient.image().to(device)
+    low, high = options.preprocessing.window
+    scaled = ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)(torch.from_numpy(patient.ct[None]).float())
+    image = torch.as_tensor(scaled).to(device)  # (1, X, Y, Z)
     label = torch.from_numpy(patient.labels[None]).to(device)
+    size = options.data.batch_size * options.data.crops_per_volume
     batch = (
-        ResizeWithPadOrCrop(recipe.window)(volume).as_tensor().expand(recipe.batch_size, -1, -1, -1, -1).contiguous()
+        ResizeWithPadOrCrop(options.roi)(volume).as_tensor().expand(size, -1, -1, -1, -1).contiguous()
         for volume in (image, label)
     )
-    window, window_label = batch  # (B, 1, *window)
+    window, window_label = batch  # (B, 1, *roi)
     # Differences first, while the weights still are the same.
     prediction_difference = _prediction_difference(pair, window)
     step_difference = _gradient_difference(pair, window, window_label)
-    trainers = [Trainer(m, recipe) for m in pair]
-    step = _interleaved([lambda t=t: t.step(window, window_label) for t in trainers], device, rounds, on_run)
-    prediction = _interleaved([lambda m=m: predict(m, image, recipe) for m in pair], device, rounds, on_run)
+    steps = [_Step(m, options.optimization.learning_rate) for m in pair]
+    step = _interleaved([lambda s=s: s(window, window_label) for s in steps], device, rounds, on_run)
+    overlap = options.validation.overlap
+    prediction = _interleaved(
+        [lambda m=m: _predict(m, image, options.roi, overlap) for m in pair], device, rounds, on_run
+    )
     return [Timing("training step", *step, step_difference), Timing("prediction", *prediction, prediction_difference)]
+
+
+class _Step:
+    """An optimisation step: DiceCE loss, AdamW."""
+
+    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+        self.model = model.train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+
+    def __call__(self, image: torch.Tensor, label: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        _loss(self.model, image, label).backward()
+        self.optimizer.step()
+
+
+def _loss(model: nn.Module, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return DiceCELoss(to_onehot_y=True, softmax=True)(model(image), label)
+
+
+@torch.inference_mode()
+def _predict(model: nn.Module, image: torch.Tensor, roi, overlap: float) -> torch.Tensor:
+    """Logits ``(1, classes, X, Y, Z)`` of ``image (1, X, Y, Z)``."""
+    return sliding_window_inference(image[None], roi, 4, model.eval(), overlap, mode="gaussian")
 
 
 def timed_runs(rounds: int) -> int:
@@ -91,7 +122,7 @@ def _gradient_difference(pair: tuple[nn.Module, nn.Module], image: torch.Tensor,
     gradients = []
     for model in pair:
         model.train().zero_grad()
-        loss_function()(model(image), label).backward()
+        _loss(model, image, label).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     fused, monai = gradients
     return ((fused - monai).norm() / monai.norm()).item()

@@ -1,22 +1,19 @@
-"""The two CTs that ship with the package, and the random views of one that training sees."""
+"""The two CTs that ship with the package."""
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 import nibabel
 import numpy as np
-import torch
-from monai import transforms
-from monai.data import Dataset
 from nibabel.affines import voxel_sizes
 
 CLASSES = ("background", "body", "lung")
 LABEL_NOTE = "Labels are derived by rule (see swin_unetr/data/README.md), not drawn by an expert."
-HU_RANGE = (-1000.0, 400.0)  # air to bone, mapped to 0..1
 AIR_HU = -400
 
 
@@ -44,12 +41,6 @@ class Patient:
         """Voxel extents in mm."""
         return voxel_sizes(self.affine)
 
-    def image(self) -> torch.Tensor:
-        """The CT as the model sees it: float32 ``(1, X, Y, Z)`` in 0..1."""
-        low, high = HU_RANGE
-        scale = transforms.ScaleIntensityRange(low, high, 0.0, 1.0, clip=True)
-        return torch.as_tensor(scale(torch.from_numpy(self.ct[None]).float()))
-
     def millilitres(self, labels: np.ndarray) -> dict[str, float]:
         """Volume of every class but the background in `labels` ``(X, Y, Z)``, by class name."""
         voxel = float(np.prod(self.spacing)) / 1000
@@ -63,8 +54,7 @@ def load_patient(number: int) -> Patient:
 
 
 def _load(name: str) -> nibabel.Nifti1Image:
-    packed = (resources.files("swin_unetr") / "data" / name).read_bytes()
-    return nibabel.Nifti1Image.from_bytes(gzip.decompress(packed))
+    return nibabel.Nifti1Image.from_bytes(gzip.decompress((folder() / name).read_bytes()))
 
 
 def bare_threshold(patient: Patient) -> np.ndarray:
@@ -72,34 +62,13 @@ def bare_threshold(patient: Patient) -> np.ndarray:
     return np.where(patient.ct < AIR_HU, CLASSES.index("lung"), CLASSES.index("body")).astype(np.uint8)
 
 
-def random_views(patient: Patient, window: Sequence[int], count: int, seed: int) -> Dataset:
-    """`count` random views of `patient`, each ``{"image": (1, *window), "label": (1, *window)}``.
+def folder() -> Path:
+    """Where the package keeps them."""
+    return Path(str(resources.files("swin_unetr") / "data"))
 
-    A view is a window at a random place, rotated, scaled, flipped on each axis with probability 1/2, with
-    a little noise. The flips matter: the two patients do not lie on the same side. Windows may reach beyond
-    the scan, because those of a prediction lie at its edges. Intensities hardly change: HU are absolute,
-    and little else tells lung from the air outside.
-    """
-    keys = ("image", "label")
-    room = [1.3 * (extent - size) / 2 for extent, size in zip(patient.ct.shape, window, strict=True)]
-    view = transforms.Compose(
-        [
-            transforms.RandAffined(
-                keys,
-                prob=1.0,
-                spatial_size=tuple(window),
-                translate_range=[(-r, r) if r > 0 else (0, 0) for r in room],
-                rotate_range=(0.1, 0.1, 0.3),
-                scale_range=(0.15, 0.15, 0.15),
-                mode=("bilinear", "nearest"),
-                padding_mode="border",
-            ),
-            *[transforms.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in range(3)],
-            transforms.RandScaleIntensityd("image", factors=0.05, prob=0.5),
-            transforms.RandShiftIntensityd("image", offsets=0.01, prob=0.5),
-            transforms.RandGaussianNoised("image", std=0.01, prob=0.5),
-            transforms.ToTensord(keys, track_meta=False),
-        ]
-    ).set_random_state(seed)
-    volume = {"image": patient.image(), "label": torch.as_tensor(patient.labels[None], dtype=torch.float32)}
-    return Dataset([volume] * count, view)
+
+def write_datalist(path: Path) -> Path:
+    """A datalist of patient 2, labelled, which entries of `folder` make; patient 1 stays unseen."""
+    entry = {"image": "patient2_ct.nii.gz", "label": "patient2_labels.nii.gz"}
+    path.write_text(json.dumps({"training": [entry]}, indent=2) + "\n")
+    return path

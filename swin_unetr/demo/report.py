@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,20 +12,23 @@ import monai
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from .. import train
 from .comparison import TOLERANCE, Timing
 from .data import LABEL_NOTE
-from .training import Recipe
 
 
-def settings(recipe: Recipe, seed: int, device: torch.device, backend: str) -> dict[str, str]:
+def settings(options: train.Options, pretraining_steps: int, device: torch.device, backend: str) -> dict[str, str]:
     """What a number needs beside the machine's facts: device, backend, sizes, date."""
+    architecture, data = options.architecture, options.data
+    size = data.batch_size * data.crops_per_volume
     return {
         "device": f"{device}, backend {backend}",
-        "model": f"Swin UNETR, feature_size {recipe.feature_size}, depths {recipe.depths}, float32",
-        "training": f"{recipe.steps} steps of {recipe.batch_size} × {recipe.window} voxels, seed {seed}",
+        "model": f"Swin UNETR, feature_size {architecture.feature_size}, depths {architecture.depths}, float32",
+        "pretraining": f"{pretraining_steps} steps, on the same crops without labels",
+        "training": f"{options.schedule.steps} steps of {size} × {options.roi} voxels, seed {options.seed}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -43,51 +45,6 @@ def settings_table(console: Console, values: Mapping[str, str]) -> None:
     for name, value in values.items():
         table.add_row(name, value)
     console.print(table)
-
-
-class TrainingBar:
-    """Progress of a training: loss, seconds per step, time left.
-
-    Attributes:
-        loss: mean of the last 20 steps.
-        seconds: median of all steps.
-    """
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[seconds]} s/step"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task("training", total=steps, loss="–", seconds="–")
-        self._losses: list[float] = []
-        self._seconds: list[float] = []
-
-    def __enter__(self) -> TrainingBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    @property
-    def loss(self) -> float:
-        return statistics.fmean(self._losses[-20:])
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self._seconds)
-
-    def step(self, loss: float, seconds: float) -> None:
-        self._losses.append(loss)
-        self._seconds.append(seconds)
-        self._progress.update(self._task, advance=1, loss=f"{self.loss:.3f}", seconds=f"{self.seconds:.2f}")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From the network's grid back to the image's: linear interpolation of probabilities, a slab at a time, then decisions.
 
 Both grids are parallel (orientation and spacing permute, mirror and scale axes), so interpolation is one axis after the
-other.
+other. Those of an image with shear (a CT with its gantry tilted) are not, and are interpolated in space at once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
 
 from ..labels import Labels
 
@@ -32,11 +34,12 @@ class Axis:
     weight: torch.Tensor
 
 
-def axes_between(image_affine: np.ndarray, shape: Sequence[int], affine: np.ndarray, grid: Sequence[int]) -> list[Axis]:
+def axes_between(
+    image_affine: np.ndarray, shape: Sequence[int], affine: np.ndarray, grid: Sequence[int]
+) -> list[Axis] | None:
     """The axes of an image of `shape` in a `grid`, by the affines of both ``(4, 4)``; what lies beyond is its border.
 
-    Raises:
-        ValueError: the grids are not parallel: the image's axes are not at right angles, say.
+    None if the grids are not parallel.
     """
     between = np.linalg.inv(affine) @ image_affine  # image's index to grid's index
     found = []
@@ -44,7 +47,7 @@ def axes_between(image_affine: np.ndarray, shape: Sequence[int], affine: np.ndar
         column = between[:3, axis]
         along = int(np.abs(column).argmax())
         if np.abs(np.delete(column, along)).max() * extent > 0.05:
-            raise ValueError("the image's axes are not at right angles; accepted is a grid without shear")
+            return None
         place = np.clip(between[along, 3] + column[along] * np.arange(extent), 0, grid[along] - 1)
         low = np.clip(np.floor(place).astype(np.int64), 0, max(grid[along] - 2, 0))
         high = np.minimum(low + 1, grid[along] - 1)
@@ -60,12 +63,12 @@ class Restored:
         entropy: float32 ``(X, Y, Z)`` in 0..1, or None.
     """
 
-    def __init__(self, shape: Sequence[int], axes: Sequence[Axis], labels: Labels, entropy: bool) -> None:
+    def __init__(self, shape: Sequence[int], axes: Sequence[Axis] | None, labels: Labels, entropy: bool) -> None:
         self.labels = np.zeros(shape, np.uint8)
         self.entropy = np.zeros(shape, np.float32) if entropy else None
         self._options = labels
-        self._axes = axes
-        self._sliced = next(i for i, axis in enumerate(axes) if axis.along == 0)
+        self._axes = axes or []
+        self._sliced = next((i for i, axis in enumerate(self._axes) if axis.along == 0), None)
         self._last: torch.Tensor | None = None  # the row before the slab
 
     def add(self, first: int, probabilities: torch.Tensor) -> None:
@@ -91,11 +94,25 @@ class Restored:
             row = _interpolate(row, axis)
         if others[0].along > others[1].along:
             row = row.transpose(1, 2)
-        where = tuple(plane if i == self._sliced else slice(None) for i in range(3))
-        decided = (row > 0.5).float()[None] if self._options.overlapping else row.argmax(0)[None, None]
+        self._keep(tuple(plane if i == self._sliced else slice(None) for i in range(3)), row)
+
+    def add_whole(self, probabilities: torch.Tensor, affine: np.ndarray, image_affine: np.ndarray) -> None:
+        """All rows at once, ``(channels, *grid)``, for grids that are not parallel."""
+        resample = SpatialResample(mode="bilinear", padding_mode="border")
+        found = resample(
+            MetaTensor(probabilities, affine=torch.from_numpy(affine)),
+            dst_affine=torch.from_numpy(image_affine),
+            spatial_size=self.labels.shape,
+        )  # (channels, X, Y, Z)
+        self._keep(..., torch.as_tensor(found).float())
+
+    def _keep(self, where, probabilities: torch.Tensor) -> None:
+        """Decide on a part of the image, of ``probabilities (channels, *S)``."""
+        overlapping = self._options.overlapping
+        decided = (probabilities > 0.5).float()[None] if overlapping else probabilities.argmax(0)[None, None]
         self.labels[where] = self._options.label_map(decided)[0, 0].cpu().numpy()
         if self.entropy is not None:
-            self.entropy[where] = entropy(row, self._options.overlapping).cpu().numpy()
+            self.entropy[where] = entropy(probabilities, overlapping).cpu().numpy()
 
 
 def _interpolate(row: torch.Tensor, axis: Axis) -> torch.Tensor:

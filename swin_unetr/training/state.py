@@ -44,9 +44,7 @@ def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def set_optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load what `optimizer_state` gave, which every rank has whole."""
-    # Before its first step (fp16 skips those that overflow) an optimizer has no state to load.
-    if state["state"]:
-        set_optimizer_state_dict(network, optimizer, dict(state), options=_WHOLE)
+    set_optimizer_state_dict(network, optimizer, dict(state), options=_WHOLE)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

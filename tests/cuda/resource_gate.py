@@ -2,8 +2,9 @@
 
 ``python -m tests.cuda.resource_gate`` writes two tables, which `test_resources.py` holds new code against:
 
-- ``resources.csv``: registers, static shared memory and spills of every kernel in every architecture, and what its
-  loop over scores executes per 1,000 scores (in warp instructions; all paths through the loop are counted in),
+- ``resources.csv``: registers, static shared memory and spills of every kernel in every architecture, and what it
+  executes per 1,000 scores, in warp instructions: in its loops over scores, on the path that they take most of the
+  time, and beside them for every window of 343 tokens,
 - ``launches.csv``: how the launchers cut production shapes, and how many blocks of that fit on a multiprocessor.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import triton
 
+from .. import sass
 from ..ops.cases import Case
 from . import builds, emulated
 
@@ -28,22 +30,19 @@ RESOURCES = Path(__file__).with_name("resources.csv")
 LAUNCHES = Path(__file__).with_name("launches.csv")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-KINDS = {
-    "tensor": r"HMMA|HGMMA",
-    "exp": r"MUFU\.EX2",
-    "fp32": r"FADD2?|FMUL2?|FFMA2?|FMNMX3?|FSEL|FSETP|HFMA2|HADD2|HMUL2|F2FP|F2F",
-    "shared": r"LDS|STS|LDSM|STSM",
-    "global_": r"LDG|STG|LDGSTS",
-    "stored": r"STG",
-}
-"""Kinds of instructions; those of Triton's table (`tests/triton/compile_gate.py`), with packed conversions in fp32."""
-
 
 @dataclass(frozen=True)
 class Resources:
-    """One kernel in one architecture; `exp` to `all` per 1,000 scores, 0 where there is no loop over scores.
+    """One kernel in one architecture; `tensor` to `beside` per 1,000 scores, 0 where there is no loop over scores.
 
-    `max_threads` is the kernel's ``__launch_bounds__``: a larger block does not start.
+    Attributes:
+        max_threads: the kernel's ``__launch_bounds__``: a larger block does not start.
+        tensor_clocks: of a multiprocessor, at 1,024 multiply-adds a clock.
+        wavefronts: passes through shared memory, one a clock.
+        stored: of `global_`, the stores.
+        imad: integers on the float32 units, and moves in that guise.
+        other: further integers, predicates, conversions, moves, branches.
+        beside: executed for a window outside the loops over scores; loops that bring rows are counted once.
     """
 
     kernel: str
@@ -54,12 +53,17 @@ class Resources:
     stack: int
     spills: int
     tensor: int = 0
+    tensor_clocks: int = 0
     exp: int = 0
     fp32: int = 0
     shared: int = 0
+    wavefronts: int = 0
     global_: int = 0
     stored: int = 0
+    imad: int = 0
+    other: int = 0
     all: int = 0
+    beside: int = 0
 
     @property
     def key(self) -> tuple:
@@ -97,48 +101,105 @@ def _by_function(dump: str, heading: str = r"\s*Function\s*:?\s*") -> dict[tuple
     return found
 
 
-def _instructions(sass: str) -> list[tuple[int, str]]:
-    """Address and text of each instruction, without predicate."""
-    found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+?)\s*;", sass, flags=re.M)
-    return [(int(address, 16), text) for address, text in found]
+@dataclass(frozen=True)
+class Shape:
+    """What the sources say of a kernel with a loop over scores.
 
-
-def hot_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """The innermost loop with the most exponentials; empty where none has one."""
-    addresses = {address: i for i, (address, _) in enumerate(instructions)}
-    loops = []
-    for i, (address, text) in enumerate(instructions):
-        target = re.match(r"BRA\S*\s+.*?(0x[0-9a-f]+)$", text)
-        if target and int(target[1], 16) <= address:
-            loops.append([body for _, body in instructions[addresses[int(target[1], 16)] : i + 1]])
-    # Of nested loops the inner one counts: sort by exponentials per instruction.
-    hot = [body for body in loops if any(text.startswith("MUFU.EX2") for text in body)]
-    return max(hot, key=lambda body: sum(text.startswith("MUFU.EX2") for text in body) / len(body), default=[])
-
-
-def scores_in(kernel: str, body: list[str]) -> float:
-    """Scores that a warp computes in one turn of `body`.
-
-    One exponential a score and lane; but the 16-bit forward has some for its rescaling, so there the source tells: 16
-    queries and the 32 keys of its kStepKeys.
+    Attributes:
+        scores: that a warp computes in one turn of the loop with the exponentials.
+        inner: the same of the loop without exponentials beside or within it, 0 where there is none.
+        window: that a warp computes in one window of 343 tokens.
+        exact: whether 1/scale is a float16 at the default scale: the bias is one product then, else two.
     """
-    if re.match(r"attend<\w+, \d+", kernel):
-        return 16 * 32
-    return 32 * sum(text.startswith("MUFU.EX2") for text in body)
+
+    scores: float
+    inner: float = 0
+    window: float = 0
+    exact: bool = True
+
+    @classmethod
+    def of(cls, kernel: str) -> Shape | None:
+        """None for a kernel without such a loop."""
+        found = re.match(r"(\w+)<(?:\w+, )?(\d+)[,>]", kernel)
+        if found is None:
+            return None
+        name, head_dim = found[1], int(found[2])
+        exact, lanes = head_dim in (16, 64), max(1, head_dim // 16)
+        tiles = 3 if head_dim <= 16 else 2 if head_dim <= 32 else 1  # Own::kKeyTiles
+        shapes = {
+            "attend": cls(16 * 32, window=16 * 352, exact=exact),
+            "differentiate_qkv": cls(256 * tiles, 256 * tiles / lanes, 256 * tiles * 22, exact),
+            "differentiate_bias": cls(32 * 64, exact=exact),
+            "attend_float": cls(32 / lanes),
+            "differentiate_rows_float": cls(32 / lanes),
+            "differentiate_bias_float": cls(4 * 32, 4 * 32 / (head_dim / 4 - 1)),
+        }
+        return shapes.get(name)
+
+
+def executed(kernel: str, instructions: list[sass.Instruction]) -> dict[str, int]:
+    """`tensor` to `beside` of a kernel; empty where it has no loop over scores."""
+    shape = Shape.of(kernel)
+    if shape is None:
+        return {}
+    bodies = {loop: [instructions[i] for i in loop] for loop in sass.loops(instructions)}
+
+    def holds(loop: range, pattern: str) -> int:
+        return sass.count(bodies[loop], pattern)
+
+    def innermost(of: list[range]) -> list[range]:
+        return [one for one in of if not any(one != other and one.start <= other.start < one.stop for other in of)]
+
+    work = "LDGSTS|LDSM|STS|STG|BAR" + ("" if shape.exact else "|HMMA")
+
+    with_exp = [one for one in bodies if holds(one, "MUFU.EX2")]
+    hot = innermost(with_exp)
+    # Of copies of a loop that which reads the bias from shared memory, and of those the one that the scale takes.
+    fewest = min(holds(one, "LDG") for one in hot)
+    hot_loop = (min if shape.exact else max)(
+        (one for one in hot if holds(one, "LDG") == fewest), key=lambda one: holds(one, "HMMA")
+    )
+    exponentials = max(1, round(shape.scores / 32))
+    parts = [(sass.common_path(instructions, hot_loop, work, exponentials), shape.scores)]
+    if shape.inner:
+        quiet = [one for one in bodies if not holds(one, "MUFU.EX2") and holds(one, "HMMA|FFMA") > 1]
+        (inner,) = innermost(quiet)
+        parts.append((sass.common_path(instructions, inner, work, 0), shape.inner))
+    found = dict.fromkeys((*sass.KINDS, "tensor_clocks", "wavefronts", "stored", "imad", "all"), 0.0)
+    for places, scores in parts:
+        body = [instructions[i] for i in places]
+        counts = {kind: sass.count(body, pattern) for kind, pattern in sass.KINDS.items()}
+        products = [one for one in body if not (shape.exact and one.predicated)]  # predicated is what 1/scale leaves
+        counts["tensor_clocks"] = 2 * sass.count(products, "HMMA.16816") + sass.count(products, "HMMA.1688")
+        counts["wavefronts"], counts["stored"] = sass.wavefronts(body), sass.count(body, "STG")
+        counts["imad"], counts["all"] = sass.count(body, "IMAD"), len(body)
+        for kind, number in counts.items():
+            found[kind] += number * 1000 / scores
+    found["other"] = found["all"] - sum(found[kind] for kind in (*sass.KINDS, "imad"))
+    if shape.window:
+        around = [one for one in bodies if one != hot_loop and hot_loop.start in one and hot_loop[-1] in one]
+        around.sort(key=len)
+        counted = set().union(*hot, *((inner,) if shape.inner else ()))
+
+        def outside(loop: range, work: str) -> int:
+            path = sass.common_path(instructions, loop, work, holds(loop, "MUFU.EX2"))
+            return sum(i not in counted for i in path)
+
+        # Outputs are packed. Two more blocks of queries in a window, whose staging is not counted.
+        steps = outside(around[-1], "LDGSTS|LDSM|STS|BAR|F2FP")
+        steps += 2 * outside(around[0], "LDSM|BAR|F2FP") if len(around) > 1 else 0
+        found["beside"] = steps * 1000 / shape.window
+    return {kind: round(number) for kind, number in found.items()}
 
 
 def resources(library: Path = LIBRARY) -> list[Resources]:
     """Of every kernel in the library."""
-    usage, sass = (_by_function(_dump(option, library)) for option in ("--dump-resource-usage", "--dump-sass"))
+    usage, code = (_by_function(_dump(option, library)) for option in ("--dump-resource-usage", "--dump-sass"))
     bounds = _by_function(_dump("--dump-elf", library), heading=r"\.nv\.info\.")
     found = []
-    for (architecture, name), kernel in zip(sass, demangle([name for _, name in sass]), strict=True):
+    for (architecture, name), kernel in zip(code, demangle([name for _, name in code]), strict=True):
         used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage[architecture, name])}
-        instructions = _instructions(sass[architecture, name])
-        body = hot_loop(instructions)
-        counts = {kind: sum(bool(re.match(rf"(?:{p})\b", text)) for text in body) for kind, p in KINDS.items()}
-        counts["all"] = len(body)
-        scale = 1000 / scores_in(kernel, body) if body else 0
+        instructions = sass.read(code[architecture, name])
         found.append(
             Resources(
                 kernel,
@@ -147,8 +208,8 @@ def resources(library: Path = LIBRARY) -> list[Resources]:
                 registers=used["REG"],
                 static_shared=used["SHARED"],
                 stack=used["STACK"],
-                spills=sum(text.startswith(("LDL", "STL")) for _, text in instructions),
-                **{kind: round(count * scale) for kind, count in counts.items()},
+                spills=sass.count(instructions, "LDL|STL"),
+                **executed(kernel, instructions),
             )
         )
     return sorted(found, key=lambda one: one.key)

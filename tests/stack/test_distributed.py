@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -20,11 +21,12 @@ from swin_unetr.architecture import Architecture
 from swin_unetr.labels import Labels
 from swin_unetr.preprocessing import Preprocessing
 from swin_unetr.training import log
+from swin_unetr.training.loop import Loop
 from swin_unetr.training.options import Schedule
 from swin_unetr.training.segmentation import Loss, Segmentation, Validation
 
 from . import toy_job
-from .toy import Toy, ToyBatches, WithHead, final, loop, resumed
+from .toy import CPU, Toy, ToyBatches, WithHead, final, loop, resumed
 
 REPOSITORY = Path(__file__).parents[2]
 SHORT = Schedule(steps=6, warm_up=0.2, validate_every=3, checkpoint_every=2)
@@ -97,12 +99,19 @@ def segment(out: Path) -> None:
     """Swin UNETR itself, with deep supervision, by DDP and FSDP2."""
     for name in TRAINED:
         task, batches = segmentation(), Crops()
-        schedule = Schedule(steps=2, validate_every=1, checkpoint_every=2)
-        assert loop(out / f"segment {name}", task, batches, schedule, parallel=name, learning_rate=1e-3).run()
+        assert loop(out / f"segment {name}", task, batches, Schedule(steps=1), parallel=name).run()
+
+
+def do_the_job(out: Path) -> None:
+    """What `toy_job` does, uninterrupted."""
+    options = toy_job.Options(out / "job")
+    assert Loop(
+        Toy(), ToyBatches(), options.optimization, options.schedule, out=options.out, device=CPU, seed=options.seed
+    ).run()
 
 
 SCENARIOS = {
-    2: (train, resume_across, resume_noisy, signal_on_one_rank, not_finite_on_one_rank, full_disk, segment),
+    2: (do_the_job, train, resume_across, resume_noisy, signal_on_one_rank, not_finite_on_one_rank, full_disk, segment),
     3: (train, resume_noisy),
 }
 
@@ -130,7 +139,7 @@ class Volume:
 
 def volume(seed: int, size: int) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(seed)
-    label = (torch.rand(size, 1, 64, 32, 32, generator=random) > 0.7).double()
+    label = (torch.rand(size, 1, 64, 32, 32, generator=random) > 0.7).float()
     return {"image": label + torch.rand(label.shape, generator=random), "label": label}
 
 
@@ -139,9 +148,7 @@ def segmentation() -> Segmentation:
     architecture = Architecture(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
     labels, loss = Labels({"bright": [1]}), Loss(deep_supervision=2)
     cases = [Volume(i) for i in range(3)]
-    task = Segmentation(architecture, labels, Preprocessing(), (64, 32, 32), loss, Validation(overlap=0.0), cases)
-    task.network.double()  # AdamW's first steps are signs of gradients, which rounding flips where they are near 0
-    return task
+    return Segmentation(architecture, labels, Preprocessing(), (64, 32, 32), loss, Validation(overlap=0.0), cases)
 
 
 def _only_first_four_steps(source: Path, target: Path) -> None:
@@ -159,6 +166,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     for scenario in SCENARIOS[ranks]:
         scenario(Path(folder))
         distributed.barrier()
+    gc.collect()  # as `distributed.job` does
     dist.destroy_process_group()
 
 
@@ -217,16 +225,23 @@ def test_every_rank_goes_on_with_its_own_random_numbers(job, ranks):
 
 
 def test_swin_unetr_trains_and_validates_alike_on_any_number_of_ranks(job, tmp_path):
-    schedule = Schedule(steps=2, validate_every=1, checkpoint_every=2)
-    assert loop(tmp_path, segmentation(), Crops(), schedule, learning_rate=1e-3).run()
-    expected = [line for line in log.read(tmp_path) if line["event"] == "validation"]
-    assert set(expected[0]) == {"event", "step", "dice", "dice of bright", "seconds"}
+    """Gradients are compared, as AdamW keeps them: its first step is their sign, which rounding flips near 0."""
+    assert loop(tmp_path, segmentation(), Crops(), Schedule(steps=1)).run()
+    expected, figures = _gradients(tmp_path)
+    assert set(figures) == {"event", "step", "dice", "dice of bright", "seconds"}
     for name in TRAINED:
-        found = [line for line in log.read(job(2) / f"segment {name}") if line["event"] == "validation"]
-        assert [line["dice"] for line in found] == pytest.approx([line["dice"] for line in expected], rel=1e-3)
-        torch.testing.assert_close(
-            final(job(2) / f"segment {name}")["model"], final(tmp_path)["model"], rtol=0, atol=1e-7
-        )
+        found, found_figures = _gradients(job(2) / f"segment {name}")
+        assert found.keys() == expected.keys()
+        for parameter, gradient in expected.items():
+            error = (found[parameter] - gradient).norm() / gradient.norm()
+            assert error < 1e-3, parameter
+        assert found_figures["dice"] == pytest.approx(figures["dice"], rel=1e-2)
+
+
+def _gradients(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    state = final(out)["training"]["optimizer"]["state"]
+    (validation,) = (line for line in log.read(out) if line["event"] == "validation")
+    return {name: of_parameter["exp_avg"] for name, of_parameter in state.items()}, validation
 
 
 def test_validation_does_not_depend_on_how_cases_are_shared(monkeypatch):
@@ -247,14 +262,16 @@ def test_validation_does_not_depend_on_how_cases_are_shared(monkeypatch):
 
 
 def torchrun(out: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen:
+    """As scripts/slurm/train.sbatch starts it, on one node."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+    command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "60"]
     command += ["-m", "tests.stack.toy_job", str(out), *arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_rank_is_reported_and_the_job_goes_on_from_the_last_checkpoint(tmp_path):
+def test_a_killed_rank_is_reported_and_the_job_goes_on_from_the_last_checkpoint(job, tmp_path):
     """Rank 1 dies within step 8, after checkpoints at steps 3 and 6."""
     process = torchrun(tmp_path / "killed", "15", restarts=1)
     _, errors = process.communicate(timeout=300)
@@ -264,7 +281,8 @@ def test_a_killed_rank_is_reported_and_the_job_goes_on_from_the_last_checkpoint(
     lines = [line["step"] for line in log.read(tmp_path / "killed") if line["event"] == "train"]
     assert lines == list(range(1, 9))
     assert final(tmp_path / "killed")["progress"]["step"] == 8
-    assert toy_job.run(toy_job.Options(tmp_path / "one")) == 0  # the same batches, all of them by one process
+    for key in ("model", "ema"):
+        assert checkpoints.checksum(final(tmp_path / "killed")[key]) == checkpoints.checksum(final(job(2) / "job")[key])
     steps = checkpoints.series(tmp_path / "killed" / "checkpoints")
     assert [path.name for path in steps] == [checkpoints.name(step) for step in (3, 6, 8)]
 
@@ -276,7 +294,7 @@ def test_a_signal_to_torchrun_saves(tmp_path):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     saved = final(tmp_path)["progress"]["step"]

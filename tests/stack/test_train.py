@@ -60,17 +60,19 @@ def arguments(datalist, out, **more) -> list[str]:
 
 
 def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
-    """Interrupted by a signal in its third step, then gone on with by the same command, over pretrained weights."""
+    """From pretrained weights, with dropout everywhere; a signal interrupts its third step, then it goes on."""
     encoder = SwinUNETR(**TINY).swinViT
     checkpoints.write(
         tmp_path / "pretrained.pt", {"kind": "pretrain", "model": PretrainingNetwork(encoder, 1).state_dict()}
     )
-    command = arguments(
-        datalist,
-        tmp_path / "run",
-        initial=tmp_path / "pretrained.pt",
-        **{"data.workers": 1, "loss.deep_supervision": 1, "optimization.ema": 0.5},
-    )
+    options = {
+        "initial": tmp_path / "pretrained.pt",
+        "data.workers": 1,
+        "loss.deep_supervision": 1,
+        "optimization.ema": 0.5,
+        **{f"architecture.{name}": 0.2 for name in ("drop_rate", "attn_drop_rate", "dropout_path_rate")},
+    }
+    command = arguments(datalist, tmp_path / "run", **options)
     losses, calls = Segmentation.losses, []
 
     def interrupted(*given):
@@ -89,6 +91,10 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
     assert "step-00000003.pt" in said
 
     best, last = checkpoints.read(tmp_path / "run" / "best.pt"), final(tmp_path / "run")
+    assert cli.main(arguments(datalist, tmp_path / "whole", **options)) == 0
+    whole = final(tmp_path / "whole")
+    for key in ("model", "ema", "progress", "training"):
+        assert checkpoints.checksum(last[key]) == checkpoints.checksum(whole[key])
     assert set(last) == set(best) | {"training"}
     assert best["kind"] == "train"
     assert best["labels"] == {"classes": {"organ": [1], "tumour": [2]}, "overlapping": False}
@@ -215,6 +221,15 @@ def test_an_infinite_gradient_of_a_finite_loss_is_an_error(tmp_path):
         loop(tmp_path, Steep(noisy=False)).run()
 
 
+def test_a_loss_that_is_not_finite_is_no_step_for_the_scaler_to_skip(tmp_path):
+    class Bad(Toy):
+        def losses(self, network, batch, random):
+            return {"loss": super().losses(network, batch, random)["loss"] * math.nan}
+
+    with pytest.raises(FloatingPointError, match="step 1: loss nan"):
+        loop(tmp_path, Bad(), precision="fp16").run()
+
+
 def test_learning_rate_rises_and_falls():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = warm_up_and_cosine(optimizer, 100, 0.1)
@@ -245,6 +260,15 @@ def test_epochs_are_steps():
 
 
 # --- validation ---
+
+
+def test_validation_does_not_move_training(tmp_path):
+    """It may draw random numbers; dropout in training does not see it."""
+    for every in (1, 6):
+        schedule = Schedule(steps=6, validate_every=every, checkpoint_every=6)
+        assert loop(tmp_path / str(every), schedule=schedule).run()
+    often, once = (final(tmp_path / str(every)) for every in (1, 6))
+    assert checkpoints.checksum(often["model"]) == checkpoints.checksum(once["model"])
 
 
 def test_the_best_stays_and_patience_ends(tmp_path):

@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for GPUs that are not there, and reads the machine code.
 
 ``python -m tests.triton.compile_gate`` compiles `SUBJECTS` and writes `instruction_mix.csv`: registers, shared memory,
-spills, and what the hot loop executes per 1,000 scores (in warp instructions; code of the seam branch counted in).
+spills, and what the hot loop executes per 1,000 scores (in warp instructions, on the path that it takes most of the
+time).
 `test_compiled.py` holds new code against that file, so that a change of the mix shows in review.
 """
 
@@ -25,6 +26,8 @@ from triton.compiler import ASTSource
 from swin_kernels.backends.triton import bias, window_attention, window_partition
 from swin_kernels.backends.triton.tiles import Key, Tile, choose
 from swin_kernels.backends.triton.windows import Windows
+
+from .. import sass
 
 TABLE = Path(__file__).with_name("instruction_mix.csv")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -111,15 +114,6 @@ class Report:
         return self.kernel, self.architecture, self.variant
 
 
-KINDS = {
-    "tensor": r"HGMMA|HMMA|UTC\w*MMA",
-    "exp": r"MUFU\.EX2",
-    "fp32": r"FADD2?|FMUL2?|FFMA2?|FMNMX3?|FSEL|FSETP",
-    "shared": r"LDS|STS|LDSM|STSM",
-    "global_": r"LDG|STG|LDGSTS",
-}
-
-
 def compile_subject(subject: Subject):
     """The kernel compiled by Triton for an architecture that need not be present."""
     kernel = getattr(MODULES[subject.kernel], subject.kernel)
@@ -173,44 +167,33 @@ def compile_subject(subject: Subject):
     return triton.compile(source, target=GPUTarget("cuda", subject.architecture, 32), options=options)
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[str], dict[str, int]]:
-    """Resource usage, instructions, and the index of the instruction each label stands before."""
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[sass.Instruction]]:
+    """Resource usage and instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
+        usage, code = (
             subprocess.run([BINARIES / tool, *options, file.name], check=True, capture_output=True, text=True).stdout
             for tool, options in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
         )
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    instructions, labels = [], {}
-    for line in map(str.strip, sass.splitlines()):
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S.*?);", line):
-            instructions.append(instruction[1])
-    return resources, instructions, labels
+    return resources, sass.read(code)
 
 
-def _hot_loop(instructions: list[str], labels: dict[str, int], exponentials: int) -> list[str]:
-    """The shortest loop that has at least `exponentials` in it; empty if none."""
-    loops = []
-    for end, instruction in enumerate(instructions):
-        target = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction)
-        if target and labels.get(target[1], end + 1) <= end:
-            loops.append(instructions[labels[target[1]] : end + 1])
-    hot = [body for body in loops if sum(i.startswith("MUFU.EX2") for i in body) >= exponentials]
-    return min(hot, key=len, default=[])
+def _hot_loop(instructions: list[sass.Instruction], exponentials: int) -> list[sass.Instruction]:
+    """One turn of the shortest loop that has at least `exponentials` in it; empty if none."""
+    counts = {loop: sass.count([instructions[i] for i in loop], "MUFU.EX2") for loop in sass.loops(instructions)}
+    hot = min((loop for loop, count in counts.items() if count >= exponentials), key=len, default=None)
+    return [] if hot is None else [instructions[i] for i in sass.common_path(instructions, hot, "BAR", counts[hot])]
 
 
 def report(subject: Subject) -> Report:
     """Compile `subject` and read its machine code."""
     compiled = compile_subject(subject)
-    resources, instructions, labels = _disassemble(compiled.asm["cubin"])
-    spills = sum(i.startswith(("LDL", "STL")) for i in instructions)
+    resources, instructions = _disassemble(compiled.asm["cubin"])
     tile = subject.tile
-    loop = _hot_loop(instructions, labels, tile.rows * tile.columns // (32 * tile.warps))
-    counts = {kind: sum(bool(re.match(rf"(?:{pattern})\b", i)) for i in loop) for kind, pattern in KINDS.items()}
+    loop = _hot_loop(instructions, tile.rows * tile.columns // (32 * tile.warps))
+    counts = {kind: sass.count(loop, pattern) for kind, pattern in sass.KINDS.items()}
     # the rescaling of the forward adds an exponential or two a row; an unrolled loop has several tiles
     tiles = max(1, counts["exp"] * 32 * tile.warps // (tile.rows * tile.columns))
     scale = 1000 * tile.warps / (tile.rows * tile.columns * tiles)
@@ -225,7 +208,7 @@ def report(subject: Subject) -> Report:
         tile=f"{tile.rows}x{tile.columns} warps {tile.warps} stages {tile.stages}",
         registers=resources["REG"],
         shared_bytes=compiled.metadata.shared,
-        spills=spills,
+        spills=sass.count(instructions, "LDL|STL"),
         **{kind: round(count * scale) for kind, count in counts.items()},
         all=round(len(loop) * scale),
     )

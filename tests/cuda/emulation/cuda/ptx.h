@@ -77,6 +77,7 @@ SWIN_DEVICE float2 unpack(uint32_t packed) {
 
 SWIN_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31); }
 SWIN_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
+SWIN_DEVICE int kept(int value) { return value; }
 SWIN_DEVICE void block_barrier() { emulation::block_barrier(); }
 SWIN_DEVICE void warp_barrier() { emulation::warp_barrier(); }
 
@@ -176,32 +177,58 @@ SWIN_DEVICE float tensor_core_sum(float sum, const float* a, const float* b) {
   return static_cast<float>(std::bit_cast<double>(bits >> 29 << 29));  // the 24 bits of a float32
 }
 
-template <class T>
-SWIN_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+// D = A B + C with A (16, 8 Halves) and B (8 Halves, 8); a half is 8 columns of A.
+template <class T, int Halves>
+SWIN_DEVICE void multiply(const char* name, float (&d)[4], const uint32_t* a, const uint32_t* b, const float (&c)[4]) {
   struct Factors {
-    uint32_t a[4], b[2];
-  };
-  const Factors* const all = gather("mma_m16n8k16", Factors{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+    uint32_t a[2 * Halves], b[Halves];
+  } mine;
+  std::copy_n(a, 2 * Halves, mine.a), std::copy_n(b, Halves, mine.b);
+  const Factors* const all = gather(name, mine);
   const int g = lane_index() / 4, t = lane_index() % 4;
   for (int i = 0; i < 4; ++i) {  // of D: row g + i / 2 * 8, column 2t + i % 2
-    float row[16], column[16];
-    for (int k = 0; k < 16; k += 2) {
-      const int lane = k % 8 / 2, half = k / 8;
-      const float2 left = unpack<T>(all[4 * g + lane].a[2 * half + i / 2]);
-      const float2 right = unpack<T>(all[4 * (2 * t + i % 2) + lane].b[half]);
-      row[k] = left.x, row[k + 1] = left.y, column[k] = right.x, column[k + 1] = right.y;
+    float sum = c[i];
+    for (int half = 0; half < Halves; ++half) {
+      float row[8], column[8];
+      for (int k = 0; k < 8; k += 2) {
+        const float2 left = unpack<T>(all[4 * g + k / 2].a[2 * half + i / 2]);
+        const float2 right = unpack<T>(all[4 * (2 * t + i % 2) + k / 2].b[half]);
+        row[k] = left.x, row[k + 1] = left.y, column[k] = right.x, column[k + 1] = right.y;
+      }
+      sum = tensor_core_sum(sum, row, column);
     }
-    d[i] = tensor_core_sum(tensor_core_sum(c[i], row, column), row + 8, column + 8);
+    d[i] = sum;
   }
 }
+template <class T>
+SWIN_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
+  const uint32_t b[2] = {b0, b1};
+  multiply<T, 2>("mma_m16n8k16", d, a, b, c);
+}
+template <class T>
+SWIN_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4]) {
+  multiply<T, 1>("mma_m16n8k8", d, a, &b, c);
+}
 
-// Subnormal arguments and results are zero; a relative error of up to 2^-22 as PTX grants it, drawn from the argument.
-SWIN_DEVICE float exp2_approx(float x) {
-  if (std::fabs(x) < 0x1p-126f) return 1.0f;
+// A number from -1 to 1 that is drawn from the argument, to err by.
+SWIN_DEVICE double drawn_from(float x) {
   const uint32_t hash = (bits_of(x) ^ bits_of(x) >> 15) * 0x9E3779B9u;
-  const double error = (static_cast<double>(hash) / 0x1p31 - 1) * 0x1p-22;
-  const auto y = static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + error));
-  return y < 0x1p-126f ? 0.0f : y;
+  return static_cast<double>(hash) / 0x1p31 - 1;
+}
+SWIN_DEVICE float flushed(double x) {
+  return std::fabs(static_cast<float>(x)) < 0x1p-126f ? 0.0f : static_cast<float>(x);
+}
+
+// Subnormal arguments and results are zero; errors are up to what PTX grants.
+SWIN_DEVICE float exp2_approx(float x) {
+  return x = flushed(x), x == 0 ? 1.0f : flushed(std::exp2(static_cast<double>(x)) * (1 + drawn_from(x) * 0x1p-22));
+}
+SWIN_DEVICE float log2_approx(float x) {
+  const double y = std::log2(static_cast<double>(flushed(x)));
+  return flushed(x == 1 ? 0 : y + drawn_from(x) * 0x1p-22 * (x > 0.5f && x < 2 ? 1 : y));
+}
+SWIN_DEVICE float reciprocal_approx(float x) {
+  return flushed(1 / static_cast<double>(flushed(x)) * (1 + drawn_from(x) * 0x1p-23));
 }
 
 }  // namespace swin
