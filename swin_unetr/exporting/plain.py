@@ -47,11 +47,11 @@ def plain_network(trained: Trained, example: torch.Tensor) -> Iterator[nn.Module
 def _regions(dims: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> torch.Tensor:
     """Region of every token of a padded volume of extents `dims`, by window: ``(nW, n)``, as in MONAI's `compute_mask`.
 
-    A shifted axis is cut at its last window and at the shift.
+    An axis is cut at its last window and at the shift. Where it is not shifted, neither cuts a window.
     """
     volume = torch.zeros(1, *dims, 1)
     for axis, (extent, width, step) in enumerate(zip(dims, window, shift, strict=True), start=1):
         position = torch.arange(extent)
-        region = (position >= extent - width).float() + (position >= extent - step).float() if step else 0.0 * position
+        region = (position >= extent - width).float() + (position >= extent - step).float()
         volume = 3 * volume + region.view([-1 if other == axis else 1 for other in range(volume.dim())])
     return swin_unetr.window_partition(volume, window)[..., 0]

@@ -72,7 +72,7 @@ class Trained:
             ),
             labels=Labels(**labels),
             preprocessing=Preprocessing(**preprocessing),
-            roi=tuple(description["roi"]),
+            roi=tuple(int(extent) for extent in description["roi"]),
             state={name: value.contiguous() for name, value in state.items()},
             averaged=averaged,
         )

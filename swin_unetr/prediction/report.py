@@ -26,6 +26,8 @@ COLOURS = (
 )  # fmt: skip
 """Of the classes in turn: the palettes of Okabe and Ito and of P. Tol, told apart by colour-blind readers too."""
 DARK = "#101418"
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+"""How files are written: names of files need not be UTF-8, and must not cost what has been computed."""
 NOTICE = "Research software, not a medical device: not for diagnosis or treatment."
 
 
@@ -65,7 +67,8 @@ def picture(image: np.ndarray, labels: np.ndarray, affine: np.ndarray, options: 
             mask = values == value
             if mask.any():
                 axes.imshow(tint(mask, colour, 0.3), aspect=aspect, interpolation="nearest")
-                axes.contour(mask, [0.5], colors=colour, linewidths=1.0)
+                if min(mask.shape) > 1:  # a volume of one slice is a line in two of the planes
+                    axes.contour(mask, [0.5], colors=colour, linewidths=1.0)
     return _png(figure)
 
 
@@ -116,7 +119,7 @@ def _colours(options: Labels) -> list[str]:
 
 def write_tables(cases: Sequence[Case], folder: Path) -> None:
     """volumes.csv, one line a case and class, and volumes.json, which has the warnings too."""
-    with (folder / "volumes.csv").open("w", newline="") as file:
+    with (folder / "volumes.csv").open("w", newline="", **TEXT) as file:
         table = csv.writer(file)
         table.writerow(["case", "class", "millilitres", "mean", "std", "voxels", "cut"])
         for case in cases:
@@ -200,7 +203,7 @@ def write(
     parts += [_case(case, options) for case in cases]
     rows = "".join(f"<tr><td>{_e(name)}</td><td>{_e(value)}</td></tr>" for name, value in how.items())
     parts.append(f"<section><h2>How it was made</h2><table class=how>{rows}</table></section></main></html>")
-    path.write_text("\n".join(parts))
+    path.write_text("\n".join(parts), **TEXT)
 
 
 def _case(case: Case, options: Labels) -> str:

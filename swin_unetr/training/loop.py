@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ import torch
 import torch.nn as nn
 from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import checkpoints, distributed
 from . import state
 from .interruption import Interruption
+from .learning_rate import warm_up_and_cosine
 from .log import Log
 from .options import Optimization, Schedule
 from .progress import ProgressLine, peak_memory_gib
@@ -31,25 +31,6 @@ from .task import Batches, Task
 
 BEST = "best.pt"
 """File in a run's folder: the best weights so far, for prediction."""
-
-
-@dataclass
-class Position:
-    """Where a run is.
-
-    Attributes:
-        step: steps of the optimizer that are done.
-        validated: step of the last validation.
-        best: step and figure of the best validation; None before the first.
-        stale: validations since the best one.
-        skipped: steps that fp16 skipped because gradients overflowed.
-    """
-
-    step: int = 0
-    validated: int = 0
-    best: dict[str, Any] | None = None
-    stale: int = 0
-    skipped: int = 0
 
 
 class Loop:
@@ -80,7 +61,7 @@ class Loop:
         self.out, self.device, self.seed, self.facts = out, device, seed, dict(facts or {})
         self.console = console or Console(quiet=not distributed.is_first())
         self.steps = schedule.total(batches.batches_per_epoch, optimization.accumulation)
-        self.position = Position()
+        self.position = state.Position()
 
         network, core = task.network.to(device), task.core
         self.ema = None
@@ -109,8 +90,11 @@ class Loop:
     def epoch(self) -> int:
         return self.position.step * self.optimization.accumulation // self.batches.batches_per_epoch
 
-    def run(self) -> bool:
+    def run(self, interruption: Interruption | None = None) -> bool:
         """Train to the end; returns whether it was reached: False if a signal asked to stop, and all is saved.
+
+        Args:
+            interruption: what says so, if its context is to outlast the training.
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite.
@@ -119,7 +103,7 @@ class Loop:
         """
         saved = self.position.step
         with ExitStack() as stack:
-            interruption = stack.enter_context(Interruption())
+            interruption = interruption or stack.enter_context(Interruption())
             log = None
             if distributed.is_first():
                 log = stack.enter_context(closing(Log(self.out, self.position.step)))
@@ -305,7 +289,7 @@ class Loop:
         Raises:
             NotSaved: on every rank, if rank 0 could not write.
         """
-        core, heads = self._weights()
+        core, heads = state.core_and_heads(self.task.network, self.task.core)
         content = self._content(core) | {
             "training": {
                 "heads": heads,
@@ -327,17 +311,15 @@ class Loop:
     def restore(self, content: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's `content`, which every rank has."""
         training = content["training"]
-        prefix = self._prefix()
-        network = {f"{prefix}{name}": value for name, value in content["model"].items()} | training["heads"]
         state.set_optimizer_state(self.task.network, self.optimizer, training["optimizer"])
-        state.set_weights(self.task.network, network)
+        state.set_core_and_heads(self.task.network, self.task.core, content["model"], training["heads"])
         self.scheduler.load_state_dict(training["scheduler"])
         self.scaler.load_state_dict(training["scaler"])
         if self.ema is not None:
             state.set_weights(self.ema.module, content["ema"])
             self.ema.n_averaged.fill_(training["averaged"])
         progress = {name: value for name, value in content["progress"].items() if name != "epoch"}
-        self.position = Position(**progress)
+        self.position = state.Position(**progress)
         self.facts["provenance"] = content["provenance"]
         if len(training["random"]) == distributed.ranks():
             state.set_random_state(training["random"][distributed.rank()], self.device)
@@ -350,7 +332,7 @@ class Loop:
             )
 
     def _save_best(self) -> None:
-        content = self._content(self._weights()[0])
+        content = self._content(state.weights(self.task.core))
         distributed.first(lambda: checkpoints.write(self.out / BEST, content))
 
     def _content(self, core: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -364,29 +346,3 @@ class Loop:
             "ema": None if self.ema is None else state.weights(self.ema.module),
             "progress": asdict(self.position) | {"epoch": self.epoch},
         }
-
-    def _weights(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Of the task's core by its own names, and of what else is trained; called on all ranks."""
-        prefix = self._prefix()
-        core, heads = {}, {}
-        for name, value in state.weights(self.task.network).items():
-            if name.startswith(prefix):
-                core[name.removeprefix(prefix)] = value
-            else:
-                heads[name] = value
-        return core, heads
-
-    def _prefix(self) -> str:
-        """What names of the core's parameters begin with in the network."""
-        name = next(name for name, module in self.task.network.named_modules() if module is self.task.core)
-        return f"{name}." if name else ""
-
-
-def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> LRScheduler:
-    """The learning rate rises linearly over a part `warm_up` of all `steps`, then falls to 0 as a cosine."""
-    rising = round(warm_up * steps)
-    falling = CosineAnnealingLR(optimizer, T_max=max(1, steps - rising))
-    if not rising:
-        return falling
-    linear = LinearLR(optimizer, start_factor=1 / (rising + 1), total_iters=rising)
-    return SequentialLR(optimizer, [linear, falling], milestones=[rising])

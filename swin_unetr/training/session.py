@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from os import environ
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ import swin_kernels
 from .. import distributed
 from ..pretrained import load_pretrained
 from . import resume, state
+from .interruption import Interruption
 from .loop import Loop
 from .options import Optimization, Schedule
 from .task import Batches, Task
@@ -63,17 +64,21 @@ def run(
     Raises:
         ValueError, OSError: options or input are bad, or the disk is full; on every rank.
     """
-    try:
-        with distributed.job(options.device) as device:
-            if not distributed.is_first():
-                console = Console(quiet=True)
-            return _run(command, options, open_dataset, make_task, device, console or Console())
-    except (FloatingPointError, distributed.RankLost) as error:
-        print(f"swin-unetr {command}: {error}", file=sys.stderr)
-        return 1
+    # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
+    with ExitStack() as until_said:
+        try:
+            with distributed.job(options.device) as device:
+                if not distributed.is_first():
+                    console = Console(quiet=True)
+                return _run(command, options, open_dataset, make_task, device, console or Console(), until_said)
+        except (FloatingPointError, distributed.RankLost) as error:
+            print(f"swin-unetr {command}: {error}", file=sys.stderr)
+            return 1
 
 
-def _run(command, options, open_dataset, make_task, device: torch.device, console: Console) -> int:
+def _run(
+    command, options, open_dataset, make_task, device: torch.device, console: Console, until_said: ExitStack
+) -> int:
     config = resume.plain(options)
     found = distributed.first(lambda: _prepare(command, options, config))
     for error in found.damaged if found else ():
@@ -98,7 +103,7 @@ def _run(command, options, open_dataset, make_task, device: torch.device, consol
         if found is not None:
             loop.restore(found.content)
             _say(console, f"goes on from {found.path}")
-        ended = loop.run()
+        ended = loop.run(until_said.enter_context(Interruption()))
     if not ended:
         return INTERRUPTED
     best = loop.position.best

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,26 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+
+@dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        step: steps of the optimizer that are done.
+        validated: step of the last validation.
+        best: step and figure of the best validation; None before the first.
+        stale: validations since the best one.
+        skipped: steps that fp16 skipped because gradients overflowed.
+    """
+
+    step: int = 0
+    validated: int = 0
+    best: dict[str, Any] | None = None
+    stale: int = 0
+    skipped: int = 0
+
+
 _ON_FIRST_RANK = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -30,6 +51,29 @@ def weights(network: nn.Module) -> dict[str, torch.Tensor]:
 def set_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load what `weights` gave, which every rank has whole."""
     set_model_state_dict(network, dict(state), options=_WHOLE)
+
+
+def core_and_heads(network: nn.Module, core: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The `weights` of `core`, a module in `network` or `network` itself, by its own names; and what else there is."""
+    prefix = _prefix(network, core)
+    parts: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
+    for name, value in weights(network).items():
+        parts[not name.startswith(prefix)][name.removeprefix(prefix)] = value
+    return parts
+
+
+def set_core_and_heads(
+    network: nn.Module, core: nn.Module, of_core: Mapping[str, torch.Tensor], of_heads: Mapping[str, torch.Tensor]
+) -> None:
+    """Load what `core_and_heads` gave, which every rank has whole."""
+    prefix = _prefix(network, core)
+    set_weights(network, {f"{prefix}{name}": value for name, value in of_core.items()} | of_heads)
+
+
+def _prefix(network: nn.Module, core: nn.Module) -> str:
+    """What names of the core's parameters begin with in the network."""
+    name = next(name for name, module in network.named_modules() if module is core)
+    return f"{name}." if name else ""
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:

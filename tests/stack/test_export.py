@@ -268,6 +268,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
         ({"kind": "pretrain"}, {}, "is of kind 'pretrain'; accepted is 'train'"),
         ({"ema": {"a": torch.zeros(1)}}, {}, "does not describe its own weights"),
         ({"labels": {"classes": {}}}, {}, "does not describe its own weights"),
+        ({"roi": ["wide", 32, 32]}, {}, "does not describe its own weights"),
         ({}, {"shape": (64, 32)}, r"shape is \(64, 32\); accepted are 3 multiples of 32"),
         ({}, {"shape": (64, 32, 48)}, "accepted are 3 multiples of 32"),
         ({}, {"shape": (32, 32, 32)}, "at least one of them 64"),

@@ -105,3 +105,18 @@ def test_no_cell_is_a_formula(tmp_path):
     rows = list(csv.reader((tmp_path / "volumes.csv").open()))
     assert rows[1][0] == "'=HYPERLINK(1)"
     assert float(rows[1][2]) == pytest.approx(24.32)
+
+
+def test_a_single_slice_has_a_picture():
+    flat, one = np.zeros((40, 61, 1), np.uint8), image((40, 61, 2))[..., :1]
+    flat[5:20, 5:20] = 1
+    pixels = Image.open(io.BytesIO(base64.b64decode(report.picture(one, flat, affine(), ORGANS))))
+    assert np.asarray(pixels.convert("RGB")).std() > 5
+
+
+def test_a_name_that_is_not_utf8_costs_no_results(tmp_path):
+    name = b"case\xff".decode("utf-8", "surrogateescape")
+    report.write_tables([case(name)], tmp_path)
+    report.write([case(name)], {name: "damaged"}, {"input": name}, ORGANS, tmp_path / "r.html")
+    for file in ("volumes.csv", "volumes.json", "r.html"):
+        assert "case\\udcff" in (tmp_path / file).read_text(encoding="utf-8")
