@@ -41,6 +41,8 @@ def contract_cases() -> list[Case]:
     ]
     taken += [replace(BASE, name=f"head_dim {d}", head_dim=d) for d in HEAD_DIMS]
     taken += [Case(f"head_dim {d} 2d", (9, 14), (7, 7), (3, 3), head_dim=d, batch=2) for d in HEAD_DIMS]
+    # Windows that end just before, at and just behind what a step of the forward or a warp of the backward takes.
+    taken += [Case(f"{n} tokens", (1, n), (1, n), heads=1, head_dim=16) for n in (31, 32, 33, 47, 48, 49, 63)]
     # More keys than a block of the backward takes at a time: gradients of q are carried from block to block.
     taken += [Case("several blocks of keys", (13, 12), (12, 12), (6, 0), heads=1, head_dim=64)]
     if os.environ.get("SWIN_EMULATION") == "sanitized":  # slower by far
