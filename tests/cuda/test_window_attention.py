@@ -89,6 +89,60 @@ def test_contract(case, dtype):
     check(case, dtype)
 
 
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY], ids=str)
+@pytest.mark.parametrize("place", ["q", "k", "v", "pad_qkv", "bias_table"])
+def test_not_finite(place, value, dtype):
+    """What is not a number stays none where it is none in plain PyTorch, and nowhere else; nor does infinity spread."""
+    case = Case("not finite", (9, 6), (7, 7), (3, 3), heads=2, head_dim=8, batch=2)
+    inputs = make_inputs(case, dtype)
+    with torch.no_grad():
+        if place in "qkv":
+            inputs.qkv[1, 2, 3, "qkv".index(place) * 16 + 5] = value
+        elif place == "pad_qkv":
+            inputs.pad_qkv[2 * 16 + 5] = value  # v of padding tokens
+        else:
+            inputs.bias_table[40, 1] = value
+    out, _ = emulated.forward(case, inputs)
+    expected_out, _ = plain_attention(inputs.qkv, inputs.bias_table, inputs.pad_qkv, case)
+    assert torch.equal(out.isfinite(), expected_out.isfinite())
+    finite = expected_out.isfinite()
+    assert finite.sum() > 0
+    torch.testing.assert_close(out[finite], expected_out.detach()[finite], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_of_minus_infinity(dtype):
+    """The first keys of a window may have none but such scores: the others have the weight then."""
+    case = Case("minus infinity", (1, 49), (1, 49), heads=1, head_dim=8)
+    inputs = make_inputs(case, dtype)
+    with torch.no_grad():
+        inputs.qkv[..., 0] = 1  # a channel of q
+        inputs.qkv[0, 0, :32, 8] = -INFINITY  # and of k
+    out, _ = emulated.forward(case, inputs)
+    expected_out, _ = plain_attention(inputs.qkv, inputs.bias_table, inputs.pad_qkv, case)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, expected_out.detach(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_scores(dtype):
+    """A bias that all pairs share changes nothing; against it, keys beyond the window would weigh infinitely much."""
+    case = Case("low scores", (1, 49), (1, 49), heads=1, head_dim=16, bias=0.0, batch=2)
+    results = []
+    for shift in (0, -200):
+        inputs = make_inputs(case, dtype)
+        with torch.no_grad():
+            inputs.bias_table.add_(shift)
+        out, lse = emulated.forward(case, inputs)
+        results.append([out, lse - shift, *emulated.backward(case, inputs, out, lse)])
+    for value, shifted in zip(*results, strict=True):
+        torch.testing.assert_close(shifted, value, rtol=0.02, atol=0.02)
+
+
 SHARED_MEMORY = {80: (163, 164), 89: (99, 100), 90: (227, 228)}
 """KiB that a block and a multiprocessor have, by compute capability."""
 
