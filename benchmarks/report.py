@@ -11,6 +11,10 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import gpu_report
+
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
 RESULTS = FOLDER / "results"
@@ -105,8 +109,8 @@ def section(result: dict, name: str) -> list[str]:
 
 def measured() -> str:
     """The generated part of the README."""
-    files = sorted(RESULTS.glob("*.json"))
-    if not files:
+    files, runs = sorted(RESULTS.glob("*.json")), sorted(path.parent for path in RESULTS.glob("gpu/*/gpu.json"))
+    if not files and not runs:
         return "No result file has been recorded yet; `make bench` measures your machine."
     lines = [
         "Medians of at least 5 rounds, variants in turn in one process; ratios are MONAI's cost divided by ours. No "
@@ -115,6 +119,8 @@ def measured() -> str:
     ]
     for file in files:
         lines += section(json.loads(file.read_text()), file.name)
+    for run in runs:
+        lines += gpu_report.section(run)
     return "\n".join(lines).rstrip()
 
 

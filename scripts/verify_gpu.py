@@ -7,9 +7,10 @@ four tools of compute-sanitizer over one small call; and for every measure the e
 is sound, the time beside the peers', variants in turn, and beside the floor that docs/cuda.md derives.
 
 ``OUT/gpu.json`` and ``OUT/gpu.csv`` (with ``--part``, of that name) are written again after every row, so that a run
-that is cut off leaves what it found. A part ends within its `BUDGETS` seconds, printed first: what no longer fits is
-recorded as skipped. Exit status 0 means that everything ran and was correct. ``--dry-run`` walks the same plan with
-tiny shapes on the CPU, to test this script; its files say so and hold no times.
+that is cut off leaves what it found. ``OUT/preference.txt`` has the calls that Triton's kernels ran faster than the
+CUDA ones, as lines for `swin_kernels.backends.cuda.preference.MEASURED`. A part ends within its `BUDGETS` seconds,
+printed first: what no longer fits is recorded as skipped. Exit status 0 means that everything ran and was correct.
+``--dry-run`` walks the same plan with tiny shapes on the CPU, to test this script; its files say so and hold no times.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ import torch.nn.functional as F  # noqa: E402
 import swin_kernels  # noqa: E402
 from swin_kernels import geometry, window_partition, window_reverse  # noqa: E402
 from swin_kernels.backends import ORDER, Call, decline_reason, load, use_backend  # noqa: E402
+from swin_kernels.backends.cuda import preference  # noqa: E402
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER = 60  # seconds for each of them
@@ -93,6 +95,9 @@ SHAPES = (
     Shape(96, 3),
     Shape(96, 4),
     Shape(128, 1),
+    Shape(128, 2),
+    Shape(128, 3),
+    Shape(128, 4),
     Shape(96, 1, feature_size=24),
 )
 DRY_SHAPES = (Shape(16, 1, feature_size=12, window=(3, 3, 3)),)
@@ -143,7 +148,9 @@ class Result:
 
     @property
     def sound(self) -> bool:
-        return bool(self.rows) and all(row.status == "ok" for row in self.rows if row.variant == "ours")
+        """Whether every backend runs here, and everything of ours ran and was correct."""
+        own = [row for row in self.rows if row.variant == "ours" or row.measure == "backend"]
+        return bool(own) and all(row.status == "ok" for row in own)
 
 
 def output_of(*command: str) -> str:
@@ -167,6 +174,7 @@ def about(device: str) -> dict:
     return {
         "dry_run": not cuda,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "capability": list(torch.cuda.get_device_capability()) if cuda else None,
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else "none",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -270,12 +278,14 @@ def run_sanitizer(result: Result, clock: Clock, dry: bool) -> None:
 
 
 def small_call() -> None:
-    """Forward and backward, partition and reverse of one padded, shifted call: what the sanitizer watches."""
-    shape = Shape(32, 2, feature_size=24)
-    tensors = Inputs.of(shape, torch.bfloat16, "cuda")
-    gradients(lambda t: ours(shape, t), tensors)
-    windows = window_partition(tensors.qkv.detach(), shape.window, shape.shift)
-    window_reverse(windows, shape.window, shape.shift, shape.tokens)
+    """Every kernel once, on windows that are padded and shifted: what the sanitizer watches."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (8, 16, 32, 64):
+            shape = Shape(24, 1, feature_size=3 * head_dim, window=(5, 5, 5))
+            tensors = Inputs.of(shape, dtype, "cuda")
+            gradients(lambda t, shape=shape: ours(shape, t), tensors)
+            windows = window_partition(tensors.qkv.detach(), shape.window, shape.shift)
+            window_reverse(windows, shape.window, shape.shift, shape.tokens)
     torch.cuda.synchronize()
 
 
@@ -291,7 +301,7 @@ def floor_of(result: Result, shape: Shape, direction: str) -> float | None:
     if clock is None:
         return None
     scores = shape.grid.num_windows * shape.heads * shape.grid.tokens**2
-    exponentials = scores * (1 if direction == "forward" else 3)
+    exponentials = scores * {"forward": 1, "backward": 2, "forward + backward": 3}[direction]
     return exponentials / (16 * torch.cuda.get_device_properties(0).multi_processor_count * clock * 1e3)
 
 
@@ -338,6 +348,11 @@ def ours(shape: Shape, t: Inputs) -> torch.Tensor:
 def triton(shape: Shape, t: Inputs) -> torch.Tensor:
     """The same call on the Triton kernels."""
     return swin_kernels.window_attention(t.qkv, t.table, shape.window, shape.shift, pad_qkv=t.pad, backend="triton")
+
+
+def cuda(shape: Shape, t: Inputs) -> torch.Tensor:
+    """The same call on the CUDA kernels."""
+    return swin_kernels.window_attention(t.qkv, t.table, shape.window, shape.shift, pad_qkv=t.pad, backend="cuda")
 
 
 def plain(shape: Shape, t: Inputs) -> torch.Tensor:
@@ -424,6 +439,18 @@ def branch(core: Callable, weights: tuple[torch.Tensor, ...]) -> Callable:
     return run
 
 
+def backward_alone(call: Callable[[Inputs], torch.Tensor], t: Inputs) -> Callable[[], list[torch.Tensor]]:
+    """The gradients without the forward, which runs once."""
+    out: list[torch.Tensor] = []
+
+    def run() -> list[torch.Tensor]:
+        if not out:
+            out.append(call(t))
+        return list(torch.autograd.grad(out[0], t.leaves, t.grad, retain_graph=True))
+
+    return run
+
+
 def gradients(call: Callable[[Inputs], torch.Tensor], t: Inputs) -> list[torch.Tensor]:
     out = call(t)
     return [out.detach(), *torch.autograd.grad(out, t.leaves, t.grad)]
@@ -439,7 +466,10 @@ def relative_error(values: list[torch.Tensor], truth: list[torch.Tensor]) -> flo
 
 
 def times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, in turn, by CUDA events; the second-level cache is overwritten before each."""
+    """Milliseconds of each call, in turn, by CUDA events; the second-level cache is overwritten before each.
+
+    The GPU waits about a millisecond before it takes the time, so that launching does not count where it is faster.
+    """
     flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
     for call in calls.values():
         call()
@@ -450,6 +480,7 @@ def times(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, l
             break
         for name, call in calls.items():
             flush.zero_()
+            torch.cuda._sleep(2_000_000)
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -518,6 +549,8 @@ def attention_measures(result: Result, clock: Clock, device: str, dtype: torch.d
         peers = {"ours": ours, "plain PyTorch": plain, "SDPA": sdpa}
         if device == "cuda":
             peers["Triton"] = triton
+            if preference.MEASURED:  # ours may be Triton's then
+                peers["CUDA"] = cuda
         if shape == SHAPES[0]:  # it compiles for half a minute a shape and direction
             peers["FlexAttention"] = flex
         generator = torch.Generator().manual_seed(1)
@@ -527,30 +560,58 @@ def attention_measures(result: Result, clock: Clock, device: str, dtype: torch.d
         )
         t = Inputs.of(shape, dtype, device)
         wide = t.double()
-        for part, wrap in (("core", lambda core: core), ("branch", lambda core, w=weights: branch(core, w))):
-            for direction in ("forward", "forward + backward"):
+        parts = (
+            ("core", lambda core: core, ("forward", "backward", "forward + backward")),
+            ("branch", lambda core, w=weights: branch(core, w), ("forward", "forward + backward")),
+        )
+        for part, wrap, directions in parts:
+            for direction in directions:
                 measure = f"attention {part}, {direction}"
                 if clock.left < 25:
                     result.add(Row(measure, str(shape), "ours", "skipped: no time left"))
                     continue
 
-                def call(core, inputs, direction=direction, shape=shape):
+                def calls(core, inputs, direction=direction, shape=shape):
                     if direction == "forward":
-                        with torch.no_grad():
-                            return [core(shape, inputs)]
-                    return gradients(lambda x: core(shape, x), inputs)
+                        return torch.no_grad()(lambda: [core(shape, inputs)])
+                    if direction == "backward":
+                        return backward_alone(partial(core, shape), inputs)
+                    return lambda: gradients(partial(core, shape), inputs)
 
-                compare(
+                rows = compare(
                     result,
                     measure,
                     str(shape),
-                    {name: partial(call, wrap(core), t) for name, core in peers.items()},
-                    partial(call, wrap(plain), wide),
+                    {name: calls(wrap(core), t) for name, core in peers.items()},
+                    calls(wrap(plain), wide),
                     lambda errors: max(2 * errors.get("plain PyTorch", 0.0), 2 * torch.finfo(dtype).eps),
-                    min(3.0, clock.left / (4 * (len(shapes) - place) + 8)),
+                    min(3.0, clock.left / (5 * (len(shapes) - place) + 8)),
                     dry,
                     floor_of(result, shape, direction) if part == "core" else None,
                 )
+                if part == "core" and direction != "forward + backward":
+                    note_preference(result, shape, dtype, direction == "backward", rows)
+
+
+def note_preference(result: Result, shape: Shape, dtype: torch.dtype, backward: bool, rows: list[Row]) -> None:
+    """Where Triton's kernels are faster than the CUDA ones, a line for `preference.MEASURED`."""
+    times = {row.variant: row.p50 for row in rows if row.p50 is not None}
+    own, theirs = times.get("CUDA", times.get("ours")), times.get("Triton")
+    if own is None or theirs is None or own <= theirs:
+        return
+    line = preference.Measured(
+        capability=tuple(result.about["capability"]),
+        backward=backward,
+        dtype_bytes=dtype.itemsize,
+        head_dim=shape.channels // shape.heads,
+        tokens=(shape.grid.tokens, shape.grid.tokens),
+        backend="triton",
+        ours_ms=round(own, 4),
+        theirs_ms=round(theirs, 4),
+        source=f"{shape}, {result.about['device']}, commit {result.about['commit']}",
+    )
+    with (result.folder / "preference.txt").open("a") as file:
+        file.write(f"{line},\n")
 
 
 def partition_measures(result: Result, clock: Clock, device: str, dtype: torch.dtype, dry: bool) -> None:
@@ -663,6 +724,7 @@ def main() -> int:
     name = f"gpu_{arguments.part}" if arguments.part else "gpu"
     result = Result(arguments.out.resolve(), about(device), name)
     result.write()
+    (result.folder / "preference.txt").write_text("")
     dtype = torch.float32 if dry else torch.bfloat16
     call = Call("window_attention", device, dtype, 16, WINDOW)
     for backend in ORDER[device]:

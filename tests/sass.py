@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -27,8 +28,17 @@ class Instruction:
     conditional: bool = True
     target: int | None = None
 
+    @functools.cached_property
+    def operation(self) -> str:
+        return self.text.split(maxsplit=1)[0]
+
     def is_a(self, pattern: str) -> bool:
-        return re.match(rf"(?:{pattern})\b", self.text) is not None
+        return _matches(self.operation, pattern)
+
+
+@functools.cache  # a kernel has thousands of instructions and few operations
+def _matches(operation: str, pattern: str) -> bool:
+    return re.match(rf"(?:{pattern})\b", operation) is not None
 
 
 def read(sass: str) -> list[Instruction]:
@@ -71,20 +81,21 @@ def common_path(instructions: list[Instruction], loop: range, work: str, exponen
     What a turn seldom does (the mask of a seam, the last keys of a window, a new maximum) is behind branches and no
     `work`, a pattern of instructions. Loops within are taken once. Returns the places of the path's instructions.
     """
-    # best[i][e, w]: how the instruction at i is reached with e exponentials and work w: instructions so far, the one
-    # before, and its e and w
-    best: list[dict[tuple[int, int], tuple[int, int, tuple[int, int]]]] = [{} for _ in range(len(loop) + 1)]
-    best[0][0, 0] = (0, -1, (0, 0))
+    # best[i][e]: how the instruction at i is best reached with e exponentials: work, minus the instructions so far; and
+    # the one before with its e
+    best: list[dict[int, tuple[tuple[int, int], int, int]]] = [{} for _ in range(len(loop) + 1)]
+    best[0][0] = (0, 0), -1, 0
     for at, index in enumerate(loop):
         instruction = instructions[index]
         following = [at + 1] if instruction.conditional or at == len(loop) - 1 else []
         if instruction.target is not None and index < instruction.target <= loop[-1]:
             following.append(instruction.target - loop.start)
-        for done, (steps, _, _) in best[at].items():
-            now = done[0] + instruction.is_a(KINDS["exp"]), done[1] + instruction.is_a(work)
-            for place in following if now[0] <= exponentials else ():
-                if now not in best[place] or steps + 1 < best[place][now][0]:
-                    best[place][now] = (steps + 1, at, done)
+        does_work, is_exponential = instruction.is_a(work), instruction.is_a(KINDS["exp"])
+        for done, ((worked, steps), _, _) in best[at].items():
+            now, cost = done + is_exponential, (worked + does_work, steps - 1)
+            for place in following if now <= exponentials else ():
+                if now not in best[place] or cost > best[place][now][0]:
+                    best[place][now] = cost, at, done
     path, at, done = [], len(loop), max(best[-1])
     while at > 0:
         _, at, done = best[at][done]
@@ -97,8 +108,7 @@ def wavefronts(body: list[Instruction]) -> int:
     total = 0
     for instruction in body:
         if instruction.is_a("LDSM|STSM"):
-            total += int(instruction.text.split()[0][-1])
+            total += int(instruction.operation[-1])
         elif instruction.is_a("LDS|STS"):
-            operation = instruction.text.split()[0]
-            total += 4 if ".128" in operation else 2 if ".64" in operation else 1
+            total += 4 if ".128" in instruction.operation else 2 if ".64" in instruction.operation else 1
     return total

@@ -126,7 +126,10 @@ SWIN_DEVICE uint4 bias_tile(const Windows& call, int head, int row_tile, int col
       if (row >= call.n || column >= call.n) continue;
       const int down = call.rasters[row], across = call.rasters[column];
       value[i] = bias_of<T>(call, head, keys_down ? across : down, keys_down ? down : across);
-      value[i] = fmaxf(fminf(value[i], 65504.0f), -65504.0f);  // a bias beyond the range of float16 stays finite
+      // Beyond the range of float16 a bias stays finite, for the product has zeros beside the diagonal. That is as good
+      // as minus infinity; plus infinity makes a row NaN, as it does without a tile.
+      if (value[i] < -65504.0f) value[i] = -65504.0f;
+      if (value[i] > 65504.0f) value[i] = value[i] < kInfinity ? 65504.0f : value[i] - value[i];
     }
     words[word] = pack<Float16>(value[0], value[1]);
   }

@@ -38,6 +38,19 @@ def test_exp2_is_as_inaccurate_as_the_hardware():
     assert exp2(np.float32(128.5)) == np.inf
 
 
+def test_log2_and_reciprocal_are_as_inaccurate_as_the_hardware():
+    module, x = builds.load(), np.geomspace(2.0**-126, 2.0**126, 100_001, dtype=np.float32)
+    error = np.abs(module.reciprocal_approx(x) * x.astype(np.float64) - 1)
+    assert 2**-24 < error.max() < 2**-23 + 2**-24
+    truth = np.log2(x.astype(np.float64))
+    error = np.abs(module.log2_approx(x) - truth) / np.where((x > 0.5) & (x < 2), 1, np.abs(truth))
+    assert 2**-23 < error.max() < 2**-22 + 2**-24
+    assert module.log2_approx(np.float32(1)) == 0
+    assert module.log2_approx(np.float32(0)) == -np.inf
+    assert module.reciprocal_approx(np.float32(0)) == np.inf
+    assert module.reciprocal_approx(np.float32(np.inf)) == 0
+
+
 def pack(pairs: np.ndarray) -> np.ndarray:
     """Pairs of integers that bfloat16 holds exactly, as registers; the first in the lower half."""
     bits = pairs.astype(np.float32).view(np.uint32) >> 16
@@ -68,6 +81,24 @@ def test_fragments_of_mma():
         for i in range(4):
             found[lane // 4 if i < 2 else lane // 4 + 8, lane % 4 * 2 + (i & 1)] = result[lane, i]
     np.testing.assert_array_equal(found, a @ b + c)
+
+
+def test_fragments_of_mma_of_half_the_depth():
+    """The same formulas for m16n8k8."""
+    a = np.random.default_rng(0).integers(-8, 9, (16, 8)).astype(np.float16)
+    b = np.random.default_rng(1).integers(-8, 9, (8, 8)).astype(np.float16)
+    c = np.random.default_rng(2).integers(-8, 9, (16, 8)).astype(np.float32)
+    registers, result = np.zeros((32, 7), np.uint32), np.zeros((32, 4), np.float32)
+    for lane in range(32):
+        group, pair = lane // 4, slice(lane % 4 * 2, lane % 4 * 2 + 2)
+        for i, values in enumerate((a[group, pair], a[group + 8, pair], b[pair, group])):
+            registers[lane, i] = np.ascontiguousarray(values).view(np.uint32)[0]
+        registers[lane, 3:] = np.concatenate([c[group, pair], c[group + 8, pair]]).view(np.uint32)
+    builds.load().planted("mma_half", "none", registers, result)
+    expected = a.astype(np.float32) @ b.astype(np.float32) + c
+    for lane in range(32):
+        group, pair = lane // 4, slice(lane % 4 * 2, lane % 4 * 2 + 2)
+        np.testing.assert_array_equal(result[lane], np.concatenate([expected[group, pair], expected[group + 8, pair]]))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

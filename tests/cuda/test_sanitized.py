@@ -11,17 +11,22 @@ import sys
 
 from . import builds
 
+TESTS = ("test_contract", "test_forward_in_little_shared_memory", "test_partition_and_back", "test_empty_batch")
+"""Each way in which a kernel can reach beyond a tensor; the plain build has further shapes, devices and orders."""
+
 
 def test_contract():
     builds.build("sanitized")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=no"]
-        + [f"tests/cuda/test_window_{name}.py" for name in ("attention", "partition")],
+        + [f"tests/cuda/test_window_{name}.py" for name in ("attention", "partition")]
+        + ["-k", " or ".join(f"{name}[" if name == "test_contract" else name for name in TESTS)],
         env=builds.sanitizer_environment(),
         cwd=builds.ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed >= 56, done.stdout  # 13 cases in three dtypes or two, 6 cuts of the forward, partition of 12 grids
     assert "skipped" not in done.stdout

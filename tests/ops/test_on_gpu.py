@@ -25,6 +25,8 @@ PRODUCTION = (
     Case("96³ stage 4", (6, 6, 6), (7, 7, 7), (3, 3, 3), batch=2, heads=24, head_dim=16),
     Case("128³ stage 4", (8, 8, 8), (7, 7, 7), (3, 3, 3), heads=24, head_dim=16),
     Case("f24, 96³ stage 1", (48, 48, 48), (7, 7, 7), (3, 3, 3), heads=3, head_dim=8),
+    Case("head_dim 32", (24, 24, 24), (7, 7, 7), (3, 3, 3), batch=2, heads=3, head_dim=32),
+    Case("head_dim 64", (24, 24, 24), (7, 7, 7), (3, 3, 3), heads=3, head_dim=64),
     Case("head_dim 128", (9, 8, 7), (7, 7, 7), (3, 3, 3), heads=2, head_dim=128),
     Case("16³ window", (17, 16, 16), (16, 16, 16), (8, 0, 0), heads=1, head_dim=16),
 )

@@ -39,6 +39,7 @@ def test_dry_run(tmp_path):
         "window partition",
         "window reverse",
         *(f"attention {part}, {d}" for part in ("core", "branch") for d in ("forward", "forward + backward")),
+        "attention core, backward",
         "model, inference",
         "model, training step",
     }

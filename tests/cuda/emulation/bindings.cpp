@@ -198,4 +198,6 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("to_float16",
         py::vectorize([](float x) { return std::bit_cast<uint16_t>(swin::from_float<swin::Float16>(x)); }));
   m.def("exp2_approx", py::vectorize([](float x) { return swin::exp2_approx(x); }));
+  m.def("log2_approx", py::vectorize([](float x) { return swin::log2_approx(x); }));
+  m.def("reciprocal_approx", py::vectorize([](float x) { return swin::reciprocal_approx(x); }));
 }

@@ -112,6 +112,16 @@ __global__ void mma(const uint32_t* in, float* out) {
   for (int i = 0; i < 4; ++i) out[4 * lane_index() + i] = d[i];
 }
 
+// The same of half the depth in float16: for each lane 2 of A, 1 of B, 4 of C.
+__global__ void mma_half(const uint32_t* in, float* out) {
+  const uint32_t* const mine = in + 7 * lane_index();
+  const uint32_t a[2] = {mine[0], mine[1]};
+  const float c[4] = {float_of(mine[3]), float_of(mine[4]), float_of(mine[5]), float_of(mine[6])};
+  float d[4];
+  mma_m16n8k8<Float16>(d, a, mine[2], c);
+  for (int i = 0; i < 4; ++i) out[4 * lane_index() + i] = d[i];
+}
+
 // One ldmatrix of four 8 x 8 matrices; `out` holds registers.
 template <bool kTransposed>
 __global__ void ldmatrix(const uint32_t* in, float* out) {
@@ -162,6 +172,7 @@ const Planted<BFloat16> kProducts[] = {
 };
 const Planted<uint32_t> kInstructions[] = {
     {"mma", "none", mma},
+    {"mma_half", "none", mma_half},
     {"ldmatrix", "none", ldmatrix<false>},
     {"ldmatrix", "transposed", ldmatrix<true>},
 };

@@ -224,8 +224,8 @@ SWIN_DEVICE float exp2_approx(float x) {
   return x = flushed(x), x == 0 ? 1.0f : flushed(std::exp2(static_cast<double>(x)) * (1 + drawn_from(x) * 0x1p-22));
 }
 SWIN_DEVICE float log2_approx(float x) {
-  const double y = std::log2(static_cast<double>(flushed(x)));
-  return flushed(x == 1 ? 0 : y + drawn_from(x) * 0x1p-22 * (x > 0.5f && x < 2 ? 1 : y));
+  const double y = std::log2(static_cast<double>(flushed(x))), error = drawn_from(x) * 0x1p-22;
+  return x == 1 ? 0.0f : flushed(x > 0.5f && x < 2 ? y + error : y * (1 + error));
 }
 SWIN_DEVICE float reciprocal_approx(float x) {
   return flushed(1 / static_cast<double>(flushed(x)) * (1 + drawn_from(x) * 0x1p-23));
