@@ -88,7 +88,7 @@ class WindowAttention(nn.Module):
         """
         dropout_p = self.attn_drop.p if self.training else 0.0
         table = self.relative_position_bias_table
-        if dropout_p == 0 and not torch.is_grad_enabled() and _is_plain(self.qkv, nn.Linear):
+        if dropout_p == 0 and _is_plain(self.qkv, nn.Linear):
             affine = {}
             if _is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
                 affine = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
@@ -115,7 +115,9 @@ class WindowAttention(nn.Module):
 
 def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether `module` does what its class says and no more: no subclass (as adapters bring), no hooks."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _init_bias_table(table: torch.Tensor) -> None:

@@ -83,7 +83,7 @@ void attention_backward(const BackwardCall& call, const WindowChunk* chunks, int
 }
 
 // A vector must not lie in two heads.
-bool projects(const AttentionCall& call) {
+bool projects(const AttentionCall& call, bool) {
   return call.type == ElementType::kFloat32 && call.bias_type == ElementType::kFloat32 && call.dropout_p == 0 &&
          (call.head_dim == 8 || call.head_dim == 16 || call.head_dim == 32) && call.head_dim % kLanes<float> == 0 &&
          call.heads * call.head_dim <= kMostProjectedChannels && call.heads * call.head_dim % kPanel == 0;
@@ -98,18 +98,20 @@ auto dispatch_projected(const AttentionCall& call, const F& f) {
   }
 }
 
+template <template <int> class Worker, class ProjectedCall>
 struct ProjectedScratch {
-  const ProjectedForwardCall& call;
+  const ProjectedCall& call;
   template <int kHeadDim>
   size_t operator()() const {
     Arena arena(nullptr);
-    ProjectedForwardWorker<kHeadDim>(call, arena);
+    Worker<kHeadDim>(call, arena);
     return arena.used();
   }
 };
 
-struct ProjectedForward {
-  const ProjectedForwardCall& call;
+template <template <int> class Worker, class ProjectedCall>
+struct ProjectedRun {
+  const ProjectedCall& call;
   const WindowChunk* chunks;
   int64_t count;
   void* scratch;
@@ -117,15 +119,19 @@ struct ProjectedForward {
   template <int kHeadDim>
   void operator()() const {
     Arena arena(scratch);
-    ProjectedForwardWorker<kHeadDim>(call, arena).run(chunks, count, next);
+    Worker<kHeadDim>(call, arena).run(chunks, count, next);
   }
 };
 
-size_t projected_scratch(const ProjectedForwardCall& call) { return dispatch_projected(call, ProjectedScratch{call}); }
+template <template <int> class Worker, class ProjectedCall>
+size_t projected_scratch(const ProjectedCall& call) {
+  return dispatch_projected(call, ProjectedScratch<Worker, ProjectedCall>{call});
+}
 
-void projected_forward(const ProjectedForwardCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
-                       WorkCounter& next) {
-  dispatch_projected(call, ProjectedForward{call, chunks, count, scratch, next});
+template <template <int> class Worker, class ProjectedCall>
+void run_projected(const ProjectedCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
+                   WorkCounter& next) {
+  dispatch_projected(call, ProjectedRun<Worker, ProjectedCall>{call, chunks, count, scratch, next});
 }
 
 // One item is one head: its column of the bias table as window_attention.h describes it.
@@ -156,10 +162,10 @@ void prepare_bias(const AttentionCall& call, WorkCounter& next) {
   }
 }
 
-// One item is one head: partial sums of its chunks, in their order, onto the outputs.
+// Partial bias gradients of a head's chunks, in their order, onto the table.
 template <class T>
-void reduce_head(const BackwardCall& call, const WindowChunk* chunks, int64_t count, int64_t head) {
-  const int64_t length = bias_table_length(call.plan->grid), head_dim = call.head_dim;
+void reduce_bias(const BackwardCall& call, const WindowChunk* chunks, int64_t count, int64_t head) {
+  const int64_t length = bias_table_length(call.plan->grid);
   T* sums = static_cast<T*>(call.bias_sums) + head * length;
   for (int64_t i = 0; i < length; ++i) sums[i] = 0;
   for (int64_t c = 0; c < count; ++c) {
@@ -169,7 +175,12 @@ void reduce_head(const BackwardCall& call, const WindowChunk* chunks, int64_t co
   }
   for (int64_t i = 0; i < length; ++i)
     store_row(sums + i, T(1), call.bias_type, 1, at(call.grad_bias_table, call.bias_type, i * call.heads + head));
+}
 
+// The same of what padding tokens carry.
+template <class T>
+void reduce_padding(const BackwardCall& call, const WindowChunk* chunks, int64_t count, int64_t head) {
+  const int64_t head_dim = call.head_dim;
   const T zero = 0;
   for (int64_t d = 0; d < head_dim; ++d) {
     T grad_key = 0, grad_value = 0;
@@ -186,21 +197,50 @@ void reduce_head(const BackwardCall& call, const WindowChunk* chunks, int64_t co
   }
 }
 
+// One item is one head.
 void reduce_gradients(const BackwardCall& call, const WindowChunk* chunks, int64_t count, WorkCounter& next) {
   for (int64_t head; (head = next.fetch_add(1)) < call.heads;) {
-    if (call.type == ElementType::kFloat64)
-      reduce_head<double>(call, chunks, count, head);
-    else
-      reduce_head<float>(call, chunks, count, head);
+    if (call.type == ElementType::kFloat64) {
+      reduce_bias<double>(call, chunks, count, head);
+      reduce_padding<double>(call, chunks, count, head);
+    } else {
+      reduce_bias<float>(call, chunks, count, head);
+      reduce_padding<float>(call, chunks, count, head);
+    }
+  }
+}
+
+// One item is one head, and one more the projection.
+void reduce_projected_gradients(const ProjectedBackwardCall& call, const WindowChunk* chunks, int64_t count,
+                                WorkCounter& next) {
+  for (int64_t head; (head = next.fetch_add(1)) <= call.heads;) {
+    if (head < call.heads) {
+      reduce_bias<float>(call, chunks, count, head);
+      continue;
+    }
+    const int64_t parameters = projection_parameters(call.heads * call.head_dim);
+    for (int64_t i = 0; i < parameters; ++i) call.grad_projection[i] = 0;
+    for (int64_t item = 0; item < count / call.heads; ++item)
+      for (int64_t i = 0; i < parameters; ++i)
+        call.grad_projection[i] += call.projection_partials[item * parameters + i];
   }
 }
 
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {SWIN_NAME(SWIN_ISA), attention_scratch, prepare_bias, attention_forward,
-                             attention_backward,  reduce_gradients,  projects,     projected_scratch,
-                             projected_forward};
+const KernelTable kernels = {SWIN_NAME(SWIN_ISA),
+                             attention_scratch,
+                             prepare_bias,
+                             attention_forward,
+                             attention_backward,
+                             reduce_gradients,
+                             projects,
+                             projected_scratch<ProjectedForwardWorker>,
+                             run_projected<ProjectedForwardWorker>,
+                             projected_scratch<ProjectedBackwardWorker>,
+                             run_projected<ProjectedBackwardWorker>,
+                             reduce_projected_gradients};
 
 }  // namespace SWIN_ISA
 }  // namespace swin

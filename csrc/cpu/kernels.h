@@ -36,11 +36,11 @@ SWIN_INLINE int64_t bias_stride(const WindowGrid& grid) { return (bias_table_len
 
 struct ForwardCall : AttentionCall {
   void* out;  // (B, *S, C)
-  void* lse;  // (B, *S, heads) accumulate, natural logarithm; null in a projected call
+  void* lse;  // (B, *S, heads) accumulate, natural logarithm; null where a projected call needs no gradient
 };
 
-// The forward of qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32.
-struct ProjectedForwardCall : ForwardCall {
+// qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32.
+struct ProjectionInputs {
   const float* x;            // (B, *S, C)
   bool normalize;            // else x is taken as it is
   const float* norm_weight;  // (C,) or null for ones
@@ -49,6 +49,8 @@ struct ProjectedForwardCall : ForwardCall {
   const float* weight;  // (3C, C)
   const float* bias;    // (3C,) or null for zeros
 };
+
+struct ProjectedForwardCall : ForwardCall, ProjectionInputs {};
 
 struct BackwardCall : AttentionCall {
   const void* grad_out;   // (B, *S, C)
@@ -60,6 +62,16 @@ struct BackwardCall : AttentionCall {
   void* bias_partials;    // (chunks, prod(2w - 1)) accumulate
   void* bias_sums;        // (heads, prod(2w - 1)) accumulate
   void* pad_partials;     // (chunks, 2, head_dim) accumulate: keys, values
+};
+
+// Gradients of the parameters of a projection, one after the other: weight (3C, C), bias (3C,), and the layer norm's
+// weight and bias (C,).
+SWIN_INLINE int64_t projection_parameters(int64_t channels) { return (3 * channels + 5) * channels; }
+
+struct ProjectedBackwardCall : BackwardCall, ProjectionInputs {
+  float* grad_x;               // (B, *S, C)
+  float* grad_projection;      // (projection_parameters,)
+  float* projection_partials;  // (chunks / heads, projection_parameters)
 };
 
 struct PartitionCall {
@@ -85,11 +97,16 @@ struct KernelTable {
   void (*attention_forward)(const ForwardCall&, const WindowChunk*, int64_t chunks, void* scratch, WorkCounter&);
   void (*attention_backward)(const BackwardCall&, const WindowChunk*, int64_t chunks, void* scratch, WorkCounter&);
   void (*reduce_gradients)(const BackwardCall&, const WindowChunk*, int64_t chunks, WorkCounter&);
-  // The projected forward; null in builds that have none.
-  bool (*projects)(const AttentionCall&);
-  size_t (*projected_scratch)(const ProjectedForwardCall&);
+  // With the projection inside; an item of work is a group of windows with all their heads, which lie side by side
+  // among the chunks.
+  bool (*projects)(const AttentionCall&, bool backward);
+  size_t (*projected_forward_scratch)(const ProjectedForwardCall&);
   void (*projected_forward)(const ProjectedForwardCall&, const WindowChunk*, int64_t chunks, void* scratch,
                             WorkCounter&);
+  size_t (*projected_backward_scratch)(const ProjectedBackwardCall&);
+  void (*projected_backward)(const ProjectedBackwardCall&, const WindowChunk*, int64_t chunks, void* scratch,
+                             WorkCounter&);
+  void (*reduce_projected_gradients)(const ProjectedBackwardCall&, const WindowChunk*, int64_t chunks, WorkCounter&);
 };
 
 // The widest build this processor runs, or the one SWIN_KERNELS_ISA names; null and a message if it

@@ -46,10 +46,12 @@ bool projects_on_tiles(const AttentionCall& call) {
   return on_tiles(call) && call.heads * call.head_dim <= kMostChannels && call.bias_type == ElementType::kFloat32;
 }
 
-bool projects(const AttentionCall& call) { return projects_on_tiles(call) || avx512::kernels.projects(call); }
+bool projects(const AttentionCall& call, bool backward) {
+  return (!backward && projects_on_tiles(call)) || avx512::kernels.projects(call, backward);
+}
 
-size_t projected_scratch(const ProjectedForwardCall& call) {
-  if (!projects_on_tiles(call)) return avx512::kernels.projected_scratch(call);
+size_t projected_forward_scratch(const ProjectedForwardCall& call) {
+  if (!projects_on_tiles(call)) return avx512::kernels.projected_forward_scratch(call);
   Arena arena(nullptr);
   AmxForwardWorker(call, arena);
   return arena.used();
@@ -62,12 +64,35 @@ void projected_forward(const ProjectedForwardCall& call, const WindowChunk* chun
   AmxForwardWorker(call, arena).run(chunks, count, next);
 }
 
+size_t projected_backward_scratch(const ProjectedBackwardCall& call) {
+  return avx512::kernels.projected_backward_scratch(call);
+}
+
+void projected_backward(const ProjectedBackwardCall& call, const WindowChunk* chunks, int64_t count, void* scratch,
+                        WorkCounter& next) {
+  avx512::kernels.projected_backward(call, chunks, count, scratch, next);
+}
+
+void reduce_projected_gradients(const ProjectedBackwardCall& call, const WindowChunk* chunks, int64_t count,
+                                WorkCounter& next) {
+  avx512::kernels.reduce_projected_gradients(call, chunks, count, next);
+}
+
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {
-    "amx",    attention_scratch, prepare_bias,     attention_forward, attention_backward, reduce_gradients,
-    projects, projected_scratch, projected_forward};
+const KernelTable kernels = {"amx",
+                             attention_scratch,
+                             prepare_bias,
+                             attention_forward,
+                             attention_backward,
+                             reduce_gradients,
+                             projects,
+                             projected_forward_scratch,
+                             projected_forward,
+                             projected_backward_scratch,
+                             projected_backward,
+                             reduce_projected_gradients};
 
 }  // namespace amx
 }  // namespace swin

@@ -12,7 +12,8 @@ namespace SWIN_ISA {
 template <class T, int kHeadDim>
 class BackwardWorker {
  public:
-  BackwardWorker(const BackwardCall& call, Arena& arena)
+  // Holds the dense bias gradient of `heads` heads; that of the first is current.
+  BackwardWorker(const BackwardCall& call, Arena& arena, int64_t heads = 1)
       : call_(call),
         group_(call, arena),
         query_rows_(arena.take<T>(kRows * group_.width())),
@@ -22,7 +23,7 @@ class BackwardWorker {
         dropped_(arena.take<T>(kRows * group_.padded_tokens())),
         grad_scores_(arena.take<T>(kRows * group_.padded_tokens())),
         sums_(arena.take<T>(kRows * group_.width())),
-        grad_bias_(arena.take<T>(group_.tokens() * group_.padded_tokens())) {
+        grad_bias_(arena.take<T>(heads * grad_bias_size())) {
     for (WindowRows& rows : rows_) {
       rows.keys = arena.take<T>(group_.padded_tokens() * group_.width());
       rows.grad_keys = arena.take<T>(group_.padded_tokens() * group_.width());
@@ -34,16 +35,21 @@ class BackwardWorker {
     for (int64_t i; (i = next.fetch_add(1)) < count;) run_chunk(chunks[i], i);
   }
 
- private:
+ protected:
   struct WindowRows {
     T *keys, *grad_keys, *grad_values;  // (padded n, width)
+    T* grad_queries = nullptr;          // (n, 3C), or null: they are written to the call's grad_qkv
   };
+
+  static constexpr T kKeyFactor = static_cast<T>(kLn2);  // queries carry scale · log2 e
+
+  int64_t grad_bias_size() const { return group_.tokens() * group_.padded_tokens(); }
 
   void run_chunk(const WindowChunk& chunk, int64_t index) {
     group_.enter(chunk.pattern, chunk.head);
     T* pad_partial = static_cast<T*>(call_.pad_partials) + index * 2 * group_.head_dim();
     for (int64_t d = 0; d < 2 * group_.head_dim(); ++d) pad_partial[d] = 0;
-    for (int64_t i = 0; i < group_.tokens() * group_.padded_tokens(); ++i) grad_bias_[i] = 0;
+    for (int64_t i = 0; i < grad_bias_size(); ++i) grad_bias_[i] = 0;
     for (int64_t begin = chunk.begin; begin < chunk.end; begin += kGroup) {
       const int count = static_cast<int>(chunk.end - begin < kGroup ? chunk.end - begin : kGroup);
       differentiate(begin, count);
@@ -55,18 +61,27 @@ class BackwardWorker {
   void differentiate(int64_t begin, int count) {
     for (int g = 0; g < count; ++g) {
       GroupWindow<T>& window = group_.window(g);
-      const WindowRows& rows = rows_[g];
       group_.place(g, begin + g);
-      group_.pack(window, 1, window.keys, rows.keys);
+      group_.pack(window, 1, window.keys, rows_[g].keys);
       group_.pack(window, 2, window.values, nullptr);
+    }
+    differentiate_placed(count);
+  }
+
+  // Windows [0, count) of the group, whose tokens, keys (as panels and as rows) and values (as panels) are there.
+  void differentiate_placed(int count) {
+    for (int g = 0; g < count; ++g) {
+      const WindowRows& rows = rows_[g];
       for (int64_t i = 0; i < group_.padded_tokens() * group_.width(); ++i) rows.grad_keys[i] = rows.grad_values[i] = 0;
-      if (group_.pattern().region_count > 1) group_.bound(window, group_.padded_tokens() * group_.head_dim());
+      if (group_.pattern().region_count > 1) group_.bound(group_.window(g), group_.padded_tokens() * group_.head_dim());
     }
     const auto prefetch = [&](int64_t token) {
-      group_.prefetch_part(token, 0);
+      if (call_.qkv) {
+        group_.prefetch_part(token, 0);
+        group_.prefetch_row(call_.grad_qkv, token * 3 * group_.channels());
+      }
       group_.prefetch_row(call_.grad_out, token * group_.channels());
       group_.prefetch_row(call_.out, token * group_.channels());
-      group_.prefetch_row(call_.grad_qkv, token * 3 * group_.channels());
       __builtin_prefetch(static_cast<const T*>(call_.lse) + token * call_.heads);
     };
     group_.for_each_block(count, prefetch,
@@ -111,10 +126,13 @@ class BackwardWorker {
     score_gradients(window, queries, rows, delta, begin, end);
     scatter_rows(grad_scores_, stride, query_rows_, width, begin, end, window_rows.grad_keys);
     weighted_sum(grad_scores_, stride, window_rows.keys, width, begin, end, sums_);
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
+      const int64_t row = window_rows.grad_queries ? queries[r] : window.token[queries[r]];
+      const int64_t channel = row * 3 * group_.channels() + group_.head() * head_dim;
       store_row(
           sums_ + r * width, static_cast<T>(call_.scale), call_.type, head_dim,
-          at(call_.grad_qkv, call_.type, window.token[queries[r]] * 3 * group_.channels() + group_.head() * head_dim));
+          window_rows.grad_queries ? window_rows.grad_queries + channel : at(call_.grad_qkv, call_.type, channel));
+    }
   }
 
   // Queries (times scale · log2 e) and output gradients of a tile, the log-sum-exp in base 2 and δ of each.
@@ -175,17 +193,16 @@ class BackwardWorker {
 
   void store_key_value_gradients(int g, T* pad_partial) {
     const int64_t width = group_.width(), head_dim = group_.head_dim(), channels = group_.channels();
-    const T key_factor = static_cast<T>(kLn2);  // queries carry scale · log2 e
     for (int64_t i = 0; i < group_.tokens(); ++i) {
       const T *grad_key = rows_[g].grad_keys + i * width, *grad_value = rows_[g].grad_values + i * width;
       const int64_t token = group_.window(g).token[i];
       if (token >= 0) {
         const int64_t channel = token * 3 * channels + group_.head() * head_dim;
-        store_row(grad_key, key_factor, call_.type, head_dim, at(call_.grad_qkv, call_.type, channel + channels));
+        store_row(grad_key, kKeyFactor, call_.type, head_dim, at(call_.grad_qkv, call_.type, channel + channels));
         store_row(grad_value, T(1), call_.type, head_dim, at(call_.grad_qkv, call_.type, channel + 2 * channels));
       } else {
         for (int64_t d = 0; d < head_dim; ++d) {
-          pad_partial[d] += grad_key[d] * key_factor;
+          pad_partial[d] += grad_key[d] * kKeyFactor;
           pad_partial[head_dim + d] += grad_value[d];
         }
       }

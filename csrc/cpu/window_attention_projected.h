@@ -1,38 +1,42 @@
-// The forward of window attention with its projection inside, on vectors: qkv of a few windows stays in cache.
+// Window attention with its projection inside, on vectors: qkv of a few windows, and its gradient, stay in cache.
 #pragma once
 
 #include "projection.h"
+#include "projection_backward.h"
+#include "window_attention_backward.h"
 #include "window_attention_forward.h"
 
 namespace swin {
 namespace SWIN_ISA {
 
-// Where qkv of a group of windows stays in the second-level cache.
-constexpr int64_t kMostProjectedChannels = 64;
-
 template <int kHeadDim>
 class ProjectedForwardWorker : ForwardWorker<float, kHeadDim> {
   using Base = ForwardWorker<float, kHeadDim>;
-  using Base::call_, Base::group_;
+  using Base::group_;
 
  public:
-  ProjectedForwardWorker(const ProjectedForwardCall& call, Arena& arena) : Base(call, arena), projection_(call, arena) {
+  ProjectedForwardWorker(const ProjectedForwardCall& call, Arena& arena)
+      : Base(call, arena),
+        heads_(call.heads),
+        projection_(call, call, arena),
+        rows_(arena.take<float>(Projection::padded_rows(group_.padded_tokens()) * group_.channels())) {
     const int64_t part = group_.padded_tokens() * group_.channels();
     for (Parts& parts : parts_) parts = {arena.take<float>(part), arena.take<float>(part), arena.take<float>(part)};
   }
 
-  // An item of work is a group of windows with all their heads, which lie side by side among the chunks.
   void run(const WindowChunk* chunks, int64_t count, WorkCounter& next) {
     projection_.prepare();
-    for (int64_t i; (i = next.fetch_add(call_.heads)) < count;) {
+    for (int64_t i; (i = next.fetch_add(heads_)) < count;) {
       const int windows = static_cast<int>(chunks[i].end - chunks[i].begin);
       group_.enter(chunks[i].pattern, 0);
       for (int g = 0; g < windows; ++g) {
         group_.place(g, chunks[i].begin + g);
-        projection_.project(group_.window(g).token, group_.tokens(), parts_[g].queries, parts_[g].keys,
-                            parts_[g].values);
+        projection_.normalize(group_.window(g).token, group_.tokens(), rows_);
+        projection_.project(0, rows_, parts_[g].queries);
+        projection_.project_keys(rows_, parts_[g].keys);
+        projection_.project_by_head(2, rows_, parts_[g].values);
       }
-      for (int64_t head = 0; head < call_.heads; ++head) {
+      for (int64_t head = 0; head < heads_; ++head) {
         group_.enter(chunks[i].pattern, head);
         for (int g = 0; g < windows; ++g) take(g, head);
         Base::attend_placed(windows);
@@ -54,7 +58,119 @@ class ProjectedForwardWorker : ForwardWorker<float, kHeadDim> {
     window.values = parts_[g].values + part;
   }
 
+  const int64_t heads_;
   Projection projection_;
+  float* rows_;  // normalised, of one window
+  Parts parts_[kGroup];
+};
+
+template <int kHeadDim>
+class ProjectedBackwardWorker : BackwardWorker<float, kHeadDim> {
+  using Base = BackwardWorker<float, kHeadDim>;
+  using Base::grad_bias_, Base::group_;
+
+ public:
+  ProjectedBackwardWorker(const ProjectedBackwardCall& call, Arena& arena)
+      : Base(call, arena, call.heads),
+        call_(call),
+        projection_(call, call, arena),
+        projection_backward_(call, arena),
+        padded_rows_(Projection::padded_rows(group_.padded_tokens())),
+        first_grad_bias_(grad_bias_) {
+    const int64_t part = padded_rows_ * group_.channels();
+    for (Parts& parts : parts_)
+      parts = {arena.take<float>(part), arena.take<float>(part), arena.take<float>(part), arena.take<float>(part),
+               arena.take<float>(3 * part)};
+  }
+
+  void run(const WindowChunk* chunks, int64_t count, WorkCounter& next) {
+    projection_.prepare();
+    projection_backward_.prepare();
+    for (int64_t i; (i = next.fetch_add(call_.heads)) < count;) run_item(chunks[i], i);
+  }
+
+ private:
+  struct Parts {
+    float *rows, *queries, *keys, *values;  // normalised x, q (padded_rows, C); k, v by head
+    float* grad_qkv;                        // (padded_rows, 3C)
+  };
+
+  void run_item(const WindowChunk& chunk, int64_t index) {
+    const int64_t parameters = projection_parameters(group_.channels());
+    float* partial = call_.projection_partials + index / call_.heads * parameters;
+    for (int64_t i = 0; i < parameters; ++i) partial[i] = 0;
+    for (int64_t i = 0; i < call_.heads * Base::grad_bias_size(); ++i) first_grad_bias_[i] = 0;
+    for (int64_t begin = chunk.begin; begin < chunk.end; begin += kGroup) {
+      const int windows = static_cast<int>(chunk.end - begin < kGroup ? chunk.end - begin : kGroup);
+      group_.enter(chunk.pattern, 0);
+      for (int g = 0; g < windows; ++g) place(g, begin + g);
+      for (int64_t head = 0; head < call_.heads; ++head) {
+        enter(chunk.pattern, head);
+        for (int g = 0; g < windows; ++g) take(g, head);
+        Base::differentiate_placed(windows);
+        for (int g = 0; g < windows; ++g) keep_key_value_gradients(g, head);
+      }
+      for (int g = 0; g < windows; ++g)
+        projection_backward_.differentiate(group_.window(g).token, group_.tokens(), parts_[g].grad_qkv, parts_[g].rows,
+                                           partial);
+    }
+    for (int64_t head = 0; head < call_.heads; ++head) {
+      enter(chunk.pattern, head);
+      Base::gather_bias_gradient(index + head);
+    }
+  }
+
+  void enter(int64_t pattern, int64_t head) {
+    group_.enter(pattern, head);
+    grad_bias_ = first_grad_bias_ + head * Base::grad_bias_size();
+  }
+
+  // Window g of the group becomes number i of the pattern, and is projected.
+  void place(int g, int64_t i) {
+    const Parts& parts = parts_[g];
+    group_.place(g, i);
+    projection_.normalize(group_.window(g).token, group_.tokens(), parts.rows);
+    projection_.project(0, parts.rows, parts.queries);
+    projection_.project_by_head(1, parts.rows, parts.keys);
+    projection_.project_by_head(2, parts.rows, parts.values);
+    for (int64_t k = 0; k < 3 * padded_rows_ * group_.channels(); ++k) parts.grad_qkv[k] = 0;
+  }
+
+  void take(int g, int64_t head) {
+    GroupWindow<float>& window = group_.window(g);
+    const Parts& parts = parts_[g];
+    const int64_t part = head * group_.padded_tokens() * kHeadDim;
+    window.queries = parts.queries + head * kHeadDim;
+    window.query_stride = group_.channels();
+    Base::rows_[g].keys = parts.keys + part;
+    Base::rows_[g].grad_queries = parts.grad_qkv;
+    for (int64_t first = 0; first < group_.padded_tokens(); first += kPanel) {
+      const float *keys[kPanel], *values[kPanel];
+      for (int64_t i = 0; i < kPanel; ++i) {
+        keys[i] = parts.keys + part + (first + i) * kHeadDim;
+        values[i] = parts.values + part + (first + i) * kHeadDim;
+      }
+      transpose_to_panel(keys, kHeadDim, window.keys + first * kHeadDim);
+      transpose_to_panel(values, kHeadDim, window.values + first * kHeadDim);
+    }
+  }
+
+  void keep_key_value_gradients(int g, int64_t head) {
+    const int64_t channels = group_.channels();
+    for (int64_t i = 0; i < group_.tokens(); ++i) {
+      float* row = parts_[g].grad_qkv + i * 3 * channels + head * kHeadDim;
+      for (int64_t d = 0; d < kHeadDim; d += kLanes<float>) {
+        store(row + channels + d, load(Base::rows_[g].grad_keys + i * kHeadDim + d) * broadcast(Base::kKeyFactor));
+        store(row + 2 * channels + d, load(Base::rows_[g].grad_values + i * kHeadDim + d));
+      }
+    }
+  }
+
+  const ProjectedBackwardCall& call_;
+  Projection projection_;
+  ProjectionBackward projection_backward_;
+  const int64_t padded_rows_;
+  float* first_grad_bias_;  // (heads, n, padded n)
   Parts parts_[kGroup];
 };
 

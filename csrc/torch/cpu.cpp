@@ -27,6 +27,7 @@ using swin::ElementType;
 using swin::ForwardCall;
 using swin::kAxes;
 using swin::KernelTable;
+using swin::ProjectedBackwardCall;
 using swin::ProjectedForwardCall;
 using swin::WindowChunk;
 using swin::WindowGrid;
@@ -202,7 +203,8 @@ std::vector<WindowChunk> window_chunks(const AttentionCall& call, int64_t size) 
   return chunks;
 }
 
-constexpr int64_t kForwardChunk = 4, kBackwardChunk = 24;  // windows
+// Windows of an item of work. A projected one does all heads.
+constexpr int64_t kForwardChunk = 4, kBackwardChunk = 24, kProjectedBackwardChunk = 12;
 
 std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_table, std::optional<Tensor> pad_qkv,
                                                     std::optional<Tensor> seed, Ints nominal, Ints window, Ints shift,
@@ -230,26 +232,26 @@ std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_tabl
 }
 
 // Whether qkv = x · weightᵀ + bias of `channels` channels can be computed window by window, inside the attention.
-bool projects(int64_t heads, int64_t channels) {
-  const KernelTable& table = kernels();
+bool projects(int64_t heads, int64_t channels, bool backward) {
   AttentionCall call{};
   call.heads = heads;
   call.head_dim = channels / heads;
-  return table.projects != nullptr && channels % heads == 0 && table.projects(call);
+  return channels % heads == 0 && kernels().projects(call, backward);
 }
 
-Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor bias_table,
-                                  std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
-                                  std::optional<double> norm_eps, Ints nominal, Ints window, Ints shift, double scale) {
-  const char* op = "projected_window_attention";
-  ProjectedForwardCall call{};
-  const Attention attention(op, x, bias_table, bias, std::nullopt, nominal, window, shift, scale, 0, call, 3);
-  require(projects(call.heads, attention.channels) && call.type == ElementType::kFloat32 && call.bias_type == call.type,
+using OptionalTensor = std::optional<Tensor>;
+
+// Fills in what forward and backward share, checked.
+template <class ProjectedCall>
+void set_projection(const char* op, bool backward, const Attention& attention, const Tensor& x, const Tensor& weight,
+                    const OptionalTensor& bias, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                    std::optional<double> norm_eps, ProjectedCall& call) {
+  require(projects(call.heads, attention.channels, backward) && call.type == ElementType::kFloat32 &&
+              call.bias_type == call.type,
           op, "has no kernel for ", call.heads, " heads of ", call.head_dim, " channels in this dtype here");
   require_shape(op, "weight", weight, {3 * attention.channels, attention.channels});
   require(weight.scalar_type() == x.scalar_type(), op, "weight must have the dtype of x");
-  Tensor out = empty_on_large_pages(shape(x), x.scalar_type());
-  const auto of_channels = [&](const char* name, const std::optional<Tensor>& t) -> const float* {
+  const auto of_channels = [&](const char* name, const OptionalTensor& t) -> const float* {
     if (!t) return nullptr;
     require_shape(op, name, *t, {attention.channels});
     require(t->scalar_type() == x.scalar_type(), op, name, " must have the dtype of x");
@@ -264,11 +266,25 @@ Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor>
   call.x = static_cast<const float*>(x.const_data_ptr());
   call.weight = static_cast<const float*>(weight.const_data_ptr());
   call.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+}
+
+std::tuple<Tensor, Tensor> projected_window_attention_forward(Tensor x, Tensor weight, OptionalTensor bias,
+                                                              Tensor bias_table, OptionalTensor norm_weight,
+                                                              OptionalTensor norm_bias, std::optional<double> norm_eps,
+                                                              Ints nominal, Ints window, Ints shift, double scale,
+                                                              bool with_lse) {
+  const char* op = "projected_window_attention";
+  ProjectedForwardCall call{};
+  const Attention attention(op, x, bias_table, bias, std::nullopt, nominal, window, shift, scale, 0, call, 3);
+  set_projection(op, false, attention, x, weight, bias, norm_weight, norm_bias, norm_eps, call);
+  Tensor out = empty_on_large_pages(shape(x), x.scalar_type());
+  Tensor lse =
+      torch::stable::empty(with_lse ? attention.with_channels(call.heads) : Ints{0}, attention.accumulate_type);
   call.out = out.mutable_data_ptr();
-  call.lse = nullptr;
+  call.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
   if (call.batch > 0) {
     const KernelTable& table = kernels();
-    const size_t bytes = (table.projected_scratch(call) + 63) / 64 * 64;
+    const size_t bytes = (table.projected_forward_scratch(call) + 63) / 64 * 64;
     const Buffer scratch = allocate(bytes * static_cast<size_t>(attention.workers));
     attention.prepare_bias(table, call);
     const std::vector<WindowChunk> chunks = window_chunks(call, kForwardChunk);
@@ -278,7 +294,56 @@ Tensor projected_window_attention(Tensor x, Tensor weight, std::optional<Tensor>
                               static_cast<char*>(scratch.get()) + static_cast<size_t>(i) * bytes, next);
     });
   }
-  return out;
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> projected_window_attention_backward(
+    Tensor grad_out, Tensor x, Tensor weight, OptionalTensor bias, Tensor bias_table, OptionalTensor norm_weight,
+    OptionalTensor norm_bias, std::optional<double> norm_eps, Tensor out, Tensor lse, Ints nominal, Ints window,
+    Ints shift, double scale) {
+  const char* op = "projected_window_attention_backward";
+  ProjectedBackwardCall call{};
+  const Attention attention(op, x, bias_table, bias, std::nullopt, nominal, window, shift, scale, 0, call, 3);
+  set_projection(op, true, attention, x, weight, bias, norm_weight, norm_bias, norm_eps, call);
+  require_shape(op, "grad_out", grad_out, shape(x));
+  require_shape(op, "out", out, shape(x));
+  require_shape(op, "lse", lse, attention.with_channels(call.heads));
+  require(grad_out.scalar_type() == x.scalar_type(), op, "grad_out must have the dtype of x");
+  require(out.scalar_type() == x.scalar_type(), op, "out must have the dtype of x");
+  require(lse.scalar_type() == attention.accumulate_type, op, "lse must be float32");
+
+  const int64_t parameters = swin::projection_parameters(attention.channels);
+  Tensor grad_x = empty_on_large_pages(shape(x), x.scalar_type());
+  Tensor grad_projection = torch::stable::empty(Ints{parameters}, x.scalar_type());
+  Tensor grad_bias_table = torch::stable::empty(shape(bias_table), bias_table.scalar_type());
+  const std::vector<WindowChunk> chunks = window_chunks(call, kProjectedBackwardChunk);
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  const int64_t table_length = swin::bias_table_length(attention.plan.grid);
+  const Buffer bias_partials = allocate(sizeof(float) * static_cast<size_t>(count * table_length));
+  const Buffer bias_sums = allocate(sizeof(float) * static_cast<size_t>(call.heads * table_length));
+  const Buffer projection_partials = allocate(sizeof(float) * static_cast<size_t>(count / call.heads * parameters));
+  call.grad_out = grad_out.const_data_ptr();
+  call.out = out.const_data_ptr();
+  call.lse = lse.const_data_ptr();
+  call.grad_bias_table = grad_bias_table.mutable_data_ptr();
+  call.bias_partials = bias_partials.get();
+  call.bias_sums = bias_sums.get();
+  call.grad_x = static_cast<float*>(grad_x.mutable_data_ptr());
+  call.grad_projection = static_cast<float*>(grad_projection.mutable_data_ptr());
+  call.projection_partials = static_cast<float*>(projection_partials.get());
+
+  const KernelTable& table = kernels();
+  const size_t bytes = (table.projected_backward_scratch(call) + 63) / 64 * 64;
+  const Buffer scratch = allocate(bytes * static_cast<size_t>(attention.workers));
+  attention.prepare_bias(table, call);
+  WorkCounter next{0};
+  run_workers(attention.workers, [&](int64_t i) {
+    table.projected_backward(call, chunks.data(), count,
+                             static_cast<char*>(scratch.get()) + static_cast<size_t>(i) * bytes, next);
+  });
+  next = 0;
+  run_workers(attention.workers, [&](int64_t) { table.reduce_projected_gradients(call, chunks.data(), count, next); });
+  return {grad_x, grad_projection, grad_bias_table};
 }
 
 std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table,
@@ -439,9 +504,14 @@ STABLE_TORCH_LIBRARY(swin_kernels_cpu, m) {
       "Tensor out, Tensor lse, int[] nominal, int[] window, int[] shift, float scale, float dropout_p) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "projected_window_attention(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, Tensor? norm_weight, "
-      "Tensor? norm_bias, float? norm_eps, int[] nominal, int[] window, int[] shift, float scale) -> Tensor");
-  m.def("projects(int heads, int channels) -> bool");
+      "projected_window_attention_forward(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, "
+      "Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, int[] nominal, int[] window, int[] shift, "
+      "float scale, bool with_lse) -> (Tensor, Tensor)");
+  m.def(
+      "projected_window_attention_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, Tensor out, Tensor lse, "
+      "int[] nominal, int[] window, int[] shift, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def("projects(int heads, int channels, bool backward) -> bool");
   m.def("window_partition(Tensor x, int[] window, int[] shift) -> Tensor");
   m.def("window_reverse(Tensor windows, int[] window, int[] shift, int[] spatial) -> Tensor");
   m.def("window_tokens(int[] spatial, int[] window, int[] shift) -> (Tensor, Tensor)");
@@ -453,7 +523,8 @@ STABLE_TORCH_LIBRARY(swin_kernels_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cpu, CPU, m) {
   m.impl("window_attention_forward", TORCH_BOX(&window_attention_forward));
   m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
-  m.impl("projected_window_attention", TORCH_BOX(&projected_window_attention));
+  m.impl("projected_window_attention_forward", TORCH_BOX(&projected_window_attention_forward));
+  m.impl("projected_window_attention_backward", TORCH_BOX(&projected_window_attention_backward));
   m.impl("window_partition", TORCH_BOX(&window_partition));
   m.impl("window_reverse", TORCH_BOX(&window_reverse));
   m.impl("dropout_keep", TORCH_BOX(&dropout_keep));

@@ -1,8 +1,8 @@
 """`projected_window_attention`: window attention with the layer norm and the projection to qkv before it inside.
 
 Contract: ``window_attention(linear(layer_norm(x), weight, bias), bias_table, ..., pad_qkv=bias)``. Where a kernel takes
-the call, qkv, three times the size of `x`, is never written to memory; elsewhere those operators run one after the
-other. It serves inference: where a gradient is asked for, qkv is needed anyway.
+the call, qkv, three times the size of `x`, is never written to memory, nor kept for the backward, which projects again
+window by window; elsewhere those operators run one after the other.
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ _NAME = "projected_window_attention"
 _ENGINE = "cpu"
 """The one backend that has a kernel."""
 
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps"
+)
 define(
-    f"{_NAME}(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, "
-    "float? norm_eps, int[] window_size, int[] shift_size, float scale, str backend) -> Tensor"
+    f"{_NAME}({_INPUTS}, int[] window_size, int[] shift_size, float scale, bool with_lse, str backend) "
+    "-> (Tensor, Tensor)"
+)
+define(
+    f"{_NAME}_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, int[] window_size, int[] shift_size, "
+    "float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -52,7 +59,7 @@ def projected_window_attention(
         bias_table, window_size, shift_size, scale, backend: as in `window_attention`.
 
     Returns:
-        ``(B, *S, C)``. Differentiable in every tensor.
+        ``(B, *S, C)``. Differentiable once in every tensor.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `window_attention`; `weight`, `bias`, `norm_weight` or `norm_bias` not
@@ -72,28 +79,21 @@ def projected_window_attention(
                 raise ValueError(f"{_NAME}: {name} has shape {tuple(vector.shape)}; accepted is ({length},)")
     tensors = [t for t in (x, weight, bias, bias_table, norm_weight, norm_bias) if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if differentiated or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1:
+    window, shift = check_windows(_NAME, x.dim() - 2, window_size, shift_size)
+    apart = autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1
+    if apart or (differentiated and declined(x, weight, bias_table, window, forced_name(_NAME, backend), True)):
         x = _layer_norm(x, norm_weight, norm_bias, norm_eps)
         qkv = F.linear(x, weight, bias)  # (B, *S, 3C)
         return window_attention(
             qkv, bias_table, window_size, shift_size, pad_qkv=bias, scale=scale, backend=backend
         )  # (B, *S, C)
-    window, shift = check_windows(_NAME, x.dim() - 2, window_size, shift_size)
     if scale is None:
         scale = (channels // bias_table.shape[1]) ** -0.5
-    return torch.ops.swin_kernels.projected_window_attention(
-        x,
-        weight,
-        bias,
-        bias_table,
-        norm_weight,
-        norm_bias,
-        norm_eps,
-        window,
-        shift,
-        float(scale),
-        forced_name(_NAME, backend),
+    out, _ = torch.ops.swin_kernels.projected_window_attention(
+        *(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps),
+        *(window, shift, float(scale), differentiated, forced_name(_NAME, backend)),
     )
+    return out
 
 
 def _layer_norm(x, weight, bias, eps):
@@ -101,34 +101,96 @@ def _layer_norm(x, weight, bias, eps):
 
 
 def declined(
-    x: torch.Tensor, bias_table: torch.Tensor, window: Sequence[int], shift: Sequence[int], forced: str = ""
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias_table: torch.Tensor,
+    window: Sequence[int],
+    forced: str = "",
+    backward: bool = False,
 ) -> str | None:
     """Why the projection runs before the attention and not inside it; None if inside."""
+    channels = weight.shape[1]  # a constant also where the extents of x are symbols
+    if bias_table.dim() != 2 or bias_table.shape[1] < 1 or channels % bias_table.shape[1]:
+        return "the heads do not divide the channels"  # window_attention says what is accepted
+    if bias_table.shape[0] != bias_table_length(window):
+        return "bias_table is not that of the window"  # as above
+    heads = bias_table.shape[1]
+    return _declined(x.device.type, x.dtype, channels // heads, tuple(window), heads, backward, forced)
+
+
+@torch.compiler.assume_constant_result
+def _declined(device, dtype, head_dim, window, heads, backward, forced) -> str | None:
     forced = forced_or_environment(forced)
     if forced not in ("", _ENGINE):
         return f"backend {forced!r} has no kernel for it"
-    if bias_table.dim() != 2 or bias_table.shape[1] < 1 or x.shape[-1] % bias_table.shape[1]:
-        return "the heads do not divide the channels"  # window_attention says what is accepted
-    grid = WindowGrid.of(x.shape[1:-1], window, shift)
-    heads = bias_table.shape[1]
-    call = Call(_NAME, x.device.type, x.dtype, head_dim=x.shape[-1] // heads, window=grid.window, heads=heads)
-    return decline_reason(_ENGINE, call)
+    return decline_reason(_ENGINE, Call(_NAME, device, dtype, head_dim, window, backward=backward, heads=heads))
 
 
-def _run(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, window, shift, scale, backend):
-    if declined(x, bias_table, window, shift, backend) is None and bias_table.shape[0] == bias_table_length(window):
+def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _forward(
+    x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, window, shift, scale, with_lse, backend
+):  # fmt: skip
+    if declined(x, weight, bias_table, window, backend, backward=with_lse) is None:
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
-        inputs = (None if t is None else t.contiguous() for t in (x, weight, bias, bias_table, norm_weight, norm_bias))
-        return load(_ENGINE).projected_window_attention.forward(*inputs, norm_eps, grid, scale)
-    x = _layer_norm(x, norm_weight, norm_bias, norm_eps)
-    return window_attention(
-        F.linear(x, weight, bias), bias_table, window, shift, pad_qkv=bias, scale=scale, backend=backend or None
-    )
+        inputs = _contiguous(x, weight, bias, bias_table, norm_weight, norm_bias)
+        return load(_ENGINE).projected_window_attention.forward(*inputs, norm_eps, grid, scale, with_lse)
+    if with_lse:
+        raise RuntimeError(f"{_NAME}: no kernel computes what its gradient needs of this call")
+    qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, norm_eps), weight, bias)
+    out = window_attention(qkv, bias_table, window, shift, pad_qkv=bias, scale=scale, backend=backend or None)
+    return out, out.new_empty(0, dtype=torch.float32)
 
 
-library.impl(_NAME, _run, "CompositeExplicitAutograd")
+def _backward(
+    grad_out, x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, out, lse, window, shift, scale, backend
+):
+    grid = WindowGrid.of(x.shape[1:-1], window, shift)
+    inputs = _contiguous(grad_out, x, weight, bias, bias_table, norm_weight, norm_bias)
+    return load(_ENGINE).projected_window_attention.backward(*inputs, norm_eps, out, lse, grid, scale)
+
+
+library.impl(_NAME, _forward, "CompositeExplicitAutograd")
+library.impl(f"{_NAME}_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}", lib=library)
-def _(x, *rest):
-    return x.new_empty(x.shape)
+def _(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, window, shift, scale, with_lse, backend):
+    lse_shape = (*x.shape[:-1], bias_table.shape[1]) if with_lse else (0,)
+    return x.new_empty(x.shape), x.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::{_NAME}_backward", lib=library)
+def _(grad_out, x, weight, bias, bias_table, *rest):
+    channels = x.shape[-1]
+    shapes = x.shape, weight.shape, (3 * channels,), bias_table.shape, (channels,), (channels,)
+    return tuple(x.new_empty(shape) for shape in shapes)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.norm_eps, window, shift, scale, _, backend = inputs
+    out, lse = output
+    ctx.settings = window, shift, scale, backend
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse)
+
+
+def _autograd_backward(ctx, grad_out, grad_lse):
+    *tensors, out, lse = ctx.saved_tensors
+    grads = torch.ops.swin_kernels.projected_window_attention_backward(
+        grad_out, *tensors, ctx.norm_eps, out, lse, *ctx.settings
+    )
+    wanted = zip(grads, ctx.needs_input_grad, strict=False)
+    return *(grad if needed else None for grad, needed in wanted), *[None] * 6
+
+
+torch.library.register_autograd(f"{NAMESPACE}::{_NAME}", _autograd_backward, setup_context=_setup_context, lib=library)
+
+
+def _second_backward(ctx, *grads):
+    raise RuntimeError(f"{_NAME}: differentiable once; a second derivative was asked for (create_graph=True)")
+
+
+torch.library.register_autograd(f"{NAMESPACE}::{_NAME}_backward", _second_backward, lib=library)

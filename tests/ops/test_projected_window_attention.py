@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,32 +117,153 @@ def test_not_finite_is_as_in_plain_pytorch():
         assert torch.equal(got.isfinite(), wanted.isfinite()), name
 
 
-def test_gradients_are_those_of_the_two_operators():
-    case = CASES[1]
-    inputs = {name: t.requires_grad_() for name, t in make(case, torch.float64).items()}
-    out = attend(inputs, case)
-    wanted = plainly(inputs, case)
-    cotangent = torch.randn_like(out)
-    for name, got, expected in zip(
-        inputs,
-        torch.autograd.grad(out, list(inputs.values()), cotangent),
-        torch.autograd.grad(wanted, list(inputs.values()), cotangent),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11, msg=name)
+def gradients(compute, inputs: dict[str, torch.Tensor | None], case: Case) -> dict[str, torch.Tensor]:
+    """Of every tensor given, for a fixed gradient of the output."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
+    out = compute(inputs | leaves, case)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_gradients(case, dtype):
+    inputs = make(case, dtype)
+    got, plain = gradients(attend, inputs, case), gradients(plainly, inputs, case)
+    truth = gradients(plainly, in_float64(inputs), case)
+    scale = max(largest(t) for t in truth.values())
+    for name in truth:
+        assert_close(f"grad of {name}", got[name], plain[name], truth[name], scale)
+
+
+def test_each_gradient_alone():
+    case, inputs = CASES[1], make(CASES[1])
+    full = gradients(attend, inputs, case)
+    for name, expected in full.items():
+        leaf = inputs[name].clone().requires_grad_()
+        out = attend(inputs | {name: leaf}, case)
+        out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float())
+        assert torch.equal(leaf.grad, expected), name
+
+
+def test_gradients_without_norm():
+    case = CASES[2]
+    inputs = make(case) | {"norm_weight": None, "norm_bias": None}
+
+    def compute(inputs, case):
+        return projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift)
+
+    def compute_plainly(inputs, case):
+        qkv = F.linear(inputs["x"], inputs["weight"], inputs["bias"])
+        return plain_attention(qkv, inputs["bias_table"], inputs["bias"], case)[0]
+
+    got, plain = gradients(compute, inputs, case), gradients(compute_plainly, inputs, case)
+    truth = gradients(compute_plainly, in_float64(inputs), case)
+    scale = max(largest(t) for t in truth.values())
+    for name in truth:
+        assert_close(f"grad of {name}", got[name], plain[name], truth[name], scale)
+
+
+def test_gradients_do_not_depend_on_threads(threads):
+    case = Case("several items of work", (21, 20, 13), (4, 4, 4), (2, 2, 2), heads=3, head_dim=16)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(gradients(attend, make(case), case))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+        assert torch.equal(results[2][name], expected), name
+
+
+def test_qkv_is_not_kept_for_the_backward(cpu_backend):
+    """Only the inputs, the output and the log-sum-exp are, where the kernel runs."""
+    inputs, case = make(CASES[1]), CASES[1]
+    assert declined(inputs["x"], inputs["weight"], inputs["bias_table"], case.window, backward=True) is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        attend({name: t.requires_grad_() for name, t in inputs.items()}, case)
+    given = sum(t.numel() for t in inputs.values())
+    assert sum(kept) == given + inputs["x"].numel() // 48 * (48 + case.heads)
+
+
+def test_second_derivative_raises(cpu_backend):
+    inputs = make(CASES[1])
+    x = inputs["x"].requires_grad_()
+    (grad,) = torch.autograd.grad(attend(inputs, CASES[1]).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.sum().backward()
+
+
+ISA_PROGRAM = """
+import torch
+from tests.ops import test_projected_window_attention as tests
+torch.set_num_threads(1)
+for case in tests.CASES:
+    tests.test_contract(case, torch.float32)
+    tests.test_gradients(case, torch.float32)
+print("checked")
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
+def test_contract_on_each_instruction_set(cpu_backend, isa):
+    environment = os.environ | {"SWIN_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", ISA_PROGRAM], capture_output=True, text=True, env=environment)
+    if done.returncode and "SWIN_KERNELS_ISA" in done.stderr:
+        pytest.skip(f"this processor or build has no {isa}: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["checked"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(48)
+        self.attention = modules.WindowAttention(48, 3, (4, 4, 4), qkv_bias=True)
+
+    def forward(self, x):
+        return self.attention(x, 2, norm=self.norm)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_graph_break(dynamic):
+    torch._dynamo.reset()
+    block, x = Block(), torch.randn(1, 8, 9, 6, 48)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for volume in (x, torch.randn(1, 11, 9, 7, 48)):
+        results = []
+        for model in (block, compiled):
+            block.zero_grad()
+            leaf = volume.clone().requires_grad_()
+            model(leaf).square().sum().backward()
+            results.append([leaf.grad, *(p.grad.clone() for p in block.parameters())])
+        torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[10]], ids=lambda c: c.name)
 def test_opcheck(case):
     inputs = make(case)
-    arguments = (*inputs.values(), EPS, case.window, case.shift, 0.25, "")
+    arguments = (*inputs.values(), EPS, case.window, case.shift, 0.25, False, "")
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.swin_kernels.projected_window_attention, arguments, test_utils=tests)
 
 
+def test_opcheck_with_gradient(cpu_backend):
+    case, inputs = CASES[1], make(CASES[1])
+    settings = (case.window, case.shift, 0.25)
+    leaves = [t.detach().requires_grad_() for t in inputs.values()]
+    arguments = (*leaves, EPS, *settings, True, "")
+    torch.library.opcheck(torch.ops.swin_kernels.projected_window_attention.default, arguments)
+    out, lse = torch.ops.swin_kernels.projected_window_attention(*inputs.values(), EPS, *settings, True, "")
+    torch.library.opcheck(
+        torch.ops.swin_kernels.projected_window_attention_backward.default,
+        (torch.randn_like(out), *inputs.values(), EPS, out, lse, *settings, ""),
+    )
+
+
 def test_reason_is_named(monkeypatch):
     inputs, case = make(CASES[1]), CASES[1]
-    arguments = inputs["x"], inputs["bias_table"], case.window, case.shift
+    arguments = inputs["x"], inputs["weight"], inputs["bias_table"], case.window
     assert declined(*arguments, "reference") == "backend 'reference' has no kernel for it"
     monkeypatch.setenv("SWIN_KERNELS_BACKEND", "reference")
     assert declined(*arguments) == "backend 'reference' has no kernel for it"
@@ -156,17 +279,17 @@ def test_wrong_weight_raises():
         projected_window_attention(**inputs | {"bias": inputs["bias"][:48]}, window_size=4)
 
 
-def test_module_uses_it_in_inference_only_and_keeps_hooks(monkeypatch):
+def test_module_uses_it_and_keeps_hooks(monkeypatch):
     calls = []
     original = projected_window_attention
     monkeypatch.setattr(modules, "projected_window_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
     attention = modules.WindowAttention(48, 3, (4, 4, 4), qkv_bias=True)
     x = torch.randn(1, 8, 8, 8, 48)
     with_grad = attention(x, 2)
-    assert not calls
+    assert len(calls) == 1
     with torch.no_grad():
         torch.testing.assert_close(attention(x, 2), with_grad, rtol=1e-4, atol=1e-5)
-        assert len(calls) == 1
+        assert len(calls) == 2
         seen = []
         attention.qkv.register_forward_hook(lambda *_: seen.append(1))
         attention(x, 2)
@@ -178,11 +301,19 @@ def test_module_uses_it_in_inference_only_and_keeps_hooks(monkeypatch):
 
         attention.qkv = Adapted(48, 144)
         attention(x, 2)
-    assert len(calls) == 1
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_projection_are_called(register):
+    attention, seen = modules.WindowAttention(48, 3, (4, 4, 4), qkv_bias=True), []
+    getattr(attention.qkv, register)(lambda *_: seen.append(1))
+    attention(torch.randn(1, 8, 8, 8, 48, requires_grad=True), 2).sum().backward()
+    assert seen == [1]
 
 
 def test_kernel_is_used_where_the_processor_has_it(cpu_backend):
     if "amx_bf16" not in Path("/proc/cpuinfo").read_text() or os.environ.get("SWIN_KERNELS_ISA", "amx") != "amx":
         pytest.skip("this processor has no AMX, or SWIN_KERNELS_ISA keeps from it")
     inputs, case = make(CASES[1]), CASES[1]
-    assert declined(inputs["x"], inputs["bias_table"], case.window, case.shift) is None
+    assert declined(inputs["x"], inputs["weight"], inputs["bias_table"], case.window) is None

@@ -37,7 +37,7 @@ def supports(call: Call) -> str | None:
     if call.operator == "projected_window_attention":
         if call.dtype != torch.float32:
             return f"dtype {call.dtype} has no kernel"
-        if not torch.ops.swin_kernels_cpu.projects(call.heads, call.heads * call.head_dim):
+        if not torch.ops.swin_kernels_cpu.projects(call.heads, call.heads * call.head_dim, call.backward):
             return (
                 f"{call.heads} heads of {call.head_dim} channels have no kernel on {torch.ops.swin_kernels_cpu.isa()}"
             )
