@@ -176,6 +176,13 @@ class WindowGroup {
     }
   }
 
+  // head_dim elements as whole vectors: where they lie, or copied to `stage` with a zero tail.
+  const T* whole_vectors(const T* from, T* stage) const {
+    if (head_dim() == width()) return from;
+    copy_padded(from, stage);
+    return stage;
+  }
+
   // head_dim elements as a row of `width` with a zero tail.
   void copy_padded(const T* from, T* row) const {
     for (int64_t d = 0; d < head_dim(); ++d) row[d] = from[d];
@@ -183,16 +190,13 @@ class WindowGroup {
   }
 
   // Query number `query` of a window as a row of `width`, times scale · log2(e).
-  void load_query(const GroupWindow<T>& window, int64_t query, T* __restrict row) const {
-    if (window.queries) {
-      for (int64_t d = 0; d < head_dim(); ++d) row[d] = window.queries[query * window.query_stride + d];
-    } else {
-      const int64_t channel = window.token[query] * 3 * channels() + head_ * head_dim();
-      load_row(at(call_.qkv, call_.type, channel), call_.type, head_dim(), row);
-    }
-    for (int64_t d = head_dim(); d < width(); ++d) row[d] = 0;
+  void load_query(const GroupWindow<T>& window, int64_t query, T* row) const {
+    const T* from = whole_vectors(
+        window.queries ? window.queries + query * window.query_stride
+                       : row_of(call_.qkv, window.token[query] * 3 * channels() + head_ * head_dim(), row),
+        row);
     const Vec<T> factor = broadcast(static_cast<T>(call_.scale * kLog2E));
-    for (int64_t d = 0; d < width(); d += kLanes<T>) store(row + d, load(row + d) * factor);
+    for (int64_t d = 0; d < width(); d += kLanes<T>) store(row + d, load(from + d) * factor);
   }
 
   // What the scores of tokens of different regions are lowered by.

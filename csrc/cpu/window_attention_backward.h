@@ -97,9 +97,12 @@ class BackwardWorker {
     const WindowRows& window_rows = rows_[&window - &group_.window(0)];
     T offset[kRows], delta[kRows];
     load_queries(window, queries, rows, offset, delta);
-    T norm[kRows];
-    group_.norms(query_rows_, norm);
-    const bool others = group_.others_matter(window, norm, rows, offset);
+    bool others = false;
+    if (group_.pattern().region_count > 1) {
+      T norm[kRows];
+      group_.norms(query_rows_, norm);
+      others = group_.others_matter(window, norm, rows, offset);
+    }
     const int64_t begin = others ? 0 : region.begin, end = others ? stride : region.end;
     T* weights = weights_;
     const auto weigh = [&, stride, weights](int r, int64_t column, auto& x) __attribute__((always_inline)) {
@@ -149,10 +152,9 @@ class BackwardWorker {
       const int64_t out_channel = token * group_.channels() + group_.head() * head_dim;
       group_.load_query(window, queries[r], query);
       group_.copy_padded(group_.row_of(call_.grad_out, out_channel, grad), grad);
-      const T* out = group_.row_of(call_.out, out_channel, out_row_);
-      group_.copy_padded(out, out_row_);
+      const T* out = group_.whole_vectors(group_.row_of(call_.out, out_channel, out_row_), out_row_);
       Vec<T> dot = {};
-      for (int64_t d = 0; d < width; d += kLanes<T>) dot += load(grad + d) * load(out_row_ + d);
+      for (int64_t d = 0; d < width; d += kLanes<T>) dot += load(grad + d) * load(out + d);
       delta[r] = sum_lanes<T>(dot);
       offset[r] = static_cast<const T*>(call_.lse)[token * call_.heads + group_.head()] * static_cast<T>(kLog2E);
     }
