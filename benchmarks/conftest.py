@@ -169,7 +169,7 @@ def machine() -> dict[str, object]:
         "monai": monai.__version__,
         "pytest_benchmark": version("pytest-benchmark"),
         "swin_kernels": swin_kernels.__version__,
-        "environment": {k: v for k, v in os.environ.items() if k.startswith("SWIN_KERNELS_")},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("SWIN_KERNELS_", "MALLOC_"))},
     }
 
 
