@@ -126,6 +126,10 @@ def _declined(device, dtype, head_dim, window, heads, backward, forced) -> str |
     return decline_reason(_ENGINE, Call(_NAME, device, dtype, head_dim, window, backward=backward, heads=heads))
 
 
+def _lse_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
@@ -137,19 +141,39 @@ def _forward(
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
         inputs = _contiguous(x, weight, bias, bias_table, norm_weight, norm_bias)
         return load(_ENGINE).projected_window_attention.forward(*inputs, norm_eps, grid, scale, with_lse)
-    if with_lse:
-        raise RuntimeError(f"{_NAME}: no kernel computes what its gradient needs of this call")
     qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, norm_eps), weight, bias)
-    out = window_attention(qkv, bias_table, window, shift, pad_qkv=bias, scale=scale, backend=backend or None)
-    return out, out.new_empty(0, dtype=torch.float32)
+    if not with_lse:
+        out = window_attention(qkv, bias_table, window, shift, pad_qkv=bias, scale=scale, backend=backend or None)
+        return out, out.new_empty(0, dtype=_lse_dtype(x))
+    # Where a graph was traced beside a kernel that this machine has not.
+    return torch.ops.swin_kernels.window_attention(qkv, bias_table, bias, None, window, shift, scale, 0.0, backend)
 
 
 def _backward(
     grad_out, x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, out, lse, window, shift, scale, backend
 ):
-    grid = WindowGrid.of(x.shape[1:-1], window, shift)
-    inputs = _contiguous(grad_out, x, weight, bias, bias_table, norm_weight, norm_bias)
-    return load(_ENGINE).projected_window_attention.backward(*inputs, norm_eps, out, lse, grid, scale)
+    if declined(x, weight, bias_table, window, backend, backward=True) is None:
+        grid = WindowGrid.of(x.shape[1:-1], window, shift)
+        inputs = _contiguous(grad_out, x, weight, bias, bias_table, norm_weight, norm_bias)
+        return load(_ENGINE).projected_window_attention.backward(*inputs, norm_eps, out, lse, grid, scale)
+    rows, channels = x, x.shape[-1:]
+    if norm_eps is not None:
+        rows, mean, inverse_deviation = torch.native_layer_norm(x, channels, norm_weight, norm_bias, norm_eps)
+    grad_qkv, grad_bias_table, grad_padding = torch.ops.swin_kernels.window_attention_backward(
+        *(grad_out, F.linear(rows, weight, bias), bias_table, bias, None, out, lse),
+        *(window, shift, scale, 0.0, backend),
+    )
+    grad_x = grad_qkv @ weight
+    grad_norm_weight = grad_norm_bias = x.new_zeros(channels)
+    if norm_eps is not None:
+        ones = norm_weight if norm_weight is not None else x.new_ones(channels)  # gradients are of what is there
+        zeros = norm_bias if norm_bias is not None else x.new_zeros(channels)
+        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            grad_x, x.contiguous(), channels, mean, inverse_deviation, ones, zeros, [True] * 3
+        )
+    grad_rows = grad_qkv.flatten(0, -2)
+    grad_weight, grad_bias = grad_rows.mT @ rows.flatten(0, -2), grad_rows.sum(0) + grad_padding
+    return grad_x, grad_weight, grad_bias, grad_bias_table, grad_norm_weight.clone(), grad_norm_bias.clone()
 
 
 library.impl(_NAME, _forward, "CompositeExplicitAutograd")
@@ -159,7 +183,7 @@ library.impl(f"{_NAME}_backward", _backward, "CompositeExplicitAutograd")
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}", lib=library)
 def _(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, window, shift, scale, with_lse, backend):
     lse_shape = (*x.shape[:-1], bias_table.shape[1]) if with_lse else (0,)
-    return x.new_empty(x.shape), x.new_empty(lse_shape, dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(lse_shape, dtype=_lse_dtype(x))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}_backward", lib=library)
