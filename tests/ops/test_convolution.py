@@ -105,8 +105,12 @@ def why_declined(backend: str, case: Case, dtype: torch.dtype) -> str | None:
     return backends.decline_reason(backend, backends.Call("convolution", "cpu", dtype, head_dim=0, window=window))
 
 
-# PyTorch 2.13's own bfloat16 convolution returns numbers like 1e36 for a volume of 1×9×1 voxels on processors with AMX.
-PAIRS = [(c, d) for c in CASES + CASES_2D for d in DTYPES if d != torch.bfloat16 or c.spatial != (1, 9, 1)]
+# The weight's gradient of PyTorch 2.13's own bfloat16 convolution holds whatever lay in memory, 1e36 say, for a volume
+# of 1×9×1 voxels on processors with AMX and for one of 2×1×6 on one thread of a Zen 4.
+UNDEFINED_IN_PYTORCH = ((1, 9, 1), (2, 1, 6))
+PAIRS = [
+    (c, d) for c in CASES + CASES_2D for d in DTYPES if d != torch.bfloat16 or c.spatial not in UNDEFINED_IN_PYTORCH
+]
 
 
 @pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=lambda value: getattr(value, "name", str(value)))
