@@ -166,7 +166,7 @@ def _backward(
     grad_x = grad_qkv @ weight
     grad_norm_weight = grad_norm_bias = x.new_zeros(channels)
     if norm_eps is not None:
-        ones = norm_weight if norm_weight is not None else x.new_ones(channels)  # gradients are of what is there
+        ones = norm_weight if norm_weight is not None else x.new_ones(channels)  # None would leave its gradient out
         zeros = norm_bias if norm_bias is not None else x.new_zeros(channels)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
             grad_x, x.contiguous(), channels, mean, inverse_deviation, ones, zeros, [True] * 3
