@@ -89,25 +89,28 @@ class WindowAttention(nn.Module):
         dropout_p = self.attn_drop.p if self.training else 0.0
         table = self.relative_position_bias_table
         if dropout_p == 0 and _is_plain(self.qkv, nn.Linear):
-            affine = {}
+            parameters = {}
             if _is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
-                affine = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+                parameters = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
             elif norm is not None:
                 x = norm(x)
+            inside = _is_plain(self.proj, nn.Linear)
+            if inside:
+                parameters |= {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
             out = projected_window_attention(
-                x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale, **affine
+                x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale, **parameters
             )
-        else:
-            x = x if norm is None else norm(x)
-            out = window_attention(
-                self.qkv(x),  # (B, *S, 3C)
-                table,
-                self.window_size,
-                shift_size,
-                pad_qkv=self.qkv.bias,
-                scale=self.scale,
-                dropout_p=dropout_p if dropout_p < 1 else 0.0,
-            )
+            return self.proj_drop(out if inside else self.proj(out))
+        x = x if norm is None else norm(x)
+        out = window_attention(
+            self.qkv(x),  # (B, *S, 3C)
+            table,
+            self.window_size,
+            shift_size,
+            pad_qkv=self.qkv.bias,
+            scale=self.scale,
+            dropout_p=dropout_p if dropout_p < 1 else 0.0,
+        )
         if dropout_p == 1:  # every weight is dropped: the operator accepts only less
             out = F.dropout(out, 1.0)
         return self.proj_drop(self.proj(out))

@@ -39,18 +39,23 @@ struct ForwardCall : AttentionCall {
   void* lse;  // (B, *S, heads) accumulate, natural logarithm; null where a projected call needs no gradient
 };
 
-// qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32.
+// qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, where qkv is never written; float32. And the layer after
+// the attention.
 struct ProjectionInputs {
   const float* x;            // (B, *S, C)
   bool normalize;            // else x is taken as it is
   const float* norm_weight;  // (C,) or null for ones
   const float* norm_bias;    // (C,) or null for zeros
   float norm_eps;
-  const float* weight;  // (3C, C)
-  const float* bias;    // (3C,) or null for zeros
+  const float* weight;      // (3C, C)
+  const float* bias;        // (3C,) or null for zeros
+  const float* out_weight;  // (C, C), or null: no layer after the attention
+  const float* out_bias;    // (C,) or null for zeros
 };
 
-struct ProjectedForwardCall : ForwardCall, ProjectionInputs {};
+struct ProjectedForwardCall : ForwardCall, ProjectionInputs {
+  float* projected_out;  // out · out_weightᵀ + out_bias, may be `out` itself; not read without out_weight
+};
 
 struct BackwardCall : AttentionCall {
   const void* grad_out;   // (B, *S, C)
@@ -64,10 +69,12 @@ struct BackwardCall : AttentionCall {
   void* pad_partials;     // (chunks, 2, head_dim) accumulate: keys, values
 };
 
-// Gradients of the parameters of a projection, one after the other: weight (3C, C), bias (3C,), and the layer norm's
-// weight and bias (C,).
-SWIN_INLINE int64_t projection_parameters(int64_t channels) { return (3 * channels + 5) * channels; }
+// Gradients of the parameters of a projection, one after the other: weight (3C, C), bias (3C,), the layer norm's
+// weight and bias (C,), out_weight (C, C), out_bias (C,).
+SWIN_INLINE int64_t projection_parameters(int64_t channels) { return (4 * channels + 6) * channels; }
+SWIN_INLINE int64_t output_parameters_begin(int64_t channels) { return (3 * channels + 5) * channels; }
 
+// `out` is the attention's, before the layer after it; grad_out is of that layer's where there is one.
 struct ProjectedBackwardCall : BackwardCall, ProjectionInputs {
   float* grad_x;               // (B, *S, C)
   float* grad_projection;      // (projection_parameters,)

@@ -31,6 +31,14 @@ SWIN_ALWAYS_INLINE void with_width(int64_t channels, const F& f) {
   }
 }
 
+// Rows of a volume (…, C) lie far apart in memory: asks for that of a token soon to come.
+SWIN_ALWAYS_INLINE void prefetch_ahead(const float* volume, const int64_t* tokens, int64_t i, int64_t count,
+                                       int64_t channels) {
+  constexpr int64_t kAhead = 12;
+  if (i + kAhead < count && tokens[i + kAhead] >= 0)
+    for (int64_t c = 0; c < channels; c += 16) __builtin_prefetch(volume + tokens[i + kAhead] * channels + c);
+}
+
 struct RowStatistics {
   float mean, scale;  // scale: 1 / sqrt(variance + eps)
 };
@@ -83,9 +91,7 @@ class Projection {
   // rows (padded_rows, C) of a window's tokens (n), normalised; zero for padding (-1) and beyond n.
   void normalize(const int64_t* tokens, int64_t count, float* rows) const {
     for (int64_t i = 0; i < count; ++i) {
-      constexpr int64_t kAhead = 12;
-      if (i + kAhead < count && tokens[i + kAhead] >= 0)
-        for (int64_t c = 0; c < channels_; c += 16) __builtin_prefetch(inputs_.x + tokens[i + kAhead] * channels_ + c);
+      prefetch_ahead(inputs_.x, tokens, i, count, channels_);
       normalize_row(tokens[i], rows + i * channels_);
     }
     for (int64_t i = count * channels_; i < padded_rows(padded_tokens_) * channels_; ++i) rows[i] = 0;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "amx.h"
+#include "output_projection.h"
 #include "projection_amx.h"
 #include "window_attention_forward.h"
 
@@ -34,7 +35,10 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     for (const WindowParts& parts : parts_)  // the second half of the last pair, where there are no keys
       std::memset(parts.keys + (2 * pairs_ - 1) * kRightBlockBytes, 0, kRightBlockBytes);
     const TileUse tiles;
-    if (projected_) projection_.prepare();
+    if (projected_) {
+      projection_.prepare();
+      output_.prepare();
+    }
     const int64_t heads = projected_ ? call_.heads : call_.heads % kHeads == 0 ? kHeads : 1;
     int64_t i = next.fetch_add(heads);
     while (i < count) {
@@ -52,6 +56,8 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
         }
         attend(windows);
       }
+      if (projected_)
+        for (int g = 0; g < windows; ++g) output_.project(group_.window(g).token, group_.tokens());
       while (fetch_next_ != fetch_end_) fetch();
       i = following;
     }
@@ -97,6 +103,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
         no_row_(arena.take<float>(kTileRows)),
         stage_(arena.take<float>(kHeadDim)),
         projection_(projected ? *projected : no_projection(), arena),
+        output_(projected ? *projected : no_projection(), arena),
         qkv_(arena.take<float>(projected ? kGroup * window_qkv_size() : 0)) {
     for (WindowParts& parts : parts_) {
       parts.keys = arena.take<char>(pairs_ * 2 * kRightBlockBytes);
@@ -451,6 +458,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   uint32_t* ones_;
   float *nothing_, *no_row_, *stage_;
   AmxProjection projection_;
+  OutputProjection output_;
   float* qkv_;  // of the group's windows
   WindowParts parts_[kGroup];
   QueryTile queue_[kLargestQueue];

@@ -39,6 +39,7 @@ class BackwardWorker {
   struct WindowRows {
     T *keys, *grad_keys, *grad_values;  // (padded n, width)
     T* grad_queries = nullptr;          // (n, 3C), or null: they are written to the call's grad_qkv
+    const T* grad_out = nullptr;        // (n, C), or null: it is read from the call's
   };
 
   static constexpr T kKeyFactor = static_cast<T>(kLn2);  // queries carry scale · log2 e
@@ -80,7 +81,7 @@ class BackwardWorker {
         group_.prefetch_part(token, 0);
         group_.prefetch_row(call_.grad_qkv, token * 3 * group_.channels());
       }
-      group_.prefetch_row(call_.grad_out, token * group_.channels());
+      if (!rows_[0].grad_out) group_.prefetch_row(call_.grad_out, token * group_.channels());
       group_.prefetch_row(call_.out, token * group_.channels());
       __builtin_prefetch(static_cast<const T*>(call_.lse) + token * call_.heads);
     };
@@ -141,6 +142,7 @@ class BackwardWorker {
   // Queries (times scale · log2 e) and output gradients of a tile, the log-sum-exp in base 2 and δ of each.
   void load_queries(const GroupWindow<T>& window, const int64_t* queries, int rows, T* offset, T* delta) {
     const int64_t width = group_.width(), head_dim = group_.head_dim();
+    const T* window_grad_out = rows_[&window - &group_.window(0)].grad_out;
     for (int r = 0; r < kRows; ++r) {
       T *query = query_rows_ + r * width, *grad = grad_rows_ + r * width;
       if (r >= rows) {
@@ -149,9 +151,11 @@ class BackwardWorker {
         continue;
       }
       const int64_t token = window.token[queries[r]];
-      const int64_t out_channel = token * group_.channels() + group_.head() * head_dim;
+      const int64_t head_channel = group_.head() * head_dim, out_channel = token * group_.channels() + head_channel;
       group_.load_query(window, queries[r], query);
-      group_.copy_padded(group_.row_of(call_.grad_out, out_channel, grad), grad);
+      group_.copy_padded(window_grad_out ? window_grad_out + queries[r] * group_.channels() + head_channel
+                                         : group_.row_of(call_.grad_out, out_channel, grad),
+                         grad);
       const T* out = group_.whole_vectors(group_.row_of(call_.out, out_channel, out_row_), out_row_);
       Vec<T> dot = {};
       for (int64_t d = 0; d < width; d += kLanes<T>) dot += load(grad + d) * load(out + d);

@@ -1,6 +1,7 @@
-// Window attention with its projection inside, on vectors: qkv of a few windows, and its gradient, stay in cache.
+// Window attention with its projections inside, on vectors: qkv of a few windows, and its gradient, stay in cache.
 #pragma once
 
+#include "output_projection.h"
 #include "projection.h"
 #include "projection_backward.h"
 #include "window_attention_backward.h"
@@ -19,6 +20,7 @@ class ProjectedForwardWorker : ForwardWorker<float, kHeadDim> {
       : Base(call, arena),
         heads_(call.heads),
         projection_(call, call, arena),
+        output_(call, arena),
         rows_(arena.take<float>(Projection::padded_rows(group_.padded_tokens()) * group_.channels())) {
     const int64_t part = group_.padded_tokens() * group_.channels();
     for (Parts& parts : parts_) parts = {arena.take<float>(part), arena.take<float>(part), arena.take<float>(part)};
@@ -26,6 +28,7 @@ class ProjectedForwardWorker : ForwardWorker<float, kHeadDim> {
 
   void run(const WindowChunk* chunks, int64_t count, WorkCounter& next) {
     projection_.prepare();
+    output_.prepare();
     for (int64_t i; (i = next.fetch_add(heads_)) < count;) {
       const int windows = static_cast<int>(chunks[i].end - chunks[i].begin);
       group_.enter(chunks[i].pattern, 0);
@@ -41,6 +44,7 @@ class ProjectedForwardWorker : ForwardWorker<float, kHeadDim> {
         for (int g = 0; g < windows; ++g) take(g, head);
         Base::attend_placed(windows);
       }
+      for (int g = 0; g < windows; ++g) output_.project(group_.window(g).token, group_.tokens());
     }
   }
 
@@ -60,6 +64,7 @@ class ProjectedForwardWorker : ForwardWorker<float, kHeadDim> {
 
   const int64_t heads_;
   Projection projection_;
+  OutputProjection output_;
   float* rows_;  // normalised, of one window
   Parts parts_[kGroup];
 };
@@ -75,17 +80,19 @@ class ProjectedBackwardWorker : BackwardWorker<float, kHeadDim> {
         call_(call),
         projection_(call, call, arena),
         projection_backward_(call, arena),
+        output_backward_(call, arena),
         padded_rows_(Projection::padded_rows(group_.padded_tokens())),
         first_grad_bias_(grad_bias_) {
     const int64_t part = padded_rows_ * group_.channels();
     for (Parts& parts : parts_)
-      parts = {arena.take<float>(part), arena.take<float>(part), arena.take<float>(part), arena.take<float>(part),
-               arena.take<float>(3 * part)};
+      parts = {arena.take<float>(part), arena.take<float>(part),     arena.take<float>(part),
+               arena.take<float>(part), arena.take<float>(3 * part), arena.take<float>(call.out_weight ? part : 0)};
   }
 
   void run(const WindowChunk* chunks, int64_t count, WorkCounter& next) {
     projection_.prepare();
     projection_backward_.prepare();
+    output_backward_.prepare();
     for (int64_t i; (i = next.fetch_add(call_.heads)) < count;) run_item(chunks[i], i);
   }
 
@@ -93,6 +100,7 @@ class ProjectedBackwardWorker : BackwardWorker<float, kHeadDim> {
   struct Parts {
     float *rows, *queries, *keys, *values;  // normalised x, q (padded_rows, C); k, v by head
     float* grad_qkv;                        // (padded_rows, 3C)
+    float* grad_attended;                   // (padded_rows, C), where there is a layer after the attention
   };
 
   void run_item(const WindowChunk& chunk, int64_t index) {
@@ -103,7 +111,12 @@ class ProjectedBackwardWorker : BackwardWorker<float, kHeadDim> {
     for (int64_t begin = chunk.begin; begin < chunk.end; begin += kGroup) {
       const int windows = static_cast<int>(chunk.end - begin < kGroup ? chunk.end - begin : kGroup);
       group_.enter(chunk.pattern, 0);
-      for (int g = 0; g < windows; ++g) place(g, begin + g);
+      for (int g = 0; g < windows; ++g) {
+        place(g, begin + g);
+        if (call_.out_weight)
+          output_backward_.differentiate(group_.window(g).token, group_.tokens(), parts_[g].grad_attended,
+                                         partial + output_parameters_begin(group_.channels()));
+      }
       for (int64_t head = 0; head < call_.heads; ++head) {
         enter(chunk.pattern, head);
         for (int g = 0; g < windows; ++g) take(g, head);
@@ -147,6 +160,7 @@ class ProjectedBackwardWorker : BackwardWorker<float, kHeadDim> {
     window.query_stride = group_.channels();
     Base::rows_[g].keys = parts.keys + part;
     Base::rows_[g].grad_queries = parts.grad_qkv;
+    Base::rows_[g].grad_out = call_.out_weight ? parts.grad_attended : nullptr;
     for (int64_t first = 0; first < group_.padded_tokens(); first += kPanel) {
       const float *keys[kPanel], *values[kPanel];
       for (int64_t i = 0; i < kPanel; ++i) {
@@ -172,6 +186,7 @@ class ProjectedBackwardWorker : BackwardWorker<float, kHeadDim> {
   const ProjectedBackwardCall& call_;
   Projection projection_;
   ProjectionBackward projection_backward_;
+  OutputProjectionBackward output_backward_;
   const int64_t padded_rows_;
   float* first_grad_bias_;  // (heads, n, padded n)
   Parts parts_[kGroup];

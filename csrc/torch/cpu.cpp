@@ -245,43 +245,51 @@ using OptionalTensor = std::optional<Tensor>;
 template <class ProjectedCall>
 void set_projection(const char* op, bool backward, const Attention& attention, const Tensor& x, const Tensor& weight,
                     const OptionalTensor& bias, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                    std::optional<double> norm_eps, ProjectedCall& call) {
+                    std::optional<double> norm_eps, const OptionalTensor& out_weight, const OptionalTensor& out_bias,
+                    ProjectedCall& call) {
   require(projects(call.heads, attention.channels, backward) && call.type == ElementType::kFloat32 &&
               call.bias_type == call.type,
           op, "has no kernel for ", call.heads, " heads of ", call.head_dim, " channels in this dtype here");
   require_shape(op, "weight", weight, {3 * attention.channels, attention.channels});
   require(weight.scalar_type() == x.scalar_type(), op, "weight must have the dtype of x");
-  const auto of_channels = [&](const char* name, const OptionalTensor& t) -> const float* {
+  const auto given = [&](const char* name, const OptionalTensor& t, const Ints& wanted) -> const float* {
     if (!t) return nullptr;
-    require_shape(op, name, *t, {attention.channels});
+    require_shape(op, name, *t, wanted);
     require(t->scalar_type() == x.scalar_type(), op, name, " must have the dtype of x");
     return static_cast<const float*>(t->const_data_ptr());
   };
   call.normalize = norm_eps.has_value();
-  call.norm_weight = of_channels("norm_weight", norm_weight);
-  call.norm_bias = of_channels("norm_bias", norm_bias);
+  call.norm_weight = given("norm_weight", norm_weight, {attention.channels});
+  call.norm_bias = given("norm_bias", norm_bias, {attention.channels});
   call.norm_eps = static_cast<float>(norm_eps.value_or(0));
   call.qkv = nullptr;
   call.pad_qkv = nullptr;
   call.x = static_cast<const float*>(x.const_data_ptr());
   call.weight = static_cast<const float*>(weight.const_data_ptr());
   call.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  require(out_weight || !out_bias, op, "out_bias is given without out_weight");
+  call.out_weight = given("out_weight", out_weight, {attention.channels, attention.channels});
+  call.out_bias = given("out_bias", out_bias, {attention.channels});
 }
 
-std::tuple<Tensor, Tensor> projected_window_attention_forward(Tensor x, Tensor weight, OptionalTensor bias,
-                                                              Tensor bias_table, OptionalTensor norm_weight,
-                                                              OptionalTensor norm_bias, std::optional<double> norm_eps,
-                                                              Ints nominal, Ints window, Ints shift, double scale,
-                                                              bool with_lse) {
+// The result, and for a gradient the attention's output where a layer comes after it, and the log-sum-exp.
+std::tuple<Tensor, Tensor, Tensor> projected_window_attention_forward(
+    Tensor x, Tensor weight, OptionalTensor bias, Tensor bias_table, OptionalTensor norm_weight,
+    OptionalTensor norm_bias, std::optional<double> norm_eps, OptionalTensor out_weight, OptionalTensor out_bias,
+    Ints nominal, Ints window, Ints shift, double scale, bool for_backward) {
   const char* op = "projected_window_attention";
   ProjectedForwardCall call{};
   const Attention attention(op, x, bias_table, bias, std::nullopt, nominal, window, shift, scale, 0, call, 3);
-  set_projection(op, false, attention, x, weight, bias, norm_weight, norm_bias, norm_eps, call);
+  set_projection(op, false, attention, x, weight, bias, norm_weight, norm_bias, norm_eps, out_weight, out_bias, call);
   Tensor out = empty_on_large_pages(shape(x), x.scalar_type());
+  const bool apart = for_backward && out_weight;
+  Tensor attended =
+      apart ? empty_on_large_pages(shape(x), x.scalar_type()) : torch::stable::empty(Ints{0}, x.scalar_type());
   Tensor lse =
-      torch::stable::empty(with_lse ? attention.with_channels(call.heads) : Ints{0}, attention.accumulate_type);
-  call.out = out.mutable_data_ptr();
-  call.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
+      torch::stable::empty(for_backward ? attention.with_channels(call.heads) : Ints{0}, attention.accumulate_type);
+  call.out = (apart ? attended : out).mutable_data_ptr();
+  call.projected_out = static_cast<float*>(out.mutable_data_ptr());
+  call.lse = for_backward ? lse.mutable_data_ptr() : nullptr;
   if (call.batch > 0) {
     const KernelTable& table = kernels();
     const size_t bytes = (table.projected_forward_scratch(call) + 63) / 64 * 64;
@@ -294,22 +302,22 @@ std::tuple<Tensor, Tensor> projected_window_attention_forward(Tensor x, Tensor w
                               static_cast<char*>(scratch.get()) + static_cast<size_t>(i) * bytes, next);
     });
   }
-  return {out, lse};
+  return {out, attended, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> projected_window_attention_backward(
     Tensor grad_out, Tensor x, Tensor weight, OptionalTensor bias, Tensor bias_table, OptionalTensor norm_weight,
-    OptionalTensor norm_bias, std::optional<double> norm_eps, Tensor out, Tensor lse, Ints nominal, Ints window,
-    Ints shift, double scale) {
+    OptionalTensor norm_bias, std::optional<double> norm_eps, OptionalTensor out_weight, OptionalTensor out_bias,
+    Tensor attended, Tensor lse, Ints nominal, Ints window, Ints shift, double scale) {
   const char* op = "projected_window_attention_backward";
   ProjectedBackwardCall call{};
   const Attention attention(op, x, bias_table, bias, std::nullopt, nominal, window, shift, scale, 0, call, 3);
-  set_projection(op, true, attention, x, weight, bias, norm_weight, norm_bias, norm_eps, call);
+  set_projection(op, true, attention, x, weight, bias, norm_weight, norm_bias, norm_eps, out_weight, out_bias, call);
   require_shape(op, "grad_out", grad_out, shape(x));
-  require_shape(op, "out", out, shape(x));
+  require_shape(op, "attended", attended, shape(x));
   require_shape(op, "lse", lse, attention.with_channels(call.heads));
   require(grad_out.scalar_type() == x.scalar_type(), op, "grad_out must have the dtype of x");
-  require(out.scalar_type() == x.scalar_type(), op, "out must have the dtype of x");
+  require(attended.scalar_type() == x.scalar_type(), op, "attended must have the dtype of x");
   require(lse.scalar_type() == attention.accumulate_type, op, "lse must be float32");
 
   const int64_t parameters = swin::projection_parameters(attention.channels);
@@ -323,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_window_attention_backward(
   const Buffer bias_sums = allocate(sizeof(float) * static_cast<size_t>(call.heads * table_length));
   const Buffer projection_partials = allocate(sizeof(float) * static_cast<size_t>(count / call.heads * parameters));
   call.grad_out = grad_out.const_data_ptr();
-  call.out = out.const_data_ptr();
+  call.out = attended.const_data_ptr();
   call.lse = lse.const_data_ptr();
   call.grad_bias_table = grad_bias_table.mutable_data_ptr();
   call.bias_partials = bias_partials.get();
@@ -505,12 +513,13 @@ STABLE_TORCH_LIBRARY(swin_kernels_cpu, m) {
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "projected_window_attention_forward(Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, "
-      "Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, int[] nominal, int[] window, int[] shift, "
-      "float scale, bool with_lse) -> (Tensor, Tensor)");
+      "Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, Tensor? out_weight, Tensor? out_bias, "
+      "int[] nominal, int[] window, int[] shift, float scale, bool for_backward) -> (Tensor, Tensor, Tensor)");
   m.def(
       "projected_window_attention_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, "
-      "Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, Tensor out, Tensor lse, "
-      "int[] nominal, int[] window, int[] shift, float scale) -> (Tensor, Tensor, Tensor)");
+      "Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps, Tensor? out_weight, "
+      "Tensor? out_bias, Tensor attended, Tensor lse, int[] nominal, int[] window, int[] shift, float scale) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("projects(int heads, int channels, bool backward) -> bool");
   m.def("window_partition(Tensor x, int[] window, int[] shift) -> Tensor");
   m.def("window_reverse(Tensor windows, int[] window, int[] shift, int[] spatial) -> Tensor");

@@ -1,8 +1,8 @@
-"""`projected_window_attention`: window attention with the layer norm and the projection to qkv before it inside.
+"""`projected_window_attention`: window attention with the layer norm and the linear layers around it inside.
 
-Contract: ``window_attention(linear(layer_norm(x), weight, bias), bias_table, ..., pad_qkv=bias)``. Where a kernel takes
-the call, qkv, three times the size of `x`, is never written to memory, nor kept for the backward, which projects again
-window by window; elsewhere those operators run one after the other.
+Contract: ``linear(window_attention(linear(layer_norm(x), weight, bias), bias_table, ..., pad_qkv=bias), out_weight,
+out_bias)``. Where a kernel takes the call, qkv, three times the size of `x`, is never written to memory, nor kept for
+the backward, which projects again window by window; elsewhere those operators run one after the other.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ _ENGINE = "cpu"
 """The one backend that has a kernel."""
 
 _INPUTS = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, float? norm_eps"
+    "Tensor x, Tensor weight, Tensor? bias, Tensor bias_table, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor? out_weight, Tensor? out_bias, float? norm_eps, int[] window_size, int[] shift_size, float scale"
 )
+# The result, and what the backward needs: the attention's output where a layer comes after it, and the log-sum-exp.
+define(f"{_NAME}({_INPUTS}, bool for_backward, str backend) -> (Tensor, Tensor, Tensor)")
 define(
-    f"{_NAME}({_INPUTS}, int[] window_size, int[] shift_size, float scale, bool with_lse, str backend) "
-    "-> (Tensor, Tensor)"
-)
-define(
-    f"{_NAME}_backward(Tensor grad_out, {_INPUTS}, Tensor out, Tensor lse, int[] window_size, int[] shift_size, "
-    "float scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_NAME}_backward(Tensor grad_out, Tensor attended, Tensor lse, {_INPUTS}, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -45,10 +44,12 @@ def projected_window_attention(
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
     norm_eps: float | None = None,
+    out_weight: torch.Tensor | None = None,
+    out_bias: torch.Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Normalise a volume's tokens, project them to queries, keys and values, attend inside its (shifted) windows.
+    """Normalise a volume's tokens, project them, attend inside the volume's (shifted) windows, project the result.
 
     Args:
         x: ``(B, *S, C)``, two or three spatial axes.
@@ -56,48 +57,60 @@ def projected_window_attention(
         bias: ``(3C,)`` or None; padding tokens carry it.
         norm_weight, norm_bias: ``(C,)`` or None, of the layer norm.
         norm_eps: of the layer norm, which is left out if this is None.
+        out_weight, out_bias: ``(C, C)`` and ``(C,)`` or None, of the linear layer after the attention, which is left
+            out if `out_weight` is None.
         bias_table, window_size, shift_size, scale, backend: as in `window_attention`.
 
     Returns:
         ``(B, *S, C)``. Differentiable once in every tensor.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `window_attention`; `weight`, `bias`, `norm_weight` or `norm_bias` not
-            of the shape above.
+        TypeError, ValueError, RuntimeError: as `window_attention`; `weight`, `bias`, `norm_weight`, `norm_bias`,
+            `out_weight` or `out_bias` not of the shape above; `out_bias` without `out_weight`.
     """
     check_tensor(_NAME, "x", x, FLOATING)
     check_volume(_NAME, "x", x)
     channels = x.shape[-1]
     check_tensor(_NAME, "weight", weight, FLOATING)
-    if tuple(weight.shape) != (3 * channels, channels):
-        raise ValueError(f"{_NAME}: weight has shape {tuple(weight.shape)}; accepted is {(3 * channels, channels)}")
-    vectors = {"bias": (bias, 3 * channels), "norm_weight": (norm_weight, channels), "norm_bias": (norm_bias, channels)}
-    for name, (vector, length) in vectors.items():
-        if vector is not None:
-            check_tensor(_NAME, name, vector, FLOATING)
-            if tuple(vector.shape) != (length,):
-                raise ValueError(f"{_NAME}: {name} has shape {tuple(vector.shape)}; accepted is ({length},)")
-    tensors = [t for t in (x, weight, bias, bias_table, norm_weight, norm_bias) if t is not None]
+    parameters = {
+        "weight": (weight, (3 * channels, channels)),
+        "bias": (bias, (3 * channels,)),
+        "norm_weight": (norm_weight, (channels,)),
+        "norm_bias": (norm_bias, (channels,)),
+        "out_weight": (out_weight, (channels, channels)),
+        "out_bias": (out_bias, (channels,)),
+    }
+    for name, (parameter, shape) in parameters.items():
+        if parameter is not None:
+            check_tensor(_NAME, name, parameter, FLOATING)
+            if tuple(parameter.shape) != shape:
+                raise ValueError(f"{_NAME}: {name} has shape {tuple(parameter.shape)}; accepted is {shape}")
+    if out_bias is not None and out_weight is None:
+        raise ValueError(f"{_NAME}: out_bias is given without out_weight; accepted is both or out_weight alone")
+    given = (x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)
+    tensors = [t for t in given if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     window, shift = check_windows(_NAME, x.dim() - 2, window_size, shift_size)
     apart = autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1
     if apart or (differentiated and declined(x, weight, bias_table, window, forced_name(_NAME, backend), True)):
         x = _layer_norm(x, norm_weight, norm_bias, norm_eps)
         qkv = F.linear(x, weight, bias)  # (B, *S, 3C)
-        return window_attention(
-            qkv, bias_table, window_size, shift_size, pad_qkv=bias, scale=scale, backend=backend
-        )  # (B, *S, C)
+        out = window_attention(qkv, bias_table, window_size, shift_size, pad_qkv=bias, scale=scale, backend=backend)
+        return _linear(out, out_weight, out_bias)  # (B, *S, C)
     if scale is None:
         scale = (channels // bias_table.shape[1]) ** -0.5
-    out, _ = torch.ops.swin_kernels.projected_window_attention(
-        *(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps),
-        *(window, shift, float(scale), differentiated, forced_name(_NAME, backend)),
+    out, _, _ = torch.ops.swin_kernels.projected_window_attention(
+        *given, norm_eps, window, shift, float(scale), differentiated, forced_name(_NAME, backend)
     )
     return out
 
 
 def _layer_norm(x, weight, bias, eps):
     return x if eps is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _linear(x, weight, bias):
+    return x if weight is None else F.linear(x, weight, bias)
 
 
 def declined(
@@ -135,45 +148,58 @@ def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...
 
 
 def _forward(
-    x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, window, shift, scale, with_lse, backend
+    x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
+    for_backward, backend,
 ):  # fmt: skip
-    if declined(x, weight, bias_table, window, backend, backward=with_lse) is None:
+    if declined(x, weight, bias_table, window, backend, backward=for_backward) is None:
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
-        inputs = _contiguous(x, weight, bias, bias_table, norm_weight, norm_bias)
-        return load(_ENGINE).projected_window_attention.forward(*inputs, norm_eps, grid, scale, with_lse)
+        inputs = _contiguous(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)
+        return load(_ENGINE).projected_window_attention.forward(*inputs, norm_eps, grid, scale, for_backward)
     qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, norm_eps), weight, bias)
-    if not with_lse:
+    nothing = x.new_empty(0)
+    if not for_backward:
         out = window_attention(qkv, bias_table, window, shift, pad_qkv=bias, scale=scale, backend=backend or None)
-        return out, out.new_empty(0, dtype=_lse_dtype(x))
+        return _linear(out, out_weight, out_bias), nothing, x.new_empty(0, dtype=_lse_dtype(x))
     # Where a graph was traced beside a kernel that this machine has not.
-    return torch.ops.swin_kernels.window_attention(qkv, bias_table, bias, None, window, shift, scale, 0.0, backend)
+    out, lse = torch.ops.swin_kernels.window_attention(qkv, bias_table, bias, None, window, shift, scale, 0.0, backend)
+    return (out, nothing, lse) if out_weight is None else (F.linear(out, out_weight, out_bias), out, lse)
 
 
 def _backward(
-    grad_out, x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, out, lse, window, shift, scale, backend
-):
+    grad_out, attended, lse, x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps,
+    window, shift, scale, backend,
+):  # fmt: skip
     if declined(x, weight, bias_table, window, backend, backward=True) is None:
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
-        inputs = _contiguous(grad_out, x, weight, bias, bias_table, norm_weight, norm_bias)
-        return load(_ENGINE).projected_window_attention.backward(*inputs, norm_eps, out, lse, grid, scale)
-    rows, channels = x, x.shape[-1:]
+        inputs = _contiguous(
+            grad_out, attended, lse, x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias
+        )
+        return load(_ENGINE).projected_window_attention.backward(*inputs, norm_eps, grid, scale)
+    channels = x.shape[-1]
+    grad_out_weight, grad_out_bias = x.new_zeros(channels, channels), x.new_zeros(channels)
+    if out_weight is not None:
+        grad_rows = grad_out.flatten(0, -2)
+        grad_out_weight, grad_out_bias = grad_rows.mT @ attended.flatten(0, -2), grad_rows.sum(0)
+        grad_out = grad_out @ out_weight
+    rows = x
     if norm_eps is not None:
-        rows, mean, inverse_deviation = torch.native_layer_norm(x, channels, norm_weight, norm_bias, norm_eps)
+        rows, mean, inverse_deviation = torch.native_layer_norm(x, [channels], norm_weight, norm_bias, norm_eps)
     grad_qkv, grad_bias_table, grad_padding = torch.ops.swin_kernels.window_attention_backward(
-        *(grad_out, F.linear(rows, weight, bias), bias_table, bias, None, out, lse),
+        *(grad_out, F.linear(rows, weight, bias), bias_table, bias, None, attended, lse),
         *(window, shift, scale, 0.0, backend),
     )
     grad_x = grad_qkv @ weight
-    grad_norm_weight = grad_norm_bias = x.new_zeros(channels)
+    grad_norm_weight, grad_norm_bias = x.new_zeros(channels), x.new_zeros(channels)
     if norm_eps is not None:
         ones = norm_weight if norm_weight is not None else x.new_ones(channels)  # None would leave its gradient out
         zeros = norm_bias if norm_bias is not None else x.new_zeros(channels)
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_x, x.contiguous(), channels, mean, inverse_deviation, ones, zeros, [True] * 3
+            grad_x, x.contiguous(), [channels], mean, inverse_deviation, ones, zeros, [True] * 3
         )
     grad_rows = grad_qkv.flatten(0, -2)
     grad_weight, grad_bias = grad_rows.mT @ rows.flatten(0, -2), grad_rows.sum(0) + grad_padding
-    return grad_x, grad_weight, grad_bias, grad_bias_table, grad_norm_weight.clone(), grad_norm_bias.clone()
+    grads = grad_x, grad_weight, grad_bias, grad_bias_table, grad_norm_weight, grad_norm_bias
+    return *grads, grad_out_weight, grad_out_bias
 
 
 library.impl(_NAME, _forward, "CompositeExplicitAutograd")
@@ -181,33 +207,39 @@ library.impl(f"{_NAME}_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}", lib=library)
-def _(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, window, shift, scale, with_lse, backend):
-    lse_shape = (*x.shape[:-1], bias_table.shape[1]) if with_lse else (0,)
-    return x.new_empty(x.shape), x.new_empty(lse_shape, dtype=_lse_dtype(x))
+def _(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, *settings):
+    for_backward = settings[-2]
+    attended_shape = x.shape if for_backward and out_weight is not None else (0,)
+    lse_shape = (*x.shape[:-1], bias_table.shape[1]) if for_backward else (0,)
+    return x.new_empty(x.shape), x.new_empty(attended_shape), x.new_empty(lse_shape, dtype=_lse_dtype(x))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}_backward", lib=library)
-def _(grad_out, x, weight, bias, bias_table, *rest):
+def _(grad_out, attended, lse, x, weight, bias, bias_table, *rest):
     channels = x.shape[-1]
     shapes = x.shape, weight.shape, (3 * channels,), bias_table.shape, (channels,), (channels,)
-    return tuple(x.new_empty(shape) for shape in shapes)
+    return tuple(x.new_empty(shape) for shape in (*shapes, (channels, channels), (channels,)))
+
+
+_TENSORS = 8
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.norm_eps, window, shift, scale, _, backend = inputs
-    out, lse = output
-    ctx.settings = window, shift, scale, backend
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, out, lse)
+    tensors, (*ctx.settings, _, ctx.backend) = inputs[:_TENSORS], inputs[_TENSORS:]
+    out, attended, lse = output
+    ctx.mark_non_differentiable(attended, lse)
+    ctx.set_materialize_grads(False)  # no zeros the size of a volume for what has no gradient
+    ctx.save_for_backward(out if tensors[6] is None else attended, lse, *tensors)
 
 
-def _autograd_backward(ctx, grad_out, grad_lse):
-    *tensors, out, lse = ctx.saved_tensors
+def _autograd_backward(ctx, grad_out, grad_attended, grad_lse):
+    if grad_out is None:
+        return (None,) * len(ctx.needs_input_grad)
     grads = torch.ops.swin_kernels.projected_window_attention_backward(
-        grad_out, *tensors, ctx.norm_eps, out, lse, *ctx.settings
+        grad_out, *ctx.saved_tensors, *ctx.settings, ctx.backend
     )
-    wanted = zip(grads, ctx.needs_input_grad, strict=False)
-    return *(grad if needed else None for grad, needed in wanted), *[None] * 6
+    wanted = zip(grads, ctx.needs_input_grad[:_TENSORS], strict=True)
+    return *(grad if needed else None for grad, needed in wanted), *[None] * (len(ctx.needs_input_grad) - _TENSORS)
 
 
 torch.library.register_autograd(f"{NAMESPACE}::{_NAME}", _autograd_backward, setup_context=_setup_context, lib=library)

@@ -37,7 +37,7 @@ CASES = (
 
 
 def make(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor | None]:
-    """x, weight, bias and bias_table of a case."""
+    """The tensors of a case, in the order of the operator."""
     generator = torch.Generator().manual_seed(len(case.name))
     channels = case.heads * case.head_dim
 
@@ -51,8 +51,13 @@ def make(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tens
         "bias_table": normal(bias_table_length(case.window), case.heads) * case.bias,
         "norm_weight": normal(channels) if case.pad else None,
         "norm_bias": normal(channels) if case.pad else None,
+        "out_weight": normal(channels, channels) * channels**-0.5,
+        "out_bias": normal(channels) if case.pad else None,
     }
 
+
+ONLY_INSIDE = dict.fromkeys(("norm_weight", "norm_bias", "out_weight", "out_bias"))
+"""Neither a norm before the projection nor a layer after the attention."""
 
 EPS = 1e-3
 
@@ -64,7 +69,8 @@ def attend(inputs: dict[str, torch.Tensor | None], case: Case) -> torch.Tensor:
 def plainly(inputs: dict[str, torch.Tensor | None], case: Case) -> torch.Tensor:
     x = F.layer_norm(inputs["x"], inputs["x"].shape[-1:], inputs["norm_weight"], inputs["norm_bias"], EPS)
     qkv = F.linear(x, inputs["weight"], inputs["bias"])
-    return plain_attention(qkv, inputs["bias_table"], inputs["bias"], case)[0]
+    out = plain_attention(qkv, inputs["bias_table"], inputs["bias"], case)[0]
+    return F.linear(out, inputs["out_weight"], inputs["out_bias"])
 
 
 def in_float64(inputs: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
@@ -94,8 +100,8 @@ def test_result_does_not_depend_on_threads(threads):
 
 
 @pytest.mark.parametrize("case", CASES[1:3], ids=lambda c: c.name)
-def test_without_norm(case):
-    inputs = make(case) | {"norm_weight": None, "norm_bias": None}
+def test_without_norm_and_output_layer(case):
+    inputs = make(case) | ONLY_INSIDE
     with torch.no_grad():
         value = projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift)
         wide = in_float64(inputs)
@@ -142,12 +148,12 @@ def test_traced_operator_has_gradients_on_every_machine(case, norm_eps):
     """A graph holds the operator itself, and may meet a machine or a backend without the kernel."""
     inputs = make(case, torch.float64)
     if norm_eps is None:
-        inputs |= {"norm_weight": None, "norm_bias": None}
+        inputs |= ONLY_INSIDE
     leaves = {name: t.requires_grad_() for name, t in inputs.items() if t is not None}
 
     def run(*values):
         given = inputs | dict(zip(leaves, values, strict=True))
-        settings = (norm_eps, case.window, case.shift, 0.25, True, "reference")
+        settings = (norm_eps, case.window, case.shift, 0.25, True, "reference")  # True: for a backward
         return torch.ops.swin_kernels.projected_window_attention(*given.values(), *settings)[0]
 
     assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=True)
@@ -163,9 +169,9 @@ def test_each_gradient_alone():
         assert torch.equal(leaf.grad, expected), name
 
 
-def test_gradients_without_norm():
+def test_gradients_without_norm_and_output_layer():
     case = CASES[2]
-    inputs = make(case) | {"norm_weight": None, "norm_bias": None}
+    inputs = make(case) | ONLY_INSIDE
 
     def compute(inputs, case):
         return projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift)
@@ -193,7 +199,7 @@ def test_gradients_do_not_depend_on_threads(threads):
 
 
 def test_qkv_is_not_kept_for_the_backward(cpu_backend):
-    """Only the inputs, the output and the log-sum-exp are, where the kernel runs."""
+    """Only the inputs, the attention's output and the log-sum-exp are, where the kernel runs."""
     inputs, case = make(CASES[1]), CASES[1]
     assert declined(inputs["x"], inputs["weight"], inputs["bias_table"], case.window, backward=True) is None
     kept = []
@@ -272,10 +278,10 @@ def test_opcheck(case):
     leaves = [t.detach().requires_grad_() for t in inputs.values()]
     arguments = (*leaves, EPS, *settings, True, "")
     torch.library.opcheck(torch.ops.swin_kernels.projected_window_attention.default, arguments)
-    out, lse = torch.ops.swin_kernels.projected_window_attention(*inputs.values(), EPS, *settings, True, "")
+    out, *kept = torch.ops.swin_kernels.projected_window_attention(*inputs.values(), EPS, *settings, True, "")
     torch.library.opcheck(
         torch.ops.swin_kernels.projected_window_attention_backward.default,
-        (torch.randn_like(out), *inputs.values(), EPS, out, lse, *settings, ""),
+        (torch.randn_like(out), *kept, *inputs.values(), EPS, *settings, ""),
     )
 
 
@@ -295,6 +301,10 @@ def test_wrong_weight_raises():
         projected_window_attention(**inputs | {"weight": inputs["weight"].T}, window_size=4)
     with pytest.raises(ValueError, match=r"bias has shape \(48,\); accepted is \(144,\)"):
         projected_window_attention(**inputs | {"bias": inputs["bias"][:48]}, window_size=4)
+    with pytest.raises(ValueError, match=r"out_weight has shape \(48, 47\); accepted is \(48, 48\)"):
+        projected_window_attention(**inputs | {"out_weight": inputs["out_weight"][:, :47]}, window_size=4)
+    with pytest.raises(ValueError, match="out_bias is given without out_weight"):
+        projected_window_attention(**inputs | {"out_weight": None}, window_size=4)
 
 
 def test_module_uses_it_and_keeps_hooks(monkeypatch):
@@ -322,10 +332,30 @@ def test_module_uses_it_and_keeps_hooks(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_layer_after_the_attention_that_is_more_than_linear_is_called(adapted):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    attention = modules.WindowAttention(48, 3, (4, 4, 4), qkv_bias=True)
+    x = torch.randn(1, 8, 8, 8, 48)
+    expected = 2 * attention(x, 2)
+    if adapted:
+        layer = Adapted(48, 48)
+        layer.load_state_dict(attention.proj.state_dict())
+        attention.proj = layer
+    else:
+        attention.proj.register_forward_hook(lambda module, inputs, out: 2 * out)
+    torch.testing.assert_close(attention(x, 2), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["qkv", "proj"])
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-def test_backward_hooks_of_the_projection_are_called(register):
+def test_backward_hooks_of_the_projections_are_called(register, layer):
     attention, seen = modules.WindowAttention(48, 3, (4, 4, 4), qkv_bias=True), []
-    getattr(attention.qkv, register)(lambda *_: seen.append(1))
+    getattr(getattr(attention, layer), register)(lambda *_: seen.append(1))
     attention(torch.randn(1, 8, 8, 8, 48, requires_grad=True), 2).sum().backward()
     assert seen == [1]
 
