@@ -87,14 +87,29 @@ SWIN_ALWAYS_INLINE void load_row(const void* from, ElementType type, int64_t cou
   }
 }
 
+// to = from · factor in vectors as far as they are whole: an array that may be changed by what is stored keeps the
+// compiler from them.
+template <class T>
+SWIN_ALWAYS_INLINE void scale_row(const T* from, T factor, int64_t count, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i) * broadcast(factor));
+  for (; i < count; ++i) to[i] = from[i] * factor;
+}
+
 template <class T>
 SWIN_ALWAYS_INLINE void store_row(const T* from, T factor, ElementType type, int64_t count, void* to) {
   switch (type) {
     case ElementType::kFloat64:
-      for (int64_t i = 0; i < count; ++i) static_cast<double*>(to)[i] = from[i] * factor;
+      if constexpr (sizeof(T) == sizeof(double))
+        scale_row(from, factor, count, static_cast<double*>(to));
+      else
+        for (int64_t i = 0; i < count; ++i) static_cast<double*>(to)[i] = from[i] * factor;
       break;
     case ElementType::kFloat32:
-      for (int64_t i = 0; i < count; ++i) static_cast<float*>(to)[i] = static_cast<float>(from[i] * factor);
+      if constexpr (sizeof(T) == sizeof(float))
+        scale_row(from, factor, count, static_cast<float*>(to));
+      else
+        for (int64_t i = 0; i < count; ++i) static_cast<float*>(to)[i] = static_cast<float>(from[i] * factor);
       break;
     case ElementType::kBFloat16:
       for (int64_t i = 0; i < count; ++i)

@@ -82,6 +82,7 @@ class WindowGroup {
         tokens_(call.plan->tokens),
         padded_tokens_(call.plan->padded_tokens),
         origin_(bias_origin(call.plan->grid)),
+        query_factor_(static_cast<T>(call.scale * kLog2E)),
         bias_(arena.take<T>(kBlock * padded_tokens_ + kTileSlack)),
         whole_bias_(arena.take<T>(kRows * padded_tokens_ + kTileSlack)),
         stage_(arena.take<T>(kPanel * head_dim())),
@@ -195,7 +196,7 @@ class WindowGroup {
         window.queries ? window.queries + query * window.query_stride
                        : row_of(call_.qkv, window.token[query] * 3 * channels() + head_ * head_dim(), row),
         row);
-    const Vec<T> factor = broadcast(static_cast<T>(call_.scale * kLog2E));
+    const Vec<T> factor = broadcast(query_factor_);
     for (int64_t d = 0; d < width(); d += kLanes<T>) store(row + d, load(from + d) * factor);
   }
 
@@ -241,15 +242,20 @@ class WindowGroup {
     }
   }
 
-  // Whether scores of queries of these norms are so small that 2^score and sums of them stay inside the range of
-  // numbers, with one offset for all, and that keys of other regions do not matter. False where anything is not finite.
-  bool one_offset_serves(const GroupWindow<T>& window, const T* norm) const {
-    constexpr T kLargestScore = 60, kLargestValue = T(1ull << 48);
-    T largest = 0;
+  // Whether scores of a tile of queries are so small that 2^score and sums of them stay inside the range of numbers,
+  // with one offset for all, and that keys of other regions do not matter. False where anything is not finite.
+  bool one_offset_serves(const GroupWindow<T>& window, const T* query_rows) const {
+    // All rows as one vector: no shorter than the longest of them, and mostly good enough.
+    Vec<T> square = {};
+    for (int64_t i = 0; i < kRows * width(); i += kLanes<T>) {
+      const Vec<T> x = load(query_rows + i);
+      square += x * x;
+    }
+    if (scores_stay_small(window, std::sqrt(sum_lanes<T>(square)))) return true;
+    T norm[kRows], largest = 0;
+    norms(query_rows, norm);
     for (int r = 0; r < kRows; ++r) largest = norm[r] <= largest ? largest : norm[r];  // this way round a NaN stays
-    const T spread = largest * window.max_key_norm + largest_bias();
-    return spread < kLargestScore && window.max_value < kLargestValue &&
-           (pattern_->region_count == 1 || 2 * spread + mask() < static_cast<T>(kNegligible));
+    return scores_stay_small(window, largest);
   }
 
   // Whether keys of other regions may matter to any of `rows` queries of these norms whose scores reach `score`.
@@ -357,6 +363,14 @@ class WindowGroup {
   }
 
  private:
+  // What one_offset_serves() says of queries of norms up to `norm`.
+  bool scores_stay_small(const GroupWindow<T>& window, T norm) const {
+    constexpr T kLargestScore = 60, kLargestValue = T(1ull << 48);
+    const T spread = norm * window.max_key_norm + largest_bias();
+    return spread < kLargestScore && window.max_value < kLargestValue &&
+           (pattern_->region_count == 1 || 2 * spread + mask() < static_cast<T>(kNegligible));
+  }
+
   int64_t index_of(const WindowPattern& pattern, int64_t i) const {
     return i % call_.batch * product(call_.plan->grid.counts) + call_.windows[pattern.window_begin + i / call_.batch];
   }
@@ -369,18 +383,21 @@ class WindowGroup {
     return call_.type == (sizeof(T) == 8 ? ElementType::kFloat64 : ElementType::kFloat32);
   }
 
-  // Bias of queries [query, query + kCount) for the keys of runs [first, last), a row each. A run is copied in whole
-  // vectors: what is written beyond it is overwritten by the next run or by the caller, and stays inside the row.
+  // Bias of queries [query, query + kCount) for the keys of runs [first, last), a row each. A run, as long as the
+  // window's last axis, is copied in short vectors: what is written beyond it is overwritten by the next run or by the
+  // caller, and stays inside the row.
   template <int kCount>
   void copy_runs(int64_t query, int64_t first, int64_t last, T* rows) const {
     const T* columns[kCount];
     for (int i = 0; i < kCount; ++i) columns[i] = column_ + origin_ - pattern_->bias_raster[query + i];
     const int32_t* begin = pattern_->run_token;
+    constexpr int64_t kShort = kLanes<T> < 8 ? kLanes<T> : 8;
     for (int64_t run = first; run < last; ++run) {
       const int64_t from = pattern_->bias_raster[begin[run]] - begin[run];
       int64_t k = begin[run];
-      for (; k < begin[run + 1] && k + kLanes<T> <= padded_tokens_; k += kLanes<T>)
-        for (int i = 0; i < kCount; ++i) store(rows + i * padded_tokens_ + k, load(columns[i] + from + k));
+      for (; k < begin[run + 1] && k + kShort <= padded_tokens_; k += kShort)
+        for (int i = 0; i < kCount; ++i)
+          std::memcpy(rows + i * padded_tokens_ + k, columns[i] + from + k, kShort * sizeof(T));
       for (; k < begin[run + 1]; ++k)
         for (int i = 0; i < kCount; ++i) rows[i * padded_tokens_ + k] = columns[i][from + k];
     }
@@ -395,6 +412,7 @@ class WindowGroup {
 
   const AttentionCall& call_;
   const int64_t tokens_, padded_tokens_, origin_;
+  const T query_factor_;
   T *bias_, *whole_bias_;  // (kBlock, padded n), (kRows, padded n)
   T *stage_, *zero_;
   int64_t* axis_token_[kAxes];

@@ -55,14 +55,13 @@ class ForwardWorker {
 
   void attend_tile(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
     const int64_t stride = group_.padded_tokens(), width = group_.width(), head_dim = group_.head_dim();
-    T norm[kRows], offset[kRows] = {}, sum[kRows];
+    T offset[kRows] = {}, sum[kRows];
     for (int r = 0; r < kRows; ++r) group_.load_query(window, queries[r], query_rows_ + r * width);
-    group_.norms(query_rows_, norm);
     int64_t begin = region.begin, end = region.end;
-    if (group_.one_offset_serves(window, norm))
+    if (group_.one_offset_serves(window, query_rows_))
       weigh(window, region, queries, sum);
     else
-      weigh_from_largest(window, region, queries, rows, norm, &begin, &end, offset, sum);
+      weigh_from_largest(window, region, queries, rows, &begin, &end, offset, sum);
 
     if (call_.dropout_p > 0)
       for (int r = 0; r < rows; ++r)
@@ -98,8 +97,10 @@ class ForwardWorker {
   // Weights 2^(score - offset) of a tile with its largest score as offset, for the keys of all regions where others
   // matter than its own.
   void weigh_from_largest(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows,
-                          const T* norm, int64_t* begin, int64_t* end, T* offset, T* sum) {
+                          int64_t* begin, int64_t* end, T* offset, T* sum) {
     const int64_t stride = group_.padded_tokens();
+    T norm[kRows];
+    group_.norms(query_rows_, norm);
     Vec<T> seen[kRows];
     const auto remember = [&](int r, int64_t column, auto& x) {
       Vec<T> larger = x[0];
