@@ -65,6 +65,34 @@ def test_convolution(versus, extent, kernel):
     )
 
 
+def test_convolution_backward(versus, extent):
+    """The gradients of a 3×3×3 convolution of the image's resolution."""
+    x, grad_out = (volume(extent, FEATURE_SIZE, seed) for seed in (0, 1))
+    weight = torch.randn(FEATURE_SIZE, FEATURE_SIZE, 3, 3, 3, generator=torch.Generator().manual_seed(2))
+
+    def gradients_of(convolve, **memory):
+        leaves = [x.contiguous(**memory).requires_grad_(), weight.clone().requires_grad_()]
+        gradient, out = grad_out.contiguous(**memory), convolve(*leaves)
+        return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
+
+    def plain(x, weight):
+        return F.conv3d(x, weight, padding=1)
+
+    variants = {
+        "MONAI": gradients_of(plain),
+        "MONAI, channels last": gradients_of(plain, **CHANNELS_LAST),
+        "ours": gradients_of(convolution, **CHANNELS_LAST),
+    }
+    versus(
+        "3×3×3 convolution, backward",
+        variants,
+        gate=gate(variants["ours"](), variants["MONAI"]()),
+        sizes=f"{extent}³ voxels, {FEATURE_SIZE} → {FEATURE_SIZE} channels",
+        dtype=torch.float32,
+        rounds=5,
+    )
+
+
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 def test_decoder_block(versus, extent, direction):
     """The last block of the decoder, which with encoder1 holds most of the model's arithmetic."""

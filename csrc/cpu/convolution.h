@@ -134,6 +134,36 @@ inline void pack_weights(const ConvolutionCall& call, int64_t item) {
   }
 }
 
+// Where the inputs of tile t of a row (width, channels) lie, its first one beside the row's begin; null is a row of
+// zeros.
+SWIN_ALWAYS_INLINE void inputs_of_tile(const float* row, int64_t width, int64_t channels, int64_t t, const float* zeros,
+                                       const float* (&x)[kFrequencies]) {
+  for (int64_t i = 0; i < kFrequencies; ++i) {
+    const int64_t w = t * kOutputs + i - 1;
+    x[i] = row == nullptr || w < 0 || w >= width ? zeros : row + w * channels;
+  }
+}
+
+// Inputs of a tile at each frequency, `stride` apart.
+SWIN_ALWAYS_INLINE void transform_inputs(const float* const (&x)[kFrequencies], int64_t channels, float* to,
+                                         int64_t stride) {
+  const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5];
+  float *to0 = to, *to1 = to + stride, *to2 = to1 + stride, *to3 = to2 + stride, *to4 = to3 + stride,
+        *to5 = to4 + stride;
+  constexpr float kA = kNear, kB = kFar, kA2 = kNear2, kB2 = kFar2;
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c) {
+    const float near_even = x4[c] - kB2 * x2[c], near_odd = kA * (x3[c] - kB2 * x1[c]);
+    const float far_even = x4[c] - kA2 * x2[c], far_odd = kB * (x3[c] - kA2 * x1[c]);
+    to0[c] = x4[c] - (kA2 + kB2) * x2[c] + kA2 * kB2 * x0[c];
+    to1[c] = near_even + near_odd;
+    to2[c] = near_even - near_odd;
+    to3[c] = far_even + far_odd;
+    to4[c] = far_even - far_odd;
+    to5[c] = x5[c] - (kA2 + kB2) * x3[c] + kA2 * kB2 * x1[c];
+  }
+}
+
 // A block of output rows (d, h .. h + height, all of w) and the memory it is computed in.
 class WinogradWorker {
  public:
@@ -188,33 +218,11 @@ class WinogradWorker {
       for (int s = 0; s < 2; ++s) {
         const int64_t channels = call_.channels[s];
         const float* x[kFrequencies];
-        for (int64_t i = 0; i < kFrequencies; ++i) {
-          const int64_t w = t * kOutputs + i - 1;
-          x[i] = outside || w < 0 || w >= width
-                     ? zeros_
-                     : call_.source[s] + ((plane * call_.extent[1] + h) * width + w) * channels;
-        }
-        transform(x, channels, to);
+        inputs_of_tile(outside ? nullptr : call_.source[s] + (plane * call_.extent[1] + h) * width * channels, width,
+                       channels, t, zeros_, x);
+        transform_inputs(x, channels, to, plane_);
         to += channels;
       }
-    }
-  }
-
-  void transform(const float* const (&x)[kFrequencies], int64_t channels, float* to) const {
-    const float *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3], *x4 = x[4], *x5 = x[5];
-    float *to0 = to, *to1 = to + plane_, *to2 = to1 + plane_, *to3 = to2 + plane_, *to4 = to3 + plane_,
-          *to5 = to4 + plane_;
-    constexpr float kA = kNear, kB = kFar, kA2 = kNear2, kB2 = kFar2;
-#pragma GCC ivdep
-    for (int64_t c = 0; c < channels; ++c) {
-      const float near_even = x4[c] - kB2 * x2[c], near_odd = kA * (x3[c] - kB2 * x1[c]);
-      const float far_even = x4[c] - kA2 * x2[c], far_odd = kB * (x3[c] - kA2 * x1[c]);
-      to0[c] = x4[c] - (kA2 + kB2) * x2[c] + kA2 * kB2 * x0[c];
-      to1[c] = near_even + near_odd;
-      to2[c] = near_even - near_odd;
-      to3[c] = far_even + far_odd;
-      to4[c] = far_even - far_odd;
-      to5[c] = x5[c] - (kA2 + kB2) * x3[c] + kA2 * kB2 * x1[c];
     }
   }
 

@@ -55,6 +55,18 @@ struct ConvolutionCall {
 
 SWIN_INLINE int64_t in_channels(const ConvolutionCall& call) { return call.channels[0] + call.channels[1]; }
 
+// The gradient of a 3×3×3 weight of such a convolution.
+struct WeightGradientCall {
+  int64_t batch, extent[kAxes];
+  int64_t in_channels, out_channels;
+  const float* source;    // (B, D, H, W, in_channels)
+  const float* grad_out;  // (B, D, H, W, out_channels)
+  int64_t slabs;          // of planes, with sums of their own
+  int64_t block_height;   // rows that are worked on at a time
+  float* sums;            // (slabs, weight_gradient_sums)
+  float* grad_weight;     // (out_channels, in_channels, 3, 3, 3)
+};
+
 // Items of pack_weights and blocks of convolve may run in any order; convolve needs all items packed.
 // Functions of [begin, end) of a norm work on those of the batch · blocks blocks; `scratch` holds kNormScratchTensors
 // times kNormScratchRows rows of accumulate, one piece for each thread.
@@ -72,6 +84,11 @@ struct DecoderKernels {
   int64_t (*convolution_scratch)(const ConvolutionCall&);  // floats per thread
   int64_t (*convolution_blocks)(const ConvolutionCall&);
   void (*convolve)(const ConvolutionCall&, float* scratch, WorkCounter&);
+  int64_t (*weight_gradient_sums)(const WeightGradientCall&);     // elements of one slab
+  int64_t (*weight_gradient_scratch)(const WeightGradientCall&);  // floats per thread
+  int64_t (*weight_gradient_items)(const WeightGradientCall&);
+  void (*add_weight_gradient)(const WeightGradientCall&, float* scratch, WorkCounter&);
+  void (*finish_weight_gradient)(const WeightGradientCall&, int64_t in_channel);
 };
 
 // The decoder's kernels of the build that select_kernels() picks; null and a message as there.

@@ -1,6 +1,7 @@
 // Compiled once per vector width with -DSWIN_ISA=<name>; offers the decoder's kernels of that build.
 // No standard containers here: what the linker merges across builds must not hold their instructions.
 #include "convolution.h"
+#include "convolution_weight_gradient.h"
 #include "decoder.h"
 #include "instance_norm_act.h"
 
@@ -99,13 +100,35 @@ void convolve(const ConvolutionCall& call, float* scratch, WorkCounter& next) {
     convolve_with<WinogradWorker>(call, scratch, next);
 }
 
+int64_t weight_gradient_scratch(const WeightGradientCall& call) { return WeightGradientWorker::scratch(call); }
+
+void add_weight_gradient(const WeightGradientCall& call, float* scratch, WorkCounter& next) {
+  WeightGradientWorker worker(call, scratch);
+  const int64_t items = weight_gradient_items(call);
+  for (int64_t i; (i = next.fetch_add(1)) < items;) worker.run(i);
+}
+
 }  // namespace
 
 extern const DecoderKernels decoder_kernels;
-const DecoderKernels decoder_kernels = {
-    SWIN_NAME(SWIN_ISA), partials,           statistics,     apply,      backward_partials,
-    backward_means,      backward_apply,     packed_weights, pack_items, pack_weights,
-    convolution_scratch, convolution_blocks, convolve};
+const DecoderKernels decoder_kernels = {SWIN_NAME(SWIN_ISA),
+                                        partials,
+                                        statistics,
+                                        apply,
+                                        backward_partials,
+                                        backward_means,
+                                        backward_apply,
+                                        packed_weights,
+                                        pack_items,
+                                        pack_weights,
+                                        convolution_scratch,
+                                        convolution_blocks,
+                                        convolve,
+                                        weight_gradient_sums,
+                                        weight_gradient_scratch,
+                                        weight_gradient_items,
+                                        add_weight_gradient,
+                                        finish_weight_gradient};
 
 }  // namespace SWIN_ISA
 }  // namespace swin

@@ -23,6 +23,7 @@ using swin::DecoderKernels;
 using swin::ElementType;
 using swin::NormBackwardCall;
 using swin::NormCall;
+using swin::WeightGradientCall;
 using swin_torch::empty_on_large_pages;
 using swin_torch::Ints;
 using swin_torch::require;
@@ -189,6 +190,25 @@ std::tuple<Tensor, std::optional<Tensor>> instance_norm_act_backward(Tensor grad
   return {grad_x, grad_residual};
 }
 
+void require_volume(const char* op, const char* name, const Tensor& t) {
+  require_dense(op, name, t);
+  require(t.scalar_type() == ScalarType::Float, op, name, " is not float32");
+  require(t.dim() == 5 && t.numel() > 0, op, name, " has shape ", text(shape(t)), "; accepted is (B, D, H, W, C)");
+}
+
+// Memory for each of `workers`, which share a counter of work items: work(memory, next).
+template <class Work>
+void run_workers(int64_t workers, int64_t floats, const Work& work) {
+  workers = std::clamp<int64_t>(workers, 1, torch::stable::get_num_threads());
+  floats = (floats + 15) / 16 * 16;
+  Tensor scratch = empty_on_large_pages(Ints{workers, floats}, ScalarType::Float);
+  float* memory = static_cast<float*>(scratch.mutable_data_ptr());
+  swin::WorkCounter next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(memory + i * floats, next);
+  });
+}
+
 // A block of output rows is as high as keeps what it is computed from in a core's cache.
 int64_t block_height(const ConvolutionCall& call) {
   constexpr int64_t kVoxels = 64, kBytes = int64_t{1} << 19, kLeast = 4, kMost = 16;
@@ -201,13 +221,8 @@ int64_t block_height(const ConvolutionCall& call) {
 // as inputs.
 Tensor convolve(const char* op, const Tensor& first_source, const std::optional<Tensor>& second_source,
                 const Tensor& weight, bool gradient, int64_t first, int64_t count) {
-  const auto require_volume = [&](const char* name, const Tensor& t) {
-    require_dense(op, name, t);
-    require(t.scalar_type() == ScalarType::Float, op, name, " is not float32");
-    require(t.dim() == 5 && t.numel() > 0, op, name, " has shape ", text(shape(t)), "; accepted is (B, D, H, W, C)");
-  };
-  require_volume("x", first_source);
-  if (second_source) require_volume("skip", *second_source);
+  require_volume(op, "x", first_source);
+  if (second_source) require_volume(op, "skip", *second_source);
   require_dense(op, "weight", weight);
   require(weight.scalar_type() == ScalarType::Float, op, "weight is not float32");
   const int64_t kernel = weight.dim() == 5 ? weight.size(2) : 0;
@@ -249,14 +264,8 @@ Tensor convolve(const char* op, const Tensor& first_source, const std::optional<
   torch::stable::parallel_for(0, table.pack_items(call), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) table.pack_weights(call, i);
   });
-  const int64_t workers = std::clamp<int64_t>(table.convolution_blocks(call), 1, torch::stable::get_num_threads());
-  const int64_t floats = (table.convolution_scratch(call) + 15) / 16 * 16;
-  Tensor scratch = empty_on_large_pages(Ints{workers, floats}, ScalarType::Float);
-  float* memory = static_cast<float*>(scratch.mutable_data_ptr());
-  swin::WorkCounter next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) table.convolve(call, memory + i * floats, next);
-  });
+  run_workers(table.convolution_blocks(call), table.convolution_scratch(call),
+              [&](float* scratch, swin::WorkCounter& next) { table.convolve(call, scratch, next); });
   return out;
 }
 
@@ -266,6 +275,45 @@ Tensor convolution_forward(Tensor x, std::optional<Tensor> skip, Tensor weight) 
 
 Tensor convolution_backward_input(Tensor grad_out, Tensor weight, int64_t first, int64_t count) {
   return convolve("convolution_backward", grad_out, std::nullopt, weight, true, first, count);
+}
+
+// Of a 3×3×3 convolution's weight for the channels of x.
+Tensor convolution_backward_weight(Tensor grad_out, Tensor x) {
+  const char* op = "convolution_backward";
+  require_volume(op, "grad_out", grad_out);
+  require_volume(op, "x", x);
+  const Ints sizes = shape(x);
+  Ints like_x = shape(grad_out);
+  like_x.back() = sizes.back();
+  require(like_x == sizes, op, "grad_out has shape ", text(shape(grad_out)), "; it must be that of x, ", text(sizes),
+          ", but for the channels");
+  WeightGradientCall call{};
+  call.batch = sizes[0];
+  for (int axis = 0; axis < swin::kAxes; ++axis) call.extent[axis] = sizes[static_cast<size_t>(axis) + 1];
+  call.in_channels = sizes[4];
+  call.out_channels = grad_out.size(4);
+  call.source = static_cast<const float*>(x.const_data_ptr());
+  call.grad_out = static_cast<const float*>(grad_out.const_data_ptr());
+  // Long sums in registers, and inputs and gradients of one frequency in the first-level cache.
+  constexpr int64_t kTiles = 96;
+  const int64_t tiles = (call.extent[2] + 3) / 4;
+  call.block_height = std::min((kTiles + tiles - 1) / tiles, call.extent[1]);
+  // Slabs of their own, so that threads need not wait for one another, as many as little memory holds.
+  constexpr int64_t kSlabs = 24, kBytes = int64_t{1} << 24;
+  const DecoderKernels& table = kernels();
+  const int64_t sums = table.weight_gradient_sums(call);
+  call.slabs = std::clamp<int64_t>(kBytes / (sums * static_cast<int64_t>(sizeof(float))), 1,
+                                   std::min(kSlabs, call.batch * call.extent[0]));
+  Tensor memory = empty_on_large_pages(Ints{call.slabs, sums}, ScalarType::Float);
+  call.sums = static_cast<float*>(memory.mutable_data_ptr());
+  Tensor grad_weight = torch::stable::empty(Ints{call.out_channels, call.in_channels, 3, 3, 3}, ScalarType::Float);
+  call.grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr());
+  run_workers(table.weight_gradient_items(call), table.weight_gradient_scratch(call),
+              [&](float* scratch, swin::WorkCounter& next) { table.add_weight_gradient(call, scratch, next); });
+  torch::stable::parallel_for(0, call.in_channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) table.finish_weight_gradient(call, i);
+  });
+  return grad_weight;
 }
 
 }  // namespace
@@ -282,6 +330,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(swin_kernels_cpu, m) {
       "bool has_residual, bool normalize_residual, float negative_slope) -> (Tensor, Tensor?)");
   m.def("convolution_forward(Tensor x, Tensor? skip, Tensor weight) -> Tensor");
   m.def("convolution_backward_input(Tensor grad_out, Tensor weight, int first, int count) -> Tensor");
+  m.def("convolution_backward_weight(Tensor grad_out, Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cpu, CPU, m) {
@@ -290,4 +339,5 @@ STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cpu, CPU, m) {
   m.impl("instance_norm_act_backward", TORCH_BOX(&instance_norm_act_backward));
   m.impl("convolution_forward", TORCH_BOX(&convolution_forward));
   m.impl("convolution_backward_input", TORCH_BOX(&convolution_backward_input));
+  m.impl("convolution_backward_weight", TORCH_BOX(&convolution_backward_weight));
 }

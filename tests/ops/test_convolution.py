@@ -58,6 +58,8 @@ CASES = (
     Case("several blocks", (3, 37, 10), 16, skip=16, out=16, batch=2),
     Case("feature size 24", (6, 6, 6), 24, skip=24, out=24),
     Case("wide", (4, 4, 4), 96, skip=96, out=96),
+    Case("more planes than slabs of sums", (19, 5, 6), 3, out=5, batch=3),
+    Case("many planes of one volume", (61, 2, 3), 9, skip=1, out=17),
     Case("wide pointwise", (7, 6, 9), 96, skip=96, out=48, kernel=1),
     *(
         Case(f"{layout}{k}", layout=layout, skip=3, kernel=k, batch=2)
@@ -238,7 +240,8 @@ def test_bits_do_not_depend_on_threads(cpu_backend, threads, kernel):
     for count in (1, 2, 3, 7):
         threads(count)
         out = convolution(*leaves, backend=cpu_backend)
-        gradients = torch.autograd.grad(out, (leaves[0], leaves[2]), grad_out)  # the weight's is PyTorch's
+        ours = leaves if kernel == 3 else (leaves[0], leaves[2])  # the 1×1×1 weight's is PyTorch's
+        gradients = torch.autograd.grad(out, ours, grad_out)
         results.append([out, *gradients])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -246,7 +249,7 @@ def test_bits_do_not_depend_on_threads(cpu_backend, threads, kernel):
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 @pytest.mark.parametrize(
-    "case", [CASES[1], CASES[3], Case("widths", (5, 6, 11), 24, 24, 50)], ids=lambda case: case.name
+    "case", [CASES[1], CASES[3], Case("widths", (5, 6, 11), 24, 55, 50)], ids=lambda case: case.name
 )
 def test_vector_widths(cpu_backend, monkeypatch, isa, case):
     monkeypatch.setenv("SWIN_KERNELS_ISA", isa)
@@ -317,3 +320,32 @@ def test_kernel_refuses_to_read_out_of_bounds(cpu_backend, arguments, message):
 def test_gradient_kernel_refuses_channels_out_of_range(cpu_backend, first, count):
     with pytest.raises(RuntimeError, match="convolution_backward: channels out of range"):
         torch.ops.swin_kernels_cpu.convolution_backward_input(torch.zeros(1, 4, 5, 6, 2), WEIGHT, first, count)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((VOLUME, VOLUME.mT), "x is not contiguous"),
+        ((VOLUME.double(), VOLUME), "grad_out is not float32"),
+        ((VOLUME, VOLUME[:0]), "x has shape"),
+        ((VOLUME[0], VOLUME[0]), "grad_out has shape"),
+        ((VOLUME[:, :3].contiguous(), VOLUME), "grad_out has shape"),
+        ((VOLUME.expand(2, -1, -1, -1, -1).contiguous(), VOLUME), "grad_out has shape"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weight_gradient_kernel_refuses_to_read_out_of_bounds(cpu_backend, arguments, message):
+    with pytest.raises(RuntimeError, match=f"convolution_backward: {message}"):
+        torch.ops.swin_kernels_cpu.convolution_backward_weight(*arguments)
+
+
+def test_weight_gradient_is_a_sum_of_few_roundings(cpu_backend):
+    """Sums over the voxels of a volume at the image's resolution, which a running sum in float32 loses digits of."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad_out = (torch.randn(1, 48, 64, 64, c, generator=generator) + 1 for c in (2, 3))
+    weight = torch.empty(3, 2, 3, 3, 3)
+    arguments = ([1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1, [False, True, False])
+    value = torch.ops.swin_kernels_cpu.convolution_backward_weight(grad_out, x)
+    volumes = (t.double().movedim(-1, 1) for t in (grad_out, x))
+    truth = torch.ops.aten.convolution_backward(*volumes, weight.double(), None, *arguments)[1]
+    assert largest(value - truth) <= 5e-7 * largest(truth)

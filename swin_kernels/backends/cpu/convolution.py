@@ -1,4 +1,7 @@
-"""Convolution over a concatenation on the processor: `csrc/cpu/convolution.h`; the weight's gradient is PyTorch's."""
+"""Convolution over a concatenation on the processor: `csrc/cpu/convolution.h`, `convolution_weight_gradient.h`.
+
+The gradient of a 1×1×1 weight is PyTorch's.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def backward(
         if wanted[i]:
             gradients[i] = _backward_input(grad_out, weight, first, count)
         if wanted[2]:
-            of_weight.append(source_gradients(grad_out, source, weight[:, first : first + count], (False, True))[1])
+            of_weight.append(_backward_weight(grad_out, source, weight[:, first : first + count]))
         first += count
     return *gradients, torch.cat(of_weight, 1) if wanted[2] else None
 
@@ -41,3 +44,10 @@ def _backward_input(grad_out: torch.Tensor, weight: torch.Tensor, first: int, co
     if grad_out.shape[0] == 0:
         return grad_out.new_empty((*grad_out.shape[:-1], count))
     return torch.ops.swin_kernels_cpu.convolution_backward_input(grad_out, weight, first, count)
+
+
+def _backward_weight(grad_out: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient of `weight`, which is that of `source`."""
+    if weight.shape[-1] == 1 or source.shape[0] == 0:
+        return source_gradients(grad_out, source, weight, (False, True))[1]
+    return torch.ops.swin_kernels_cpu.convolution_backward_weight(grad_out, source)

@@ -1,0 +1,222 @@
+// The gradient of a 3×3×3 convolution's weight in float32: sums over voxels of outer products of what lies under the
+// kernel and the output's gradient. By the transposed form of convolution.h's F(4, 3): along the last axis three taps
+// are computed from six inputs and four gradients with six products instead of twelve.
+//
+// Per frequency f and tap across (k, r): M[f][k][r] = Σ over tiles of (inputs at f, shifted by k and r) ⊗ (gradients at
+// f); the taps along are sums over f of M, weighted as the weights' transform is.
+#pragma once
+
+#include "convolution.h"
+
+namespace swin {
+namespace SWIN_ISA {
+
+// sums[row][column] += Σ_t left[t][row] · right[t][column] for kTileRows32 rows and kVectors vectors of columns.
+template <int kVectors>
+SWIN_ALWAYS_INLINE void add_outer_products(const float* left, int64_t left_stride, const float* right,
+                                           int64_t right_stride, int64_t count, float* sums, int64_t sums_stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows32; ++r)
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(sums + r * sums_stride + v * kLanes<float>, 1);
+  Vec<float> acc[kTileRows32][kVectors] = {};
+  for (int64_t t = 0; t < count; ++t) {
+    Vec<float> b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) b[v] = load(right + t * right_stride + v * kLanes<float>);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows32; ++r) {
+      const Vec<float> a = broadcast(left[t * left_stride + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows32; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* sum = sums + r * sums_stride + v * kLanes<float>;
+      store(sum, load(sum) + acc[r][v]);
+    }
+}
+
+SWIN_ALWAYS_INLINE int64_t padded_in(const WeightGradientCall& call) {
+  return (call.in_channels + kTileRows32 - 1) / kTileRows32 * kTileRows32;
+}
+
+SWIN_ALWAYS_INLINE int64_t padded_out(const WeightGradientCall& call) {
+  return (call.out_channels + kLanes<float> - 1) / kLanes<float> * kLanes<float>;
+}
+
+// Elements of one slab's sums, (frequency, tap across, padded in, padded out).
+inline int64_t weight_gradient_sums(const WeightGradientCall& call) {
+  return kFrequencies * 9 * padded_in(call) * padded_out(call);
+}
+
+// Input channels of an item of work.
+constexpr int64_t kItemChannels = 48;
+
+inline int64_t weight_gradient_items(const WeightGradientCall& call) {
+  return call.slabs * ((call.in_channels + kItemChannels - 1) / kItemChannels);
+}
+
+// The sums of a slab of planes for kItemChannels input channels.
+class WeightGradientWorker {
+ public:
+  WeightGradientWorker(const WeightGradientCall& call, float* scratch)
+      : call_(call),
+        tiles_(tiles(call)),
+        out_(padded_out(call)),
+        plane_((call.block_height + 2) * tiles_ * kItemChannels),
+        gradient_plane_(call.block_height * tiles_ * out_),
+        inputs_(scratch),
+        gradients_(inputs_ + 3 * kFrequencies * plane_),
+        zeros_(gradients_ + kFrequencies * gradient_plane_) {
+    // What lies beyond the channels stays 0.
+    for (int64_t i = 0; i < 3 * kFrequencies * plane_ + kFrequencies * gradient_plane_; ++i) inputs_[i] = 0;
+    for (int64_t c = 0; c < zero_count(call); ++c) zeros_[c] = 0;
+  }
+
+  static int64_t scratch(const WeightGradientCall& call) {
+    const int64_t inputs = 3 * (call.block_height + 2) * kItemChannels,
+                  gradients = call.block_height * padded_out(call);
+    return kFrequencies * tiles(call) * (inputs + gradients) + zero_count(call);
+  }
+
+  void run(int64_t item) {
+    const int64_t parts = (call_.in_channels + kItemChannels - 1) / kItemChannels, slab = item / parts;
+    first_ = item % parts * kItemChannels;
+    channels_ = call_.in_channels - first_ < kItemChannels ? call_.in_channels - first_ : kItemChannels;
+    rows_ = (channels_ + kTileRows32 - 1) / kTileRows32 * kTileRows32;
+    sums_ = call_.sums + slab * weight_gradient_sums(call_) + first_ * out_;
+    for (int64_t i = 0; i < kFrequencies * 9; ++i)
+      for (int64_t j = 0; j < rows_ * out_; ++j) sums_[i * padded_in(call_) * out_ + j] = 0;
+    const int64_t planes = call_.batch * call_.extent[0];
+    const int64_t begin = planes * slab / call_.slabs, end = planes * (slab + 1) / call_.slabs;
+    for (int64_t h = 0; h < call_.extent[1]; h += call_.block_height) {
+      const int64_t left = call_.extent[1] - h, height = left < call_.block_height ? left : call_.block_height;
+      for (int64_t& held : held_) held = -1;
+      for (int64_t plane = begin; plane < end; ++plane) add_block(plane, h, height);
+    }
+  }
+
+ private:
+  static int64_t tiles(const WeightGradientCall& call) { return (call.extent[2] + kOutputs - 1) / kOutputs; }
+  static int64_t zero_count(const WeightGradientCall& call) {
+    return call.out_channels > kItemChannels ? call.out_channels : kItemChannels;
+  }
+
+  // Rows [h, h + height) of a plane of output gradients, and what lies under the kernel there.
+  void add_block(int64_t plane, int64_t h, int64_t height) {
+    const int64_t d = plane % call_.extent[0];
+    const int64_t first = d == 0 ? 1 : 0, last = d == call_.extent[0] - 1 ? 1 : 2;  // planes beyond are 0
+    for (int64_t k = first; k <= last; ++k) hold(plane + k - 1, h, height);
+    for (int64_t row = 0; row < height; ++row) transform_gradients(plane, h + row, row);
+    for (int64_t f = 0; f < kFrequencies; ++f)
+      for (int64_t k = first; k <= last; ++k)
+        for (int64_t r = 0; r < 3; ++r)
+          add_products(inputs_ + ((plane + k - 1) % 3 * kFrequencies + f) * plane_ + r * tiles_ * kItemChannels,
+                       gradients_ + f * gradient_plane_, height * tiles_,
+                       sums_ + (f * 9 + k * 3 + r) * padded_in(call_) * out_);
+  }
+
+  void add_products(const float* inputs, const float* gradients, int64_t count, float* sums) const {
+    for (int64_t o = 0; o < out_; o += kPanel) {
+      const int64_t vectors = (out_ - o < kPanel ? out_ - o : kPanel) / kLanes<float>;
+      for (int64_t c = 0; c < rows_; c += kTileRows32) {
+        const float *left = inputs + c, *right = gradients + o;
+        float* to = sums + c * out_ + o;
+        switch (vectors) {
+          case 1: add_outer_products<1>(left, kItemChannels, right, out_, count, to, out_); break;
+          case 2: add_outer_products<2>(left, kItemChannels, right, out_, count, to, out_); break;
+          default: add_outer_products<3>(left, kItemChannels, right, out_, count, to, out_);
+        }
+      }
+    }
+  }
+
+  // Rows [h - 1, h + height + 1) of a plane of inputs at its place among three.
+  void hold(int64_t plane, int64_t h, int64_t height) {
+    if (held_[plane % 3] == plane) return;
+    held_[plane % 3] = plane;
+    for (int64_t row = 0; row < height + 2; ++row) {
+      const int64_t from = h + row - 1;
+      const bool outside = from < 0 || from >= call_.extent[1];
+      const float* x =
+          outside ? nullptr
+                  : call_.source + (plane * call_.extent[1] + from) * call_.extent[2] * call_.in_channels + first_;
+      float* to = inputs_ + plane % 3 * kFrequencies * plane_ + row * tiles_ * kItemChannels;
+      for (int64_t t = 0; t < tiles_; ++t) {
+        const float* tile[kFrequencies];
+        inputs_of_tile(x, call_.extent[2], call_.in_channels, t, zeros_, tile);
+        transform_inputs(tile, channels_, to + t * kItemChannels, plane_);
+      }
+    }
+  }
+
+  // The transpose of how outputs are made of products.
+  void transform_gradients(int64_t plane, int64_t h, int64_t row) {
+    const int64_t width = call_.extent[2], channels = call_.out_channels;
+    const float* gradients = call_.grad_out + (plane * call_.extent[1] + h) * width * channels;
+    constexpr float kA = kNear, kB = kFar, kA2 = kNear2, kB2 = kFar2;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      const float* g[kOutputs];
+      for (int64_t i = 0; i < kOutputs; ++i)
+        g[i] = t * kOutputs + i < width ? gradients + (t * kOutputs + i) * channels : zeros_;
+      const float *g0 = g[0], *g1 = g[1], *g2 = g[2], *g3 = g[3];
+      float* to = gradients_ + (row * tiles_ + t) * out_;
+      float *to0 = to, *to1 = to + gradient_plane_, *to2 = to1 + gradient_plane_, *to3 = to2 + gradient_plane_,
+            *to4 = to3 + gradient_plane_, *to5 = to4 + gradient_plane_;
+#pragma GCC ivdep
+      for (int64_t c = 0; c < channels; ++c) {
+        const float near_even = g0[c] + kA2 * g2[c], near_odd = kA * (g1[c] + kA2 * g3[c]);
+        const float far_even = g0[c] + kB2 * g2[c], far_odd = kB * (g1[c] + kB2 * g3[c]);
+        to0[c] = g0[c];
+        to1[c] = near_even + near_odd;
+        to2[c] = near_even - near_odd;
+        to3[c] = far_even + far_odd;
+        to4[c] = far_even - far_odd;
+        to5[c] = g3[c];
+      }
+    }
+  }
+
+  const WeightGradientCall& call_;
+  int64_t tiles_, out_, plane_, gradient_plane_;
+  int64_t first_ = 0, channels_ = 0, rows_ = 0;  // of the item: its input channels, in whole register tiles
+  int64_t held_[3] = {-1, -1, -1};
+  float* inputs_;     // (plane modulo 3, frequency, row, tile, kItemChannels)
+  float* gradients_;  // (frequency, row, tile, padded out)
+  float* zeros_;
+  float* sums_ = nullptr;
+};
+
+// The taps of one input channel from the sums of all slabs.
+inline void finish_weight_gradient(const WeightGradientCall& call, int64_t in) {
+  constexpr int64_t kOut = 64;  // output channels at a time
+  const int64_t out = padded_out(call), slab = weight_gradient_sums(call);
+  for (int64_t first = 0; first < call.out_channels; first += kOut) {
+    const int64_t count = call.out_channels - first < kOut ? call.out_channels - first : kOut;
+    for (int64_t across = 0; across < 9; ++across) {
+      double taps[3][kOut] = {};
+      for (int64_t f = 0; f < kFrequencies; ++f) {
+        double total[kOut] = {};
+        for (int64_t s = 0; s < call.slabs; ++s) {
+          const float* sum = call.sums + s * slab + ((f * 9 + across) * padded_in(call) + in) * out + first;
+          for (int64_t o = 0; o < count; ++o) total[o] += sum[o];
+        }
+        const bool infinity = f == kFrequencies - 1;
+        const double point = infinity ? 0 : kPoints[f], scale = infinity ? 1 : 1 / kDenominators[f];
+        const double factors[3] = {infinity ? 0 : scale, scale * point, infinity ? 1 : scale * point * point};
+        for (int t = 0; t < 3; ++t)
+          for (int64_t o = 0; o < count; ++o) taps[t][o] += factors[t] * total[o];
+      }
+      for (int64_t o = 0; o < count; ++o)
+        for (int t = 0; t < 3; ++t)
+          call.grad_weight[(((first + o) * call.in_channels + in) * 9 + across) * 3 + t] =
+              static_cast<float>(taps[t][o]);
+    }
+  }
+}
+
+}  // namespace SWIN_ISA
+}  // namespace swin
