@@ -1,15 +1,10 @@
-"""Convolution over a concatenation on the processor: `csrc/cpu/convolution.h`, `convolution_weight_gradient.h`.
-
-The gradient of a 1×1×1 weight is PyTorch's.
-"""
+"""Convolution over a concatenation on the processor: `csrc/cpu/convolution.h`, `convolution_weight_gradient.h`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-
-from ..reference.convolution import source_gradients
 
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
@@ -34,7 +29,7 @@ def backward(
         if wanted[i]:
             gradients[i] = _backward_input(grad_out, weight, first, count)
         if wanted[2]:
-            of_weight.append(_backward_weight(grad_out, source, weight[:, first : first + count]))
+            of_weight.append(_backward_weight(grad_out, source, weight.shape[-1]))
         first += count
     return *gradients, torch.cat(of_weight, 1) if wanted[2] else None
 
@@ -46,8 +41,11 @@ def _backward_input(grad_out: torch.Tensor, weight: torch.Tensor, first: int, co
     return torch.ops.swin_kernels_cpu.convolution_backward_input(grad_out, weight, first, count)
 
 
-def _backward_weight(grad_out: torch.Tensor, source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient of `weight`, which is that of `source`."""
-    if weight.shape[-1] == 1 or source.shape[0] == 0:
-        return source_gradients(grad_out, source, weight, (False, True))[1]
+def _backward_weight(grad_out: torch.Tensor, source: torch.Tensor, kernel: int) -> torch.Tensor:
+    """The gradient of the weight's input channels that are those of `source`."""
+    shape = (grad_out.shape[-1], source.shape[-1], *[kernel] * 3)
+    if source.shape[0] == 0:
+        return source.new_zeros(shape)
+    if kernel == 1:
+        return (grad_out.flatten(0, -2).mT @ source.flatten(0, -2)).view(shape)
     return torch.ops.swin_kernels_cpu.convolution_backward_weight(grad_out, source)
