@@ -134,16 +134,6 @@ inline void pack_weights(const ConvolutionCall& call, int64_t item) {
   }
 }
 
-// Where the inputs of tile t of a row (width, channels) lie, its first one beside the row's begin; null is a row of
-// zeros.
-SWIN_ALWAYS_INLINE void inputs_of_tile(const float* row, int64_t width, int64_t channels, int64_t t, const float* zeros,
-                                       const float* (&x)[kFrequencies]) {
-  for (int64_t i = 0; i < kFrequencies; ++i) {
-    const int64_t w = t * kOutputs + i - 1;
-    x[i] = row == nullptr || w < 0 || w >= width ? zeros : row + w * channels;
-  }
-}
-
 // Inputs of a tile at each frequency, `stride` apart.
 SWIN_ALWAYS_INLINE void transform_inputs(const float* const (&x)[kFrequencies], int64_t channels, float* to,
                                          int64_t stride) {
@@ -164,35 +154,117 @@ SWIN_ALWAYS_INLINE void transform_inputs(const float* const (&x)[kFrequencies], 
   }
 }
 
-// A block of output rows (d, h .. h + height, all of w) and the memory it is computed in.
+SWIN_ALWAYS_INLINE int64_t tiles_along(const int64_t (&extent)[kAxes]) { return (extent[2] + kOutputs - 1) / kOutputs; }
+
+// What the outputs of rows [h, h + height) of three neighbouring planes read, transformed: rows [h - 1, h + height +
+// 1). A plane is transformed once for all that read it while planes are asked for in their order.
+class TransformedPlanes {
+ public:
+  // Channels of a volume whose voxels are `stride` apart.
+  struct Source {
+    const float* first;
+    int64_t stride, channels;
+  };
+
+  // Voxels are `channels` apart in `memory`; beyond those of the sources they keep the zeros that are there first.
+  TransformedPlanes(const int64_t (&extent)[kAxes], int64_t block_height, int64_t channels, float* memory)
+      : extent_(extent),
+        tiles_(tiles_along(extent)),
+        channels_(channels),
+        plane_((block_height + 2) * tiles_ * channels),
+        planes_(memory),
+        zeros_(memory + 3 * kFrequencies * plane_) {
+    for (int64_t i = 0; i < size(extent, block_height, channels); ++i) memory[i] = 0;
+  }
+
+  static int64_t size(const int64_t (&extent)[kAxes], int64_t block_height, int64_t channels) {
+    return (3 * kFrequencies * (block_height + 2) * tiles_along(extent) + 1) * channels;
+  }
+
+  // Forgets what it holds: from here on rows [h, h + height) of the sources.
+  void enter(const Source (&sources)[2], int64_t h, int64_t height) {
+    for (int s = 0; s < 2; ++s) sources_[s] = sources[s];
+    h_ = h;
+    height_ = height;
+    for (int64_t& held : held_) held = -1;
+  }
+
+  // Plane `plane` of the whole batch at a frequency, (row, tile, channels).
+  const float* at(int64_t plane, int64_t frequency) const {
+    return planes_ + (plane % 3 * kFrequencies + frequency) * plane_;
+  }
+
+  void hold(int64_t plane) {
+    if (held_[plane % 3] == plane) return;
+    held_[plane % 3] = plane;
+    for (int64_t row = 0; row < height_ + 2; ++row) {
+      const int64_t h = h_ + row - 1, index = plane * extent_[1] + h;
+      const bool outside = h < 0 || h >= extent_[1];
+      float* to = planes_ + plane % 3 * kFrequencies * plane_ + row * tiles_ * channels_;
+      for (int64_t t = 0; t < tiles_; ++t, to += channels_) {
+        float* part = to;
+        for (const Source& source : sources_) {
+          const float* x[kFrequencies];
+          for (int64_t i = 0; i < kFrequencies; ++i) {
+            const int64_t w = t * kOutputs + i - 1;
+            const bool beyond = outside || w < 0 || w >= extent_[2];
+            x[i] = beyond ? zeros_ : source.first + (index * extent_[2] + w) * source.stride;
+          }
+          transform_inputs(x, source.channels, part, plane_);
+          part += source.channels;
+        }
+      }
+    }
+  }
+
+ private:
+  const int64_t (&extent_)[kAxes];
+  int64_t tiles_, channels_, plane_, h_ = 0, height_ = 0;
+  int64_t held_[3] = {-1, -1, -1};
+  Source sources_[2] = {};
+  float* planes_;  // (plane modulo 3, frequency, row, tile, channels)
+  float* zeros_;   // (channels)
+};
+
+// Blocks of output rows (d, h .. h + height, all of w) for a run of planes, and the memory it is computed in.
 class WinogradWorker {
  public:
   WinogradWorker(const ConvolutionCall& call, float* scratch)
       : call_(call),
         in_(in_channels(call)),
-        tiles_((call.extent[2] + kOutputs - 1) / kOutputs),
-        plane_((call.block_height + 2) * tiles_ * in_),
-        inputs_(scratch),
-        products_(inputs_ + 3 * kFrequencies * plane_),
-        zeros_(products_ + kFrequencies * call.block_height * tiles_ * kPanel) {
-    for (int64_t c = 0; c < in_; ++c) zeros_[c] = 0;
-  }
+        tiles_(tiles_along(call.extent)),
+        inputs_(call.extent, call.block_height, in_, scratch),
+        products_(scratch + TransformedPlanes::size(call.extent, call.block_height, in_)) {}
 
   static int64_t scratch(const ConvolutionCall& call) {
-    const int64_t tiles = (call.extent[2] + kOutputs - 1) / kOutputs, in = in_channels(call);
-    return 3 * kFrequencies * (call.block_height + 2) * tiles * in + kFrequencies * call.block_height * tiles * kPanel +
-           in;
+    return TransformedPlanes::size(call.extent, call.block_height, in_channels(call)) +
+           kFrequencies * call.block_height * tiles_along(call.extent) * kPanel;
+  }
+
+  static int64_t blocks(const ConvolutionCall& call) {
+    const int64_t planes = call.batch * call.extent[0];
+    return (call.extent[1] + call.block_height - 1) / call.block_height *
+           ((planes + call.block_planes - 1) / call.block_planes);
   }
 
   void run(int64_t block) {
-    const int64_t per_plane = (call_.extent[1] + call_.block_height - 1) / call_.block_height;
-    const int64_t h = block % per_plane * call_.block_height, plane = block / per_plane;  // plane of the whole batch
-    const int64_t left = call_.extent[1] - h, height = left < call_.block_height ? left : call_.block_height;
+    const int64_t across = (call_.extent[1] + call_.block_height - 1) / call_.block_height;
+    const int64_t h = block % across * call_.block_height, left = call_.extent[1] - h;
+    const int64_t height = left < call_.block_height ? left : call_.block_height;
+    inputs_.enter({{call_.source[0], call_.channels[0], call_.channels[0]},
+                   {call_.source[1], call_.channels[1], call_.channels[1]}},
+                  h, height);
+    const int64_t planes = call_.batch * call_.extent[0], begin = block / across * call_.block_planes;
+    for (int64_t plane = begin; plane < begin + call_.block_planes && plane < planes; ++plane)
+      convolve_rows(plane, h, height);
+  }
+
+ private:
+  void convolve_rows(int64_t plane, int64_t h, int64_t height) {
     const int64_t d = plane % call_.extent[0];
     // Planes beyond the volume are 0 and left out.
     const int64_t first = d == 0 ? 1 : 0, last = d == call_.extent[0] - 1 ? 1 : 2;
-    for (int64_t k = first; k <= last; ++k)
-      for (int64_t row = 0; row < height + 2; ++row) transform_row(plane + k - 1, h + row - 1, k, row);
+    for (int64_t k = first; k <= last; ++k) inputs_.hold(plane + k - 1);
     for (int64_t p = 0; p < panels_of(call_); ++p) {
       const Panel panel = panel_of(call_, p);
       for (int64_t f = 0; f < kFrequencies; ++f) {
@@ -200,29 +272,11 @@ class WinogradWorker {
         int count = 0;
         for (int64_t k = first; k <= last; ++k)
           for (int64_t row = 0; row < 3; ++row)
-            taps[count++] = {inputs_ + (k * kFrequencies + f) * plane_ + row * tiles_ * in_, in_, in_};
+            taps[count++] = {inputs_.at(plane + k - 1, f) + row * tiles_ * in_, in_, in_};
         multiply(taps, count, height * tiles_, panel.weight + (f * 9 + first * 3) * in_ * panel.width, panel.width,
                  products_ + f * height * tiles_ * panel.width);
       }
       for (int64_t row = 0; row < height; ++row) finish_row(plane * call_.extent[1] + h + row, row, height, panel);
-    }
-  }
-
- private:
-  // Tiles of input row (plane, h) to inputs_[k][frequency][row].
-  void transform_row(int64_t plane, int64_t h, int64_t k, int64_t row) {
-    const int64_t width = call_.extent[2];
-    const bool outside = h < 0 || h >= call_.extent[1];
-    for (int64_t t = 0; t < tiles_; ++t) {
-      float* to = inputs_ + k * kFrequencies * plane_ + (row * tiles_ + t) * in_;
-      for (int s = 0; s < 2; ++s) {
-        const int64_t channels = call_.channels[s];
-        const float* x[kFrequencies];
-        inputs_of_tile(outside ? nullptr : call_.source[s] + (plane * call_.extent[1] + h) * width * channels, width,
-                       channels, t, zeros_, x);
-        transform_inputs(x, channels, to, plane_);
-        to += channels;
-      }
     }
   }
 
@@ -251,10 +305,9 @@ class WinogradWorker {
   }
 
   const ConvolutionCall& call_;
-  int64_t in_, tiles_, plane_;
-  float* inputs_;    // (plane, frequency, row, tile, in)
+  int64_t in_, tiles_;
+  TransformedPlanes inputs_;
   float* products_;  // (frequency, row, tile, width)
-  float* zeros_;     // (in)
 };
 
 // 1×1×1: a block of voxels times the weights.
@@ -263,11 +316,16 @@ class PointwiseWorker {
   PointwiseWorker(const ConvolutionCall& call, float* scratch) : call_(call), products_(scratch) {}
 
   static int64_t scratch(const ConvolutionCall& call) { return call.block_height * kPanel; }
+  static int64_t voxels(const ConvolutionCall& call) {
+    return call.batch * call.extent[0] * call.extent[1] * call.extent[2];
+  }
+  static int64_t blocks(const ConvolutionCall& call) {
+    return (voxels(call) + call.block_height - 1) / call.block_height;
+  }
 
   void run(int64_t block) {
-    const int64_t voxels = call_.batch * call_.extent[0] * call_.extent[1] * call_.extent[2];
-    const int64_t first = block * call_.block_height;
-    const int64_t rows = voxels - first < call_.block_height ? voxels - first : call_.block_height;
+    const int64_t first = block * call_.block_height, left = voxels(call_) - first;
+    const int64_t rows = left < call_.block_height ? left : call_.block_height;
     Rows sources[2];
     for (int s = 0; s < 2; ++s)
       sources[s] = {call_.source[s] + first * call_.channels[s], call_.channels[s], call_.channels[s]};

@@ -64,59 +64,49 @@ class WeightGradientWorker {
  public:
   WeightGradientWorker(const WeightGradientCall& call, float* scratch)
       : call_(call),
-        tiles_(tiles(call)),
+        tiles_(tiles_along(call.extent)),
         out_(padded_out(call)),
-        plane_((call.block_height + 2) * tiles_ * kItemChannels),
         gradient_plane_(call.block_height * tiles_ * out_),
-        inputs_(scratch),
-        gradients_(inputs_ + 3 * kFrequencies * plane_),
+        inputs_(call.extent, call.block_height, kItemChannels, scratch),
+        gradients_(scratch + TransformedPlanes::size(call.extent, call.block_height, kItemChannels)),
         zeros_(gradients_ + kFrequencies * gradient_plane_) {
-    // What lies beyond the channels stays 0.
-    for (int64_t i = 0; i < 3 * kFrequencies * plane_ + kFrequencies * gradient_plane_; ++i) inputs_[i] = 0;
-    for (int64_t c = 0; c < zero_count(call); ++c) zeros_[c] = 0;
+    for (int64_t i = 0; i < kFrequencies * gradient_plane_ + out_; ++i) gradients_[i] = 0;  // stay beyond the channels
   }
 
   static int64_t scratch(const WeightGradientCall& call) {
-    const int64_t inputs = 3 * (call.block_height + 2) * kItemChannels,
-                  gradients = call.block_height * padded_out(call);
-    return kFrequencies * tiles(call) * (inputs + gradients) + zero_count(call);
+    return TransformedPlanes::size(call.extent, call.block_height, kItemChannels) +
+           (kFrequencies * call.block_height * tiles_along(call.extent) + 1) * padded_out(call);
   }
 
   void run(int64_t item) {
     const int64_t parts = (call_.in_channels + kItemChannels - 1) / kItemChannels, slab = item / parts;
-    first_ = item % parts * kItemChannels;
-    channels_ = call_.in_channels - first_ < kItemChannels ? call_.in_channels - first_ : kItemChannels;
-    rows_ = (channels_ + kTileRows32 - 1) / kTileRows32 * kTileRows32;
-    sums_ = call_.sums + slab * weight_gradient_sums(call_) + first_ * out_;
+    const int64_t first = item % parts * kItemChannels, left = call_.in_channels - first;
+    const int64_t channels = left < kItemChannels ? left : kItemChannels;
+    rows_ = (channels + kTileRows32 - 1) / kTileRows32 * kTileRows32;
+    sums_ = call_.sums + slab * weight_gradient_sums(call_) + first * out_;
     for (int64_t i = 0; i < kFrequencies * 9; ++i)
       for (int64_t j = 0; j < rows_ * out_; ++j) sums_[i * padded_in(call_) * out_ + j] = 0;
     const int64_t planes = call_.batch * call_.extent[0];
     const int64_t begin = planes * slab / call_.slabs, end = planes * (slab + 1) / call_.slabs;
     for (int64_t h = 0; h < call_.extent[1]; h += call_.block_height) {
-      const int64_t left = call_.extent[1] - h, height = left < call_.block_height ? left : call_.block_height;
-      for (int64_t& held : held_) held = -1;
+      const int64_t below = call_.extent[1] - h, height = below < call_.block_height ? below : call_.block_height;
+      inputs_.enter({{call_.source + first, call_.in_channels, channels}, {}}, h, height);
       for (int64_t plane = begin; plane < end; ++plane) add_block(plane, h, height);
     }
   }
 
  private:
-  static int64_t tiles(const WeightGradientCall& call) { return (call.extent[2] + kOutputs - 1) / kOutputs; }
-  static int64_t zero_count(const WeightGradientCall& call) {
-    return call.out_channels > kItemChannels ? call.out_channels : kItemChannels;
-  }
-
   // Rows [h, h + height) of a plane of output gradients, and what lies under the kernel there.
   void add_block(int64_t plane, int64_t h, int64_t height) {
     const int64_t d = plane % call_.extent[0];
     const int64_t first = d == 0 ? 1 : 0, last = d == call_.extent[0] - 1 ? 1 : 2;  // planes beyond are 0
-    for (int64_t k = first; k <= last; ++k) hold(plane + k - 1, h, height);
+    for (int64_t k = first; k <= last; ++k) inputs_.hold(plane + k - 1);
     for (int64_t row = 0; row < height; ++row) transform_gradients(plane, h + row, row);
     for (int64_t f = 0; f < kFrequencies; ++f)
       for (int64_t k = first; k <= last; ++k)
         for (int64_t r = 0; r < 3; ++r)
-          add_products(inputs_ + ((plane + k - 1) % 3 * kFrequencies + f) * plane_ + r * tiles_ * kItemChannels,
-                       gradients_ + f * gradient_plane_, height * tiles_,
-                       sums_ + (f * 9 + k * 3 + r) * padded_in(call_) * out_);
+          add_products(inputs_.at(plane + k - 1, f) + r * tiles_ * kItemChannels, gradients_ + f * gradient_plane_,
+                       height * tiles_, sums_ + (f * 9 + k * 3 + r) * padded_in(call_) * out_);
   }
 
   void add_products(const float* inputs, const float* gradients, int64_t count, float* sums) const {
@@ -130,25 +120,6 @@ class WeightGradientWorker {
           case 2: add_outer_products<2>(left, kItemChannels, right, out_, count, to, out_); break;
           default: add_outer_products<3>(left, kItemChannels, right, out_, count, to, out_);
         }
-      }
-    }
-  }
-
-  // Rows [h - 1, h + height + 1) of a plane of inputs at its place among three.
-  void hold(int64_t plane, int64_t h, int64_t height) {
-    if (held_[plane % 3] == plane) return;
-    held_[plane % 3] = plane;
-    for (int64_t row = 0; row < height + 2; ++row) {
-      const int64_t from = h + row - 1;
-      const bool outside = from < 0 || from >= call_.extent[1];
-      const float* x =
-          outside ? nullptr
-                  : call_.source + (plane * call_.extent[1] + from) * call_.extent[2] * call_.in_channels + first_;
-      float* to = inputs_ + plane % 3 * kFrequencies * plane_ + row * tiles_ * kItemChannels;
-      for (int64_t t = 0; t < tiles_; ++t) {
-        const float* tile[kFrequencies];
-        inputs_of_tile(x, call_.extent[2], call_.in_channels, t, zeros_, tile);
-        transform_inputs(tile, channels_, to + t * kItemChannels, plane_);
       }
     }
   }
@@ -181,15 +152,14 @@ class WeightGradientWorker {
   }
 
   const WeightGradientCall& call_;
-  int64_t tiles_, out_, plane_, gradient_plane_;
-  int64_t first_ = 0, channels_ = 0, rows_ = 0;  // of the item: its input channels, in whole register tiles
-  int64_t held_[3] = {-1, -1, -1};
-  float* inputs_;     // (plane modulo 3, frequency, row, tile, kItemChannels)
+  int64_t tiles_, out_, gradient_plane_;
+  int64_t rows_ = 0;  // input channels of the item in whole register tiles
+  TransformedPlanes inputs_;
   float* gradients_;  // (frequency, row, tile, padded out)
-  float* zeros_;
+  float* zeros_;      // (padded out)
   float* sums_ = nullptr;
 };
-
+float* inputs_;  // (plane modulo 3, frequency, row, tile, kItemChannels)
 // The taps of one input channel from the sums of all slabs.
 inline void finish_weight_gradient(const WeightGradientCall& call, int64_t in) {
   constexpr int64_t kOut = 64;  // output channels at a time

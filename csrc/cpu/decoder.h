@@ -51,6 +51,7 @@ struct ConvolutionCall {
   float* packed;         // memory for packed_weights() elements
   float* out;            // (B, D, H, W, out_channels)
   int64_t block_height;  // rows of a block of outputs; for kernel 1, voxels
+  int64_t block_planes;  // that a block goes through, of the whole batch; for kernel 1 not read
 };
 
 SWIN_INLINE int64_t in_channels(const ConvolutionCall& call) { return call.channels[0] + call.channels[1]; }

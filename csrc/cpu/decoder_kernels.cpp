@@ -81,9 +81,7 @@ int64_t convolution_scratch(const ConvolutionCall& call) {
 }
 
 int64_t convolution_blocks(const ConvolutionCall& call) {
-  const int64_t planes = call.batch * call.extent[0], rows = call.extent[1], height = call.block_height;
-  if (call.kernel == 1) return (planes * rows * call.extent[2] + height - 1) / height;
-  return planes * ((rows + height - 1) / height);
+  return call.kernel == 1 ? PointwiseWorker::blocks(call) : WinogradWorker::blocks(call);
 }
 
 template <class Worker>

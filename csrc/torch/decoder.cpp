@@ -254,6 +254,10 @@ Tensor convolve(const char* op, const Tensor& first_source, const std::optional<
   call.flip = gradient;
   call.out_channels = gradient ? count : weight.size(0);
   call.block_height = block_height(call);
+  // Long runs of planes transform few of them twice; enough runs keep many threads busy.
+  constexpr int64_t kRuns = 64, kMostPlanes = 8;
+  const int64_t across = (call.extent[1] + call.block_height - 1) / call.block_height;
+  call.block_planes = std::clamp<int64_t>(call.batch * call.extent[0] * across / kRuns, 1, kMostPlanes);
   const DecoderKernels& table = kernels();
   Ints out_sizes = sizes;
   out_sizes.back() = call.out_channels;
