@@ -18,8 +18,8 @@ from rich.table import Table
 from .exporting import graphs, record
 from .exporting.bundle import Bundle, BundleOptions
 from .exporting.formats import TOLERANCE, CheckFailed, Format, Inputs, check
-from .exporting.trained import Trained
 from .exporting.weights import Safetensors
+from .trained import Trained
 
 FORMATS = ("pt2", "onnx", "torchscript", "safetensors", "bundle")
 

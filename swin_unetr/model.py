@@ -104,7 +104,7 @@ class SwinTransformer(modules.SwinTransformer):
 
         # Parts are built in upstream's order: a seed then gives upstream's parameters.
         patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer if patch_norm else None, spatial_dims)
-        drop_path = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         stages, residual_blocks = [], []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             stage = partial(_hyena_stage, **hyena_options or {}) if is_hyena[i] else modules.BasicLayer

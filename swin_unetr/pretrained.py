@@ -8,6 +8,7 @@ Layouts met in the wild, all brought to the one of `SwinUNETR`'s state dict:
   below ``model``; what MONAI's `filter_swinunetr` reads.
 - ``swinViT.…``, ``swin_vit.…`` and the decoder's own names: a whole model, or a pretraining model with
   its heads; ``module.`` and ``_orig_mod.`` before any of them from data parallel and compiled models.
+- a checkpoint of ``swin-unetr train`` or ``pretrain``, whose averaged weights are taken where there are some.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from swin_kernels.modules import PatchMergingLegacy
+from . import checkpoints
 
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
@@ -42,6 +43,9 @@ _RENAMES = tuple(
 # Only code older than MONAI 1.5.0, which changed the merging order, is known to write these names.
 _BEFORE_MERGING_CHANGE = re.compile(r"\.mlp\.fc[12]\.|^(module\.)?encoder\.layers\d\.0\.0\.")
 
+_MERGING_CLASSES = {"PatchMerging": "merging", "PatchMergingV2": "mergingv2", "PatchMergingLegacy": "merging_legacy"}
+"""What classes of these names, ours and MONAI's, are called as `downsample`."""
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -54,8 +58,9 @@ class LoadReport:
         unexpected: entries of the weights that the model lacks.
         mismatched: entries that both have in different shapes, not copied: name to the shapes of the
             weights and of the model.
-        before_merging_change: whether the layout shows that the weights are older than MONAI 1.5.0,
-            whose ``"merging"`` gathers in another order; False if it does not tell.
+        downsample: the order of patch merging that the weights were made for: what a checkpoint of ours says, or
+            ``"merging_legacy"`` where the layout shows that they are older than MONAI 1.5.0, whose ``"merging"``
+            gathers in another order; None if nothing tells.
     """
 
     source: str
@@ -63,7 +68,7 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    before_merging_change: bool
+    downsample: str | None
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.mismatched)
@@ -74,8 +79,8 @@ class LoadReport:
             f"  unexpected  {len(self.unexpected):4d}, not used: {_summary(self.unexpected)}",
             f"  mismatched  {len(self.mismatched):4d}, left as they were: {_shapes(self.mismatched)}",
         ]
-        if self.before_merging_change:
-            lines.append("  merging     older than MONAI 1.5: made for downsample='merging_legacy'")
+        if self.downsample:
+            lines.append(f"  merging     made for downsample={self.downsample!r}")
         elif any(".downsample." in name for name in self.loaded):
             lines.append(
                 "  merging     the file does not tell; made with MONAI < 1.5, it needs downsample='merging_legacy'"
@@ -94,7 +99,8 @@ def load_pretrained(
     Args:
         model: the model; wrapped by data parallel or `torch.compile` or not.
         path_or_state: a ``.safetensors`` file; a file written by `torch.save`, read with ``weights_only=True``; or
-            what it holds: a state dict, or one below the key ``state_dict`` or ``model``.
+            what it holds: a state dict, or one below the key ``state_dict`` or ``model``; or a checkpoint of
+            ``swin-unetr train`` or ``pretrain``, of which the averaged weights are taken if it has some.
         verbose: print the report.
 
     Returns:
@@ -113,6 +119,8 @@ def load_pretrained(
         raise TypeError(
             f"load_pretrained: path_or_state is a {type(path_or_state).__name__}; accepted is a path or a state dict"
         )
+    if _is_ours(content) and content.get("ema") is not None:
+        source, content = f"{source}, averaged weights", content | {"model": content["ema"]}
     state = _unwrap(content)
     target = {_canonical(name): (name, value) for name, value in model.state_dict().items()}
 
@@ -138,7 +146,7 @@ def load_pretrained(
         missing=tuple(name for canonical, (name, _) in target.items() if canonical not in used),
         unexpected=tuple(unexpected),
         mismatched=mismatched,
-        before_merging_change=any(_BEFORE_MERGING_CHANGE.search(key) for key in state),
+        downsample=_made_for(content, state),
     )
     if not used:
         raise ValueError(
@@ -153,14 +161,26 @@ def load_pretrained(
     model.load_state_dict(values, strict=False)
     if verbose:
         print(report)
-    if report.before_merging_change and (order := _changed_merging(model, values)):
+    if report.downsample and (other := _other_merging(model, values, report.downsample)):
+        age = ", older than MONAI 1.5," if not _is_ours(content) else ""
         warnings.warn(
-            f"load_pretrained: {source} is older than MONAI 1.5, whose patch merging gathers in another order; the "
-            f"model's {order} loads it without an error and computes something else. Build the model as "
-            "swin_unetr.SwinUNETR(..., downsample='merging_legacy')",
+            f"load_pretrained: {source}{age} was made for another order of patch merging; the model's {other} loads it "
+            "without an error and computes something else. Build the model as "
+            f"swin_unetr.SwinUNETR(..., downsample={report.downsample!r})",
             stacklevel=2,
         )
     return report
+
+
+def _is_ours(content: object) -> bool:
+    return isinstance(content, Mapping) and content.get("format") == checkpoints.FORMAT
+
+
+def _made_for(content: object, state: Mapping[str, object]) -> str | None:
+    """The order of patch merging that `state`, a part of `content`, was made for, as `downsample` names it."""
+    if _is_ours(content) and isinstance(content.get("architecture"), Mapping):
+        return content["architecture"].get("downsample")
+    return "merging_legacy" if any(_BEFORE_MERGING_CHANGE.search(key) for key in state) else None
 
 
 def _read(path: str | os.PathLike[str]) -> object:
@@ -195,13 +215,15 @@ def _canonical(key: str) -> str:
     return key
 
 
-def _changed_merging(model: nn.Module, loaded: Mapping[str, torch.Tensor]) -> str:
-    """The class that merges patches in `model` if it got weights from `loaded` and is not the legacy one, else ""."""
+def _other_merging(model: nn.Module, loaded: Mapping[str, torch.Tensor], downsample: str) -> str:
+    """The class that merges patches in `model` if it got weights from `loaded` and has another order, else ""."""
     for name, module in model.named_modules():
         weight = loaded.get(f"{name}.reduction.weight")
-        # 2C outputs of 8C inputs: 3D. The order in 2D never changed.
-        if weight is not None and weight.shape[1] == 4 * weight.shape[0] and not isinstance(module, PatchMergingLegacy):
-            return type(module).__qualname__
+        # 2C outputs of 8C inputs: 3D. In 2D all orders are one.
+        if weight is not None and weight.shape[1] == 4 * weight.shape[0]:
+            names = (kind.__name__ for kind in type(module).__mro__)
+            if next((_MERGING_CLASSES[name] for name in names if name in _MERGING_CLASSES), None) != downsample:
+                return type(module).__qualname__
     return ""
 
 

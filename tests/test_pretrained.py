@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import swin_unetr
 from swin_kernels import accelerate
-from swin_unetr import load_pretrained
+from swin_unetr import checkpoints, load_pretrained
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -100,7 +100,7 @@ def test_layouts(layout, target, trained, capsys, tmp_path):
     assert set(report.loaded) | set(report.missing) == set(after)
     assert len(report.unexpected) == unexpected
     assert not report.mismatched
-    assert report.before_merging_change == old
+    assert report.downsample == ("merging_legacy" if old else None)
 
     printed = capsys.readouterr().out
     assert printed == f"{report}\n"
@@ -163,7 +163,29 @@ def test_old_weights_in_a_model_of_the_new_order_warn(order, trained):
 def test_old_weights_in_2d_do_not_warn():
     """The order in 2D never changed."""
     old = prefixed("module.", with_fc(encoder_of(own(spatial_dims=2).state_dict())))
-    assert load_pretrained(own(spatial_dims=2), old, verbose=False).before_merging_change
+    assert load_pretrained(own(spatial_dims=2), old, verbose=False).downsample == "merging_legacy"
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("made_for", ["merging", "mergingv2", "merging_legacy"])
+def test_own_checkpoints_tell_their_order(made_for, averaged, trained, tmp_path, recwarn):
+    content = {
+        "kind": "train",
+        "architecture": {"downsample": made_for},
+        "model": {name: value + 1 for name, value in trained.items()} if averaged else trained,
+        "ema": trained if averaged else None,
+    }
+    checkpoints.write(tmp_path / "best.pt", content)
+    model = own(downsample=made_for)
+    report = load_pretrained(model, tmp_path / "best.pt", verbose=False)
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+    assert report.downsample == made_for
+    assert f"made for downsample={made_for!r}" in str(report)
+    assert report.source.endswith("best.pt, averaged weights" if averaged else "best.pt")
+    assert not [w for w in recwarn if "patch merging" in str(w.message)]
+    other = next(order for order in ("merging", "mergingv2", "merging_legacy") if order != made_for)
+    with pytest.warns(UserWarning, match=rf"another order of patch merging.*downsample='{made_for}'"):
+        load_pretrained(own(downsample=other), tmp_path / "best.pt", verbose=False)
 
 
 def test_other_number_of_classes(trained, capsys):

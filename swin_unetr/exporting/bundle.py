@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from ..trained import Trained
 from . import bundle_texts
 from .formats import Run
-from .trained import Trained
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 OWN_NETWORK, MONAI_NETWORK = "swin_unetr.SwinUNETR", "monai.networks.nets.SwinUNETR"

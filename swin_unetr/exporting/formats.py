@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from .trained import Trained
+from ..trained import Trained
 
 TOLERANCE = 1e-4
 """Largest difference from the eager logits, as a part of the largest of them."""

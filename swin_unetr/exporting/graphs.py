@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ..trained import Trained
 from .formats import Inputs, Run
 from .plain import plain_network
-from .trained import Trained
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from monai.networks.nets import SwinUNETR, swin_unetr
 
 from swin_kernels.modules import PatchMergingLegacy
 
-from .trained import Trained
+from ..trained import Trained
 
 
 @contextmanager

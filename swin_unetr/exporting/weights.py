@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from ..pretrained import load_pretrained
+from ..trained import Trained
 from .formats import Run
-from .trained import Trained
 
 
 @dataclass(frozen=True)

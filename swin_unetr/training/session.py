@@ -145,7 +145,7 @@ def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] 
         "missing": list(report.missing),
         "unexpected": list(report.unexpected),
         "mismatched": {name: [list(shape) for shape in shapes] for name, shapes in report.mismatched.items()},
-        "before_merging_change": report.before_merging_change,
+        "downsample": report.downsample,
     }
 
 

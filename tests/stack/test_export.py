@@ -18,7 +18,7 @@ from safetensors import safe_open
 from swin_unetr import checkpoints, cli, export
 from swin_unetr.architecture import Architecture
 from swin_unetr.exporting import formats, plain, weights
-from swin_unetr.exporting.trained import Trained
+from swin_unetr.trained import Trained
 
 from .exporter import BUNDLE, ROI, checkpoint, run
 
@@ -265,7 +265,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ({"kind": "pretrain"}, {}, "is of kind 'pretrain'; accepted is 'train'"),
+        ({"kind": "pretrain"}, {}, "is of 'pretrain'; accepted are those of 'train'"),
         ({"ema": {"a": torch.zeros(1)}}, {}, "does not describe its own weights"),
         ({"labels": {"classes": {}}}, {}, "does not describe its own weights"),
         ({"roi": ["wide", 32, 32]}, {}, "does not describe its own weights"),

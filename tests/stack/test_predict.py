@@ -296,8 +296,12 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, change, message):
     ("part", "value", "message"),
     [
         ("architecture", {"spatial_dims": 2}, "x.pt is of a network for 2-D images; accepted are those for volumes"),
-        ("architecture", {"depths": (1, 1, 1, 2)}, "x.pt has no network that can be built: RuntimeError: .*state_dict"),
-        ("architecture", {"layers": 3}, "x.pt has no network that can be built: TypeError: .*'layers'"),
+        (
+            "architecture",
+            {"depths": (1, 1, 1, 2)},
+            "x.pt does not describe its own weights: RuntimeError: .*state_dict",
+        ),
+        ("architecture", {"layers": 3}, "x.pt does not describe its own weights: TypeError: .*'layers'"),
         ("labels", {"classes": {"liver": [1]}}, "x.pt has 3 output channels and labels for 2; accepted are as many"),
     ],
 )
@@ -312,7 +316,7 @@ def test_networks_that_cannot_be_built_are_named(tmp_path, part, value, message)
     del content["roi"]
     content["architecture"] = {}
     checkpoints.write(tmp_path / "x.pt", content)
-    with pytest.raises(ValueError, match="no network that can be built: KeyError: 'roi'"):
+    with pytest.raises(ValueError, match="does not describe its own weights: KeyError: 'roi'"):
         ensembles.load([tmp_path / "x.pt"], CPU)
 
 

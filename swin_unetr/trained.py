@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .. import checkpoints
-from ..architecture import Architecture
-from ..labels import Labels
-from ..model import SwinUNETR
-from ..preprocessing import Preprocessing
+from . import checkpoints
+from .architecture import Architecture
+from .labels import Labels
+from .model import SwinUNETR
+from .preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,22 @@ class Trained:
         """
         content = checkpoints.read(path)
         if content.get("kind") != "train":
-            raise ValueError(f"checkpoint: {path} is of kind {content.get('kind')!r}; accepted is 'train'")
+            raise ValueError(f"checkpoint: {path} is of {content.get('kind')!r}; accepted are those of 'train'")
         averaged = content.get("ema") is not None
         state = content["ema" if averaged else "model"]
+        # The file is whole, but what it says may be missing, of another kind or of another shape.
         try:
             trained = cls.of(content, state, averaged)
-            trained.network()
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"checkpoint: {path} does not describe its own weights: {error}") from error
+            with torch.device("meta"):  # nothing is drawn and nothing copied
+                trained.architecture.build().load_state_dict(state, assign=True)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise ValueError(f"checkpoint: {path} does not describe its own weights: {reason}") from error
+        if trained.architecture.out_channels != trained.labels.channels:
+            raise ValueError(
+                f"checkpoint: {path} has {trained.architecture.out_channels} output channels and labels for "
+                f"{trained.labels.channels}; accepted are as many"
+            )
         return trained
 
     @classmethod
