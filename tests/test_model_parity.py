@@ -282,6 +282,19 @@ def test_metatensor_and_sliding_window():
             assert relative_error(actual.as_tensor(), expected.as_tensor()) <= 1e-4
 
 
+@pytest.mark.parametrize("feature_size", [12, 48])
+def test_training_on_a_metatensor(feature_size):
+    """Loaders give their images so; 12 and 48 channels go through different operators."""
+    torch.manual_seed(0)
+    model = swin_unetr.SwinUNETR(1, 2, feature_size=feature_size)
+    plain, gradients = image(shape=(32, 32, 64)), []
+    for x in (plain, MetaTensor(plain)):
+        model.zero_grad()
+        model(x).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 # What follows needs no forward of MONAI's.
 
 

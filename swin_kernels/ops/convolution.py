@@ -91,8 +91,8 @@ def _backward(grad_out, x, skip, weight, wanted, backend):
     engine = _engine(x, weight, backend, backward=True)
     rows = [_rows(t) for t in (grad_out, x, skip)]
     grad_x, grad_skip, grad_weight = engine.backward(*rows, weight.contiguous(), wanted)
-    volumes = [x.new_empty(0) if g is None else g.movedim(-1, 1) for g in (grad_x, grad_skip)]  # (B, C, *S) each
-    return *volumes, x.new_empty(0) if grad_weight is None else grad_weight
+    volumes = [x.new_empty((0,)) if g is None else g.movedim(-1, 1) for g in (grad_x, grad_skip)]  # (B, C, *S) each
+    return *volumes, x.new_empty((0,)) if grad_weight is None else grad_weight
 
 
 library.impl("convolution", _forward, "CompositeExplicitAutograd")
@@ -110,9 +110,9 @@ def _(x, skip, weight, backend):
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution_backward", lib=library)
 def _(grad_out, x, skip, weight, wanted, backend):
-    grad_x = _empty_channels_last(x, x.shape[1]) if wanted[0] else x.new_empty(0)
-    grad_skip = _empty_channels_last(skip, skip.shape[1]) if wanted[1] else x.new_empty(0)
-    return grad_x, grad_skip, weight.new_empty(weight.shape if wanted[2] else 0)
+    grad_x = _empty_channels_last(x, x.shape[1]) if wanted[0] else x.new_empty((0,))
+    grad_skip = _empty_channels_last(skip, skip.shape[1]) if wanted[1] else x.new_empty((0,))
+    return grad_x, grad_skip, weight.new_empty(weight.shape if wanted[2] else (0,))
 
 
 def _setup_context(ctx, inputs, output):

@@ -141,7 +141,7 @@ def _backward(grad_out, out, x, residual, statistics, has_residual, normalize_re
     rows = [_rows(t) for t in (grad_out, out, x, residual)]
     grad_x, grad_residual = engine.backward(*rows, statistics, has_residual, normalize_residual, negative_slope)
     if grad_residual is None:
-        return _volume(grad_x, out), out.new_empty(0)
+        return _volume(grad_x, out), out.new_empty((0,))
     return _volume(grad_x, out), _volume(grad_residual, out)
 
 
@@ -163,7 +163,7 @@ def _(x, residual, normalize_residual, eps, negative_slope, backend):
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act_backward", lib=library)
 def _(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope, backend):
-    return torch.empty_like(out), torch.empty_like(out) if has_residual else out.new_empty(0)
+    return torch.empty_like(out), torch.empty_like(out) if has_residual else out.new_empty((0,))
 
 
 def _setup_context(ctx, inputs, output):

@@ -156,10 +156,10 @@ def _forward(
         inputs = _contiguous(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)
         return load(_ENGINE).projected_window_attention.forward(*inputs, norm_eps, grid, scale, for_backward)
     qkv = F.linear(_layer_norm(x, norm_weight, norm_bias, norm_eps), weight, bias)
-    nothing = x.new_empty(0)
+    nothing = x.new_empty((0,))
     if not for_backward:
         out = window_attention(qkv, bias_table, window, shift, pad_qkv=bias, scale=scale, backend=backend or None)
-        return _linear(out, out_weight, out_bias), nothing, x.new_empty(0, dtype=_lse_dtype(x))
+        return _linear(out, out_weight, out_bias), nothing, x.new_empty((0,), dtype=_lse_dtype(x))
     # Where a graph was traced beside a kernel that this machine has not.
     out, lse = torch.ops.swin_kernels.window_attention(qkv, bias_table, bias, None, window, shift, scale, 0.0, backend)
     return (out, nothing, lse) if out_weight is None else (F.linear(out, out_weight, out_bias), out, lse)
