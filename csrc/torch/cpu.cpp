@@ -204,7 +204,7 @@ std::vector<WindowChunk> window_chunks(const AttentionCall& call, int64_t size) 
 }
 
 // Windows of an item of work. A projected one does all heads.
-constexpr int64_t kForwardChunk = 4, kBackwardChunk = 24, kProjectedBackwardChunk = 12;
+constexpr int64_t kForwardChunk = 4, kBackwardChunk = 24, kProjectedBackwardChunk = 8;
 
 std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_table, std::optional<Tensor> pad_qkv,
                                                     std::optional<Tensor> seed, Ints nominal, Ints window, Ints shift,
