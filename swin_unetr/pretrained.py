@@ -26,6 +26,8 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from swin_kernels.modules import MERGING_MODES
+
 from . import checkpoints
 
 _RENAMES = tuple(
@@ -43,7 +45,7 @@ _RENAMES = tuple(
 # Only code older than MONAI 1.5.0, which changed the merging order, is known to write these names.
 _BEFORE_MERGING_CHANGE = re.compile(r"\.mlp\.fc[12]\.|^(module\.)?encoder\.layers\d\.0\.0\.")
 
-_MERGING_CLASSES = {"PatchMerging": "merging", "PatchMergingV2": "mergingv2", "PatchMergingLegacy": "merging_legacy"}
+_MERGING_CLASSES = {kind.__name__: name for name, kind in MERGING_MODES.items()}
 """What classes of these names, ours and MONAI's, are called as `downsample`."""
 
 
@@ -120,7 +122,7 @@ def load_pretrained(
             f"load_pretrained: path_or_state is a {type(path_or_state).__name__}; accepted is a path or a state dict"
         )
     if _is_ours(content) and content.get("ema") is not None:
-        source, content = f"{source}, averaged weights", content | {"model": content["ema"]}
+        source, content = f"{source}, averaged weights", {**content, "model": content["ema"]}
     state = _unwrap(content)
     target = {_canonical(name): (name, value) for name, value in model.state_dict().items()}
 

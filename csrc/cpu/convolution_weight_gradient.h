@@ -7,37 +7,10 @@
 #pragma once
 
 #include "convolution.h"
+#include "outer_sum.h"
 
 namespace swin {
 namespace SWIN_ISA {
-
-// sums[row][column] += Σ_t left[t][row] · right[t][column] for kTileRows32 rows and kVectors vectors of columns.
-template <int kVectors>
-SWIN_ALWAYS_INLINE void add_outer_products(const float* left, int64_t left_stride, const float* right,
-                                           int64_t right_stride, int64_t count, float* sums, int64_t sums_stride) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows32; ++r)
-    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(sums + r * sums_stride + v * kLanes<float>, 1);
-  Vec<float> acc[kTileRows32][kVectors] = {};
-  for (int64_t t = 0; t < count; ++t) {
-    Vec<float> b[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = load(right + t * right_stride + v * kLanes<float>);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows32; ++r) {
-      const Vec<float> a = broadcast(left[t * left_stride + r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += a * b[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows32; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      float* sum = sums + r * sums_stride + v * kLanes<float>;
-      store(sum, load(sum) + acc[r][v]);
-    }
-}
 
 SWIN_ALWAYS_INLINE int64_t padded_in(const WeightGradientCall& call) {
   return (call.in_channels + kTileRows32 - 1) / kTileRows32 * kTileRows32;
@@ -116,9 +89,9 @@ class WeightGradientWorker {
         const float *left = inputs + c, *right = gradients + o;
         float* to = sums + c * out_ + o;
         switch (vectors) {
-          case 1: add_outer_products<1>(left, kItemChannels, right, out_, count, to, out_); break;
-          case 2: add_outer_products<2>(left, kItemChannels, right, out_, count, to, out_); break;
-          default: add_outer_products<3>(left, kItemChannels, right, out_, count, to, out_);
+          case 1: outer_sum_block<float, kTileRows32, 1>(left, kItemChannels, right, out_, count, to, out_); break;
+          case 2: outer_sum_block<float, kTileRows32, 2>(left, kItemChannels, right, out_, count, to, out_); break;
+          default: outer_sum_block<float, kTileRows32, 3>(left, kItemChannels, right, out_, count, to, out_);
         }
       }
     }

@@ -108,8 +108,8 @@ class OutputProjectionBackward {
         for (int64_t i = 0; i < row_stride_; ++i)
           for (int64_t k = 0; k < kWidth * kLanes<float>; ++k) grad_weight_[i * channels_ + c + k] = 0;
         for (int64_t out = 0; out < channels_; out += kRows)
-          outer_sum_block<float, kWidth>(grads_ + out, row_stride_, attended_ + c, channels_, count,
-                                         grad_weight_ + out * channels_ + c, channels_);
+          outer_sum_block<float, kRows, kWidth>(grads_ + out, row_stride_, attended_ + c, channels_, count,
+                                                grad_weight_ + out * channels_ + c, channels_);
       }
     });
     for (int64_t i = 0; i < channels_ * channels_; ++i) partial[i] += grad_weight_[i];

@@ -36,8 +36,8 @@ class ProjectionBackward {
       static_assert(3 * kPanel % kRows == 0);
       for (int64_t out = 0; out < parts; out += kRows)
         for (int64_t c = 0; c < channels_; c += kWidth * kLanes<float>)
-          outer_sum_block<float, kWidth>(grad_qkv + out, parts, rows + c, channels_, count,
-                                         partial + out * channels_ + c, channels_);
+          outer_sum_block<float, kRows, kWidth>(grad_qkv + out, parts, rows + c, channels_, count,
+                                                partial + out * channels_ + c, channels_);
     });
     float* grad_bias = partial + parts * channels_;
     for (int64_t c = 0; c < parts; c += kLanes<float>) {

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "outer_sum.h"
 #include "vec.h"
 
 namespace swin {
@@ -172,31 +173,6 @@ SWIN_ALWAYS_INLINE void scatter_rows(const T* weights, int64_t stride, const T* 
   for (; c + 2 * kLanes<T> <= width; c += 2 * kLanes<T>)
     scatter_rows_block<T, 2>(weights, stride, rows + c, width, begin, end, sums + c);
   if (c < width) scatter_rows_block<T, 1>(weights, stride, rows + c, width, begin, end, sums + c);
-}
-
-// sums[row][column] += Σ_t left[t][row] · right[t][column] over t in [0, count), kRows rows and kWidth vectors.
-template <class T, int kWidth>
-SWIN_ALWAYS_INLINE void outer_sum_block(const T* left, int64_t left_stride, const T* right, int64_t right_stride,
-                                        int64_t count, T* sums, int64_t sums_stride) {
-  Vec<T> acc[kRows][kWidth] = {};
-  for (int64_t t = 0; t < count; ++t) {
-    Vec<T> b[kWidth];
-#pragma GCC unroll 4
-    for (int c = 0; c < kWidth; ++c) b[c] = load(right + t * right_stride + c * kLanes<T>);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec<T> a = broadcast(left[t * left_stride + r]);
-#pragma GCC unroll 4
-      for (int c = 0; c < kWidth; ++c) acc[r][c] += a * b[c];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < kWidth; ++c) {
-      T* sum = sums + r * sums_stride + c * kLanes<T>;
-      store(sum, load(sum) + acc[r][c]);
-    }
 }
 
 // row[k] = 2^(row[k] - offset) over [begin, end); returns the sum.
