@@ -1,0 +1,224 @@
+"""The kernels of a Swin UNETR compiled and loaded before its first step: ``swin-kernels warmup``.
+
+A first step pays for Triton's compilations and the driver's of PTX, one after the other. Here the encoder's blocks run
+once, forward and backward, at their real extents, in processes beside each other: what they compile lies then in the
+caches on disk (Triton's, ``TRITON_CACHE_DIR``, and the driver's, ``CUDA_CACHE_PATH``) that every later process reads.
+Blocks that need the same kernels are run once. The decoder has nothing that is compiled when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import BinaryIO
+
+import torch
+
+from .backends import Call, select
+from .geometry import WindowGrid
+from .modules import SwinTransformerBlock
+
+DTYPES = ("bfloat16", "float16", "float32")
+MOST_JOBS = 16
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the encoder, and how it is run.
+
+    Attributes:
+        batch: volumes.
+        spatial: tokens of each axis.
+        channels, heads: of the stage.
+        window, shift: nominal, one extent per axis.
+        dtype: one of `DTYPES`; 16 bits are autocast's, as in training.
+        training: forward and backward, or the forward alone without gradients.
+    """
+
+    batch: int
+    spatial: tuple[int, ...]
+    channels: int
+    heads: int
+    window: tuple[int, ...]
+    shift: tuple[int, ...]
+    dtype: str = "bfloat16"
+    training: bool = True
+
+    @property
+    def grid(self) -> WindowGrid:
+        return WindowGrid.of(self.spatial, self.window, self.shift)
+
+    @property
+    def kernels(self) -> tuple:
+        """Equal for blocks that run the same compiled kernels: all else are arguments of theirs."""
+        grid = self.grid
+        return self.channels // self.heads, grid.tokens, grid.is_shifted, grid.is_padded, self.dtype, self.training
+
+    def __str__(self) -> str:
+        tokens, window = ("×".join(map(str, extents)) for extents in (self.spatial, self.grid.window))
+        shifted = " shifted" if self.grid.is_shifted else ""
+        return f"{tokens} tokens, {self.heads} heads of {self.channels // self.heads}, window {window}{shifted}"
+
+
+def blocks_of(
+    image: Sequence[int],
+    feature_size: int = 48,
+    window_size: int = 7,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    training: bool = True,
+) -> list[Block]:
+    """Blocks that together run all kernels of a Swin UNETR, the largest first.
+
+    Args:
+        image: voxels ``(D, H, W)`` or ``(H, W)`` of what the model gets.
+        feature_size: channels of the first stage.
+        window_size: of every axis.
+        batch, dtype, training: as in `Block`.
+
+    Raises:
+        ValueError: extents, feature size or dtype that Swin UNETR does not accept.
+    """
+    if len(image) not in (2, 3) or any(extent < 32 or extent % 32 for extent in image):
+        raise ValueError(f"image: got {' '.join(map(str, image))}; accepted are 2 or 3 multiples of 32")
+    if feature_size < 12 or feature_size % 12:
+        raise ValueError(f"feature-size: got {feature_size}; accepted are multiples of 12")
+    for name, value in (("window", window_size), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; accepted is at least 1")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype}; accepted are {', '.join(DTYPES)}")
+    found: dict[tuple, Block] = {}
+    window = (window_size,) * len(image)
+    for stage in range(4):
+        spatial = tuple(extent // 2 ** (stage + 1) for extent in image)
+        for shift in (0, window_size // 2):
+            block = Block(
+                *(batch, spatial, feature_size * 2**stage, 3 * 2**stage, window, (shift,) * len(image)),
+                *(dtype, training),
+            )
+            found.setdefault(block.kernels, block)
+    return list(found.values())
+
+
+def run(block: Block, device: str) -> str:
+    """Run `block` on `device` in this process; returns the backend of its attention."""
+    dtype = getattr(torch, block.dtype)
+    low = dtype != torch.float32
+    module = SwinTransformerBlock(block.channels, block.heads, block.window, block.shift).to(device)
+    x = torch.randn(block.batch, *block.spatial, block.channels, device=device, requires_grad=block.training)
+    with torch.set_grad_enabled(block.training), torch.autocast(device, dtype if low else None, enabled=low):
+        out = module(x)
+    if block.training:
+        out.float().sum().backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    head_dim = block.channels // block.heads
+    return select(Call("window_attention", device, dtype, head_dim, block.grid.window)).__name__.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a block: the backend of its attention and the seconds it took, or why it failed."""
+
+    block: Block
+    backend: str = ""
+    seconds: float = 0.0
+    failure: str = ""
+
+
+def warm_up(blocks: Sequence[Block], device: str, jobs: int | None = None, limit: float = 600.0) -> Iterator[Outcome]:
+    """Run each block in a process of its own, which no other suffers from.
+
+    Args:
+        device: "cuda", the current device, or "cpu".
+        jobs: processes at a time; one a core, at most `MOST_JOBS`, if None.
+        limit: seconds one may take.
+
+    Yields:
+        what became of each, as they end.
+    """
+    waiting = deque(blocks)
+    running: list[_Process] = []
+    most = jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                running.append(_Process(waiting.popleft(), device, limit))
+            for process in running[:]:
+                if outcome := process.outcome():
+                    running.remove(process)
+                    yield outcome
+            time.sleep(0.02)
+    finally:
+        for process in running:
+            process.kill()
+
+
+class _Process:
+    """A block in a fresh interpreter that leads a group: compilers that it started end with it."""
+
+    def __init__(self, block: Block, device: str, limit: float) -> None:
+        self.block, self.limit, self.began = block, limit, time.monotonic()
+        self.output, self.errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - as long as this
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, device, json.dumps(asdict(block))],
+            stdout=self.output,
+            stderr=self.errors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def outcome(self) -> Outcome | None:
+        """None while it runs."""
+        status, seconds = self.process.poll(), time.monotonic() - self.began
+        if status is None and seconds <= self.limit:
+            return None
+        self.kill()
+        if status is None:
+            return Outcome(self.block, failure=f"not done after {self.limit:g} s")
+        if status == 0:
+            return Outcome(self.block, _last_line(self.output), seconds)
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        return Outcome(self.block, failure=": ".join(filter(None, (how, _last_line(self.errors)))))
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # nobody is left in the group
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def _last_line(file: BinaryIO) -> str:
+    file.seek(0)
+    lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def show(outcomes: Iterator[Outcome], count: int) -> bool:
+    """Print a line for each of `count` outcomes as it comes; whether all got through."""
+    began, failed = time.monotonic(), 0
+    for outcome in outcomes:
+        failed += bool(outcome.failure)
+        ended = f"FAILED: {outcome.failure}" if outcome.failure else f"{outcome.seconds:6.1f} s  on {outcome.backend}"
+        print(f"{outcome.block!s:64}  {ended}", flush=True)
+    said = f"{failed} of {count} FAILED" if failed else f"all {count} are warm"
+    print(f"{said}, {time.monotonic() - began:.1f} s")
+    return not failed
+
+
+def _main() -> None:
+    device, given = sys.argv[1], json.loads(sys.argv[2])
+    print(run(Block(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}), device))
+
+
+if __name__ == "__main__":
+    _main()
