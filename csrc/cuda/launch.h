@@ -1,10 +1,13 @@
-// The two things host code asks of the CUDA runtime: what the current device offers, and to start a kernel.
+// What host code asks of the CUDA runtime: what the current device offers, and to start a kernel.
 // tests/cuda/emulation/cuda/launch.h has the same functions for the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <string>
+
+#include "cuda/diagnostics.h"
 
 namespace swin {
 
@@ -36,7 +39,23 @@ struct LaunchGrid {
   int64_t x = 1, y = 1, z = 1;
 };
 
-// Starts `kernel` on `stream` (a cudaStream_t). Returns nullptr, or what went wrong; nothing ran then.
+inline std::string kernel_name(const void* function) {
+#if CUDART_VERSION >= 12030
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, function) == cudaSuccess) return readable_kernel_name(mangled);
+#endif
+  return "a kernel without a name";
+}
+
+// Waits until all of `stream` is done, unless it is being captured: nothing of it runs then, and a wait would end that.
+inline cudaError_t wait(cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(stream, &capture);
+  return error != cudaSuccess || capture != cudaStreamCaptureStatusNone ? error : cudaStreamSynchronize(stream);
+}
+
+// Starts `kernel` on `stream` (a cudaStream_t). Returns nullptr, or what went wrong; nothing ran then. Where launches
+// are traced, what went wrong may also be the kernel's own doing.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, int64_t shared_bytes, void* stream,
                    Arguments... arguments) {
@@ -45,19 +64,25 @@ const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, 
     return "launch: the grid of blocks is empty or beyond CUDA's limits of 2^31 - 1, 65535, 65535";
   }
   const auto function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > 48 * 1024) {  // more must be asked for
-    const cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-  }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  const auto on = static_cast<cudaStream_t>(stream);
   const auto start = [&](Parameters... converted) {
+    if (shared_bytes > 48 * 1024) {  // more must be asked for
+      const cudaError_t error =
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+      if (error != cudaSuccess) return error;
+    }
     void* pointers[] = {&converted...};
     return cudaLaunchKernel(function, blocks, dim3(static_cast<unsigned>(threads)), pointers,
-                            static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+                            static_cast<size_t>(shared_bytes), on);
   };
-  const cudaError_t error = start(arguments...);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const bool trace = is_traced();
+  const auto run = [&]() -> const char* {
+    cudaError_t error = start(arguments...);
+    if (error == cudaSuccess && trace) error = wait(on);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  };
+  return trace ? traced(kernel_name(function), run) : run();
 }
 
 }  // namespace swin

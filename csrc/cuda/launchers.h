@@ -1,9 +1,9 @@
 // What the CUDA backend offers to its callers: plain C functions on plain structs, no torch, no CUDA types.
 //
 // Every function that launches returns nullptr, or a text (valid for the life of the process) that says what is wrong;
-// it then launched nothing. Nothing is allocated and nothing waits for the GPU: the caller brings all memory, which
-// must stay alive until `stream` has passed the call. All pointers are device pointers on the current device, tensors
-// are contiguous and begin at a multiple of 16 bytes.
+// it then launched nothing. Nothing is allocated and, unless launches are traced, nothing waits for the GPU: the caller
+// brings all memory, which must stay alive until `stream` has passed the call. All pointers are device pointers on the
+// current device, tensors are contiguous and begin at a multiple of 16 bytes.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +57,38 @@ const char* swin_cuda_attention_forward(const SwinAttention* call, const SwinAtt
                                         void* stream);
 const char* swin_cuda_attention_backward(const SwinAttention* call, const SwinAttentionBackward* tensors,
                                          void* workspace, void* stream);
+
+// How the kernels for 16-bit tensors cut a call. In an override 0 leaves a quantity to the kernels.
+struct SwinForwardCut {
+  int32_t warps;     // of a block, 16 queries each
+  int32_t together;  // blocks that a multiprocessor shall hold, which bounds the shared memory of each
+  int32_t resident;  // 1: the bias of a block lies in shared memory, -1: it is read from memory in every window
+  int32_t chunks;    // in which the keys of a window pass by
+  int32_t parts;     // that windows are dealt out to
+};
+
+struct SwinBackwardCut {
+  int32_t key_warps;    // of a block of differentiate_qkv
+  int32_t query_block;  // queries that pass by at a time, a multiple of 16
+  int32_t qkv_blocks;   // of each head in differentiate_qkv, which windows are dealt out to
+  int32_t bias_warps;   // of a block of differentiate_bias, 32 queries each
+  int32_t parts;        // that windows are dealt out to in differentiate_bias
+};
+
+// Overrides the choice of the kernels in the whole process, until a null pointer ends it; for sweeps and tests, while
+// no call is under way. A call that a cut does not fit, or of float32 tensors, is declined; workspace bytes follow the
+// cut.
+void swin_cuda_override_forward_cut(const SwinForwardCut* cut);
+void swin_cuda_override_backward_cut(const SwinBackwardCut* cut);
+
+// Fills `cut` with what a call uses on the current device. Returns nullptr, or why there is none.
+const char* swin_cuda_attention_forward_cut(const SwinAttention* call, SwinForwardCut* cut);
+const char* swin_cuda_attention_backward_cut(const SwinAttention* call, SwinBackwardCut* cut);
+
+// From here on every launch of the process writes the name of its kernel as a line to the file descriptor `fd` before
+// it starts, and waits for the stream after it, unless that is being captured: what goes wrong is then the error of
+// that launch, and begins with the name. A negative `fd` ends it.
+void swin_cuda_trace_launches(int fd);
 
 // Pad, shift and partition: volume (B, *S, channels) to windows (B * windows, n, channels), padding zero; and back.
 struct SwinPartition {

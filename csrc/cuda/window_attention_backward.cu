@@ -14,6 +14,8 @@
 // order. Passes 2 and 3 both compute p again: the n x n bias gradient of a head does not fit beside anything else on a
 // multiprocessor, and writing ds to memory would cost more than the second exponential. float32 has its own kernels for
 // 2 and 3, which multiply in float32 proper. Nothing is accumulated by atomics; results repeat bit by bit.
+#include <optional>
+
 #include "cuda/windows.h"
 
 namespace swin {
@@ -850,12 +852,13 @@ __global__ void __launch_bounds__(kPadColumns* kPadGroups) reduce_padding(const 
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-// How one call is cut; everything follows from the call and the device.
-struct Plan {
-  int key_warps, key_blocks, query_block, qkv_blocks;  // differentiate_qkv
+std::optional<SwinBackwardCut> overriding;
+
+// How one call is cut; everything follows from the call, the device and an override.
+struct Plan : SwinBackwardCut {
+  int key_blocks;
   int64_t qkv_shared;
-  int row_blocks;  // differentiate_rows_float
-  int bias_warps, parts;
+  int row_blocks;                                  // differentiate_rows_float
   int64_t bias_tiles, bias_shared, bias_resident;  // the last: blocks that a multiprocessor holds
   int pad_rows;
 };
@@ -873,16 +876,28 @@ int64_t bias_shared_bytes(int warps) {
   return 2 * 2 * 2 * (queries + kBiasKeys) * Cut<D>::kStride + 2 * queries * 8;
 }
 
-// Returns nullptr, or why the 16-bit kernels cannot run.
+// Returns nullptr, or why the 16-bit kernels cannot run. What `asked` sets is taken as it is, parts by make_plan.
 template <int D>
-const char* cut_half(const DeviceLimits& limits, const Windows& call, Plan* plan) {
-  const int64_t key_units = divide_up(call.n, Own<D>::kWarpKeys);
-  plan->key_blocks = static_cast<int>(divide_up(key_units, Own<D>::kMaxWarps));
-  plan->key_warps = static_cast<int>(divide_up(key_units, plan->key_blocks));
+const char* cut_half(const DeviceLimits& limits, const SwinBackwardCut& asked, const Windows& call, Plan* plan) {
+  const int64_t key_units = divide_up(call.n, Own<D>::kWarpKeys), query_units = divide_up(call.n, kBiasWarpQueries);
+  const int64_t windows = call.windows < 1 ? 1 : call.windows;
+  const auto quantities = {
+      Asked{"key_warps", asked.key_warps, 1, key_units < Own<D>::kMaxWarps ? key_units : Own<D>::kMaxWarps},
+      Asked{"query_block", asked.query_block, kTile, call.padded}, Asked{"qkv_blocks", asked.qkv_blocks, 1, windows},
+      Asked{"bias_warps", asked.bias_warps, 1, query_units < kBiasMaxWarps ? query_units : kBiasMaxWarps},
+      Asked{"parts", asked.parts, 1, windows < 65535 ? windows : 65535}};
+  if (const char* reason = out_of_range(quantities)) return reason;
+  if (asked.query_block % kTile != 0) {
+    return refusal("query_block is " + std::to_string(asked.query_block) + ", accepted are multiples of 16");
+  }
+
+  plan->key_blocks = static_cast<int>(divide_up(key_units, asked.key_warps > 0 ? asked.key_warps : Own<D>::kMaxWarps));
+  plan->key_warps = asked.key_warps > 0 ? asked.key_warps : static_cast<int>(divide_up(key_units, plan->key_blocks));
   plan->query_block = call.padded < 128 ? call.padded : 128;
   while (qkv_shared_bytes<D>(plan->key_warps, plan->query_block) > limits.shared_per_block && plan->query_block > 16) {
     plan->query_block /= 2;
   }
+  if (asked.query_block > 0) plan->query_block = asked.query_block;
   plan->qkv_shared = qkv_shared_bytes<D>(plan->key_warps, plan->query_block);
   // As many blocks as are resident at a time, shared among the heads; by shared memory, registers and threads.
   const int threads = plan->key_warps * 32;
@@ -892,20 +907,22 @@ const char* cut_half(const DeviceLimits& limits, const Windows& call, Plan* plan
   if (by_threads < resident) resident = by_threads;
   int64_t blocks = (resident < 1 ? 1 : resident) * limits.multiprocessors / call.heads;
   if (blocks > call.windows) blocks = call.windows;
-  plan->qkv_blocks = static_cast<int>(blocks < 1 ? 1 : blocks);
+  plan->qkv_blocks = asked.qkv_blocks > 0 ? asked.qkv_blocks : static_cast<int>(blocks < 1 ? 1 : blocks);
 
-  const int64_t query_units = divide_up(call.n, kBiasWarpQueries);
   plan->bias_warps = static_cast<int>(divide_up(query_units, divide_up(query_units, kBiasMaxWarps)));
   while (bias_shared_bytes<D>(plan->bias_warps) > limits.shared_per_block && plan->bias_warps > 1) --plan->bias_warps;
+  if (asked.bias_warps > 0) plan->bias_warps = asked.bias_warps;
   plan->bias_shared = bias_shared_bytes<D>(plan->bias_warps);
   plan->bias_tiles = divide_up(query_units, plan->bias_warps) * (call.padded / kBiasKeys);
   plan->bias_resident = limits.shared_per_multiprocessor / (plan->bias_shared + 1024);
   if (plan->bias_resident > (D <= 16 ? 2 : 1)) plan->bias_resident = D <= 16 ? 2 : 1;  // by their registers
   plan->pad_rows = call.windows * plan->key_blocks;
-  if (plan->qkv_shared > limits.shared_per_block || plan->bias_shared > limits.shared_per_block) {
-    return "the gradient needs more shared memory than a block of this device has";
-  }
-  return nullptr;
+  if (plan->qkv_shared <= limits.shared_per_block && plan->bias_shared <= limits.shared_per_block) return nullptr;
+  const std::string asked_text = text_of(quantities);
+  if (asked_text.empty()) return "the gradient needs more shared memory than a block of this device has";
+  return refusal(asked_text + " need " + std::to_string(plan->qkv_shared) + " and " +
+                 std::to_string(plan->bias_shared) + " bytes of shared memory, a block has " +
+                 std::to_string(limits.shared_per_block));
 }
 
 template <int D>
@@ -925,7 +942,8 @@ struct CutFor {
   Plan* plan;
   template <int D>
   const char* operator()() const {
-    return element == kSwinFloat32 ? cut_float<D>(call, plan) : cut_half<D>(limits, call, plan);
+    if (element != kSwinFloat32) return cut_half<D>(limits, overriding.value_or(SwinBackwardCut{}), call, plan);
+    return overriding ? kFloatHasNoCut : cut_float<D>(call, plan);
   }
 };
 
@@ -941,7 +959,7 @@ const char* make_plan(const SwinAttention& attention, Call* call, Plan* plan) {
   int64_t parts = plan->bias_resident * limits.multiprocessors / tiles;
   if (parts > (int64_t{128} << 20) / plane) parts = (int64_t{128} << 20) / plane;
   if (parts > call->windows) parts = call->windows;
-  plan->parts = static_cast<int>(parts < 1 ? 1 : parts);
+  plan->parts = overriding && overriding->parts > 0 ? overriding->parts : static_cast<int>(parts < 1 ? 1 : parts);
   return nullptr;
 }
 
@@ -1054,4 +1072,17 @@ const char* swin_cuda_attention_backward(const SwinAttention* attention, const S
     case kSwinFloat16: return swin::differentiate<swin::Float16>(call, plan, stream);
   }
   return "window_attention_backward: unknown element type";
+}
+
+void swin_cuda_override_backward_cut(const SwinBackwardCut* cut) {
+  swin::overriding = cut ? std::optional(*cut) : std::nullopt;
+}
+
+const char* swin_cuda_attention_backward_cut(const SwinAttention* attention, SwinBackwardCut* cut) {
+  if (attention->element == kSwinFloat32) return swin::kFloatHasNoCut;
+  swin::Call call{};
+  swin::Plan plan{};
+  const char* const reason = swin::make_plan(*attention, &call, &plan);
+  *cut = plan;
+  return reason;
 }

@@ -8,6 +8,7 @@
 // walks over windows, whose k and v pass by one step ahead. Exponentials bind it, so everything else is kept off the
 // units that issue them: scores come out of the tensor cores with the bias already added, because the bias is one more
 // product, with a diagonal matrix. `attend_float` is float32 throughout. Results repeat bit by bit.
+#include <optional>
 #include <type_traits>
 
 #include "cuda/windows.h"
@@ -353,30 +354,52 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 
-struct Plan {
-  int warps, blocks, parts;  // of `attend`: warps of a block, blocks of a head's queries, parts of the windows
+constexpr int kMostWarps = 16;  // of a multiprocessor by an override: four a scheduler, of 128 registers a thread
+
+std::optional<SwinForwardCut> overriding;
+
+struct Plan : SwinForwardCut {
+  int blocks;  // of a head's queries
   int64_t shared_bytes;
 };
 
 // Cuts the queries of a head into blocks, and the windows into parts, so that the busiest scheduler is done first. A
 // multiprocessor has four schedulers; a warp alone on one leaves it waiting about half of the time (docs/cuda.md). The
-// bias of a block lies in shared memory beside two chunks of k and v, or is read from memory in every window.
+// bias of a block lies in shared memory beside two chunks of k and v, or is read from memory in every window. What
+// `asked` sets is taken as it is.
 template <int D>
-const char* cut(const DeviceLimits& limits, Call* call, Plan* plan) {
+const char* cut(const DeviceLimits& limits, const SwinForwardCut& asked, Call* call, Plan* plan) {
   constexpr int kRow = Cut<D>::kStride * 2;  // bytes
   const int64_t tiles = call->padded / kTile, steps = call->padded / kStepKeys;
+  const int64_t most_parts = call->windows < 1 ? 1 : call->windows < 65535 ? call->windows : 65535;
+  const auto quantities = {Asked{"warps", asked.warps, 1, tiles < kMaxWarps ? tiles : kMaxWarps},
+                           Asked{"together", asked.together, 1, asked.warps > 0 ? kMostWarps / asked.warps : kMaxWarps},
+                           Asked{"resident", asked.resident, -1, 1}, Asked{"chunks", asked.chunks, 1, steps},
+                           Asked{"parts", asked.parts, 1, most_parts}};
+  if (const char* reason = out_of_range(quantities)) return reason;
+  if (asked.chunks > 0 && divide_up(steps, divide_up(steps, asked.chunks)) != asked.chunks) {
+    return refusal("chunks is " + std::to_string(asked.chunks) + ", in which " + std::to_string(steps) +
+                   " steps of 32 keys cannot be cut evenly; accepted is for instance " +
+                   std::to_string(divide_up(steps, divide_up(steps, asked.chunks))));
+  }
+  const int most_warps = asked.warps > 0 && asked.together > 0 ? kMostWarps : kMaxWarps;
+  const int last_together = asked.together > 0 ? asked.together : 2;  // blocks that a multiprocessor holds
   double least = kInfinity;
   for (const bool resident : {true, false}) {
+    if (asked.resident != 0 && resident != (asked.resident > 0)) continue;
     const int64_t warp_bytes = 2 * kTile * kRow + (resident ? tiles * 512 : 0);
-    for (int together = 1; together <= 2; ++together) {  // blocks that a multiprocessor holds
+    for (int together = asked.together > 0 ? asked.together : 1; together <= last_together; ++together) {
       const int64_t half = limits.shared_per_multiprocessor / together - 1024;
       const int64_t shared = half < limits.shared_per_block ? half : limits.shared_per_block;
-      for (int64_t warps = 1; warps * together <= kMaxWarps && warps <= tiles; ++warps) {
+      for (int64_t warps = 1; warps * together <= most_warps && warps <= tiles; ++warps) {
+        if (asked.warps > 0 && warps != asked.warps) continue;
         const int64_t fitting = (shared - warps * warp_bytes) / (4 * kStepKeys * kRow);  // steps of k and v
         if (fitting < 1) break;
-        const int64_t chunks = divide_up(steps, fitting), chunk = divide_up(steps, chunks) * kStepKeys;
+        const int64_t chunks = asked.chunks > 0 ? asked.chunks : divide_up(steps, fitting);
+        if (divide_up(steps, chunks) > fitting) break;
+        const int64_t chunk = divide_up(steps, chunks) * kStepKeys;
         const int64_t blocks = divide_up(tiles, warps), slots = int64_t{limits.multiprocessors} * together;
-        int64_t parts = slots / (blocks * call->heads);
+        int64_t parts = asked.parts > 0 ? asked.parts : slots / (blocks * call->heads);
         if (parts > call->windows) parts = call->windows;
         if (parts < 1) parts = 1;
         const int64_t turns = divide_up(blocks * call->heads * parts, slots) * divide_up(call->windows, parts);
@@ -385,31 +408,39 @@ const char* cut(const DeviceLimits& limits, Call* call, Plan* plan) {
                             (1 + 0.02 * static_cast<double>(chunks)) * (resident ? 1 : 1.5);
         if (cost >= least) continue;
         least = cost;
-        plan->warps = static_cast<int>(warps), plan->blocks = static_cast<int>(blocks);
-        plan->parts = static_cast<int>(parts);
+        plan->warps = static_cast<int>(warps), plan->together = together, plan->resident = resident ? 1 : -1;
+        plan->chunks = static_cast<int>(chunks), plan->parts = static_cast<int>(parts);
+        plan->blocks = static_cast<int>(blocks);
         plan->shared_bytes = 4 * chunk * kRow + warps * warp_bytes;
         call->chunk = static_cast<int>(chunk), call->rows = static_cast<int>(warps) * kTile;
         call->resident = resident;
       }
     }
   }
-  return least < kInfinity ? nullptr : "window_attention: a block of this GPU has too little shared memory";
+  if (least < kInfinity) return nullptr;
+  const std::string asked_text = text_of(quantities);
+  if (asked_text.empty()) return "window_attention: a block of this GPU has too little shared memory";
+  return refusal(asked_text + " need more than the " + std::to_string(limits.shared_per_block) +
+                 " bytes of shared memory of a block, or " + std::to_string(limits.shared_per_multiprocessor) +
+                 " of a multiprocessor");
 }
 
 struct CutFor {
+  SwinElement element;
   const DeviceLimits& limits;
   Call* call;
   Plan* plan;
   template <int D>
   const char* operator()() const {
-    return cut<D>(limits, call, plan);
+    if (overriding && element == kSwinFloat32) return kFloatHasNoCut;
+    return cut<D>(limits, overriding.value_or(SwinForwardCut{}), call, plan);
   }
 };
 
 const char* make_plan(const SwinAttention& attention, Call* call, Plan* plan) {
   DeviceLimits limits;
   if (const char* reason = read_call(attention, kStepKeys, &limits, call)) return reason;
-  return with_head_dim(attention.head_dim, CutFor{limits, call, plan});
+  return with_head_dim(attention.head_dim, CutFor{attention.element, limits, call, plan});
 }
 
 // Hands out the workspace; returns its bytes.
@@ -482,4 +513,17 @@ const char* swin_cuda_attention_forward(const SwinAttention* attention, const Sw
     case kSwinFloat16: return swin::run<swin::Float16>(call, plan, stream);
   }
   return "window_attention_forward: unknown element type";
+}
+
+void swin_cuda_override_forward_cut(const SwinForwardCut* cut) {
+  swin::overriding = cut ? std::optional(*cut) : std::nullopt;
+}
+
+const char* swin_cuda_attention_forward_cut(const SwinAttention* attention, SwinForwardCut* cut) {
+  if (attention->element == kSwinFloat32) return swin::kFloatHasNoCut;
+  swin::Call call{};
+  swin::Plan plan{};
+  const char* const reason = swin::make_plan(*attention, &call, &plan);
+  *cut = plan;
+  return reason;
 }

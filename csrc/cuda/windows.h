@@ -2,6 +2,10 @@
 // of them as tensor cores take it, and how a block brings the rows of a head into shared memory.
 #pragma once
 
+#include <initializer_list>
+#include <string>
+
+#include "cuda/diagnostics.h"
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
 #include "cuda/ptx.h"
@@ -281,6 +285,37 @@ const char* read_call(const SwinAttention& attention, int rounding, DeviceLimits
   call->scale = static_cast<float>(attention.scale);
   return nullptr;
 }
+
+// A quantity of the cut that overrides the choice of the kernels, 0 for none, and what a call accepts beside 0.
+struct Asked {
+  const char* name;
+  int64_t value, least, most;
+};
+
+const char* refusal(const std::string& why) {
+  return lasting_text("the override of the cut does not fit this call: " + why);
+}
+
+// Why one of `quantities` is out of its range, or nullptr.
+const char* out_of_range(std::initializer_list<Asked> quantities) {
+  for (const Asked& one : quantities) {
+    if (one.value == 0 || (one.value >= one.least && one.value <= one.most)) continue;
+    return refusal(one.name + (" is " + std::to_string(one.value)) + ", accepted are " + std::to_string(one.least) +
+                   " to " + std::to_string(one.most));
+  }
+  return nullptr;
+}
+
+// As in "warps 4, chunks 2": those that are not left to the kernels.
+std::string text_of(std::initializer_list<Asked> quantities) {
+  std::string text;
+  for (const Asked& one : quantities) {
+    if (one.value != 0) text += (text.empty() ? "" : ", ") + (one.name + (" " + std::to_string(one.value)));
+  }
+  return text;
+}
+
+constexpr char kFloatHasNoCut[] = "cuts are for 16-bit tensors: with those of this call, float32, there is no choice";
 
 // Hands out pieces of the workspace, each at a multiple of 256 bytes; with a null base it only adds up.
 struct Carver {

@@ -215,20 +215,68 @@ Tensor window_reverse(Tensor windows, Ints window, Ints shift, Ints spatial) {
   return result;
 }
 
-// Why the current device cannot run window_attention on windows of `window` tokens, "" where it can.
-// `element` is a SwinElement.
-std::string attention_declines(int64_t element, int64_t head_dim, Ints window, bool backward) {
-  const char* op = "attention_declines";
+// A call of unknown extents, but for its windows. `element` is a SwinElement.
+SwinAttention call_of(const char* op, int64_t element, const Ints& spatial, const Ints& nominal, const Ints& window,
+                      const Ints& shift) {
   require(element >= kSwinFloat32 && element <= kSwinFloat16, op, "element is ", element, "; accepted are 0, 1, 2");
   SwinAttention call{};
   call.element = call.bias_element = static_cast<SwinElement>(element);
-  call.batch = call.heads = 1;
-  call.head_dim = head_dim;
-  call.grid = grid_of(op, window, window, window, Ints(window.size(), 0));
+  call.grid = grid_of(op, spatial, nominal, window, shift);
   call.scale = 1;
+  return call;
+}
+
+// Why the current device cannot run window_attention on windows of `window` tokens, "" where it can.
+std::string attention_declines(int64_t element, int64_t head_dim, Ints window, bool backward) {
+  const char* op = "attention_declines";
+  SwinAttention call = call_of(op, element, window, window, window, Ints(window.size(), 0));
+  call.batch = 65535;  // as many windows as an override of the cut may deal out: how many a call has is not asked here
+  call.heads = 1;
+  call.head_dim = head_dim;
   const char* reason =
       backward ? swin_cuda_attention_backward_declines(&call) : swin_cuda_attention_forward_declines(&call);
   return reason ? reason : "";
+}
+
+// How a call is cut on the current device: the fields of SwinForwardCut or SwinBackwardCut.
+Ints attention_cut(int64_t element, int64_t batch, int64_t heads, int64_t head_dim, Ints spatial, Ints nominal,
+                   Ints window, Ints shift, bool backward) {
+  const char* op = "attention_cut";
+  SwinAttention call = call_of(op, element, spatial, nominal, window, shift);
+  require(batch >= 1 && heads >= 1, op, "batch is ", batch, " and heads is ", heads, "; accepted are 1 and more");
+  call.batch = batch, call.heads = heads, call.head_dim = head_dim;
+  if (backward) {
+    SwinBackwardCut cut{};
+    require_launched(op, swin_cuda_attention_backward_cut(&call, &cut));
+    return {cut.key_warps, cut.query_block, cut.qkv_blocks, cut.bias_warps, cut.parts};
+  }
+  SwinForwardCut cut{};
+  require_launched(op, swin_cuda_attention_forward_cut(&call, &cut));
+  return {cut.warps, cut.together, cut.resident, cut.chunks, cut.parts};
+}
+
+// Overrides the cut of all calls by those fields; without values ends it.
+void override_cut(bool backward, Ints values) {
+  const char* op = "override_cut";
+  require(values.empty() || values.size() == 5, op, "values are ", text(values), "; accepted are none or five");
+  int32_t five[5] = {};
+  for (size_t i = 0; i < values.size(); ++i) {
+    require(values[i] >= -1 && values[i] <= INT32_MAX, op, "values are ", text(values),
+            "; each must be -1 to 2^31 - 1");
+    five[i] = static_cast<int32_t>(values[i]);
+  }
+  if (backward) {
+    const SwinBackwardCut cut{five[0], five[1], five[2], five[3], five[4]};
+    swin_cuda_override_backward_cut(values.empty() ? nullptr : &cut);
+  } else {
+    const SwinForwardCut cut{five[0], five[1], five[2], five[3], five[4]};
+    swin_cuda_override_forward_cut(values.empty() ? nullptr : &cut);
+  }
+}
+
+void trace_launches(int64_t fd) {
+  require(fd >= -1 && fd <= INT32_MAX, "trace_launches", "fd is ", fd, "; accepted are file descriptors, and -1");
+  swin_cuda_trace_launches(static_cast<int>(fd));
 }
 
 }  // namespace
@@ -243,6 +291,11 @@ STABLE_TORCH_LIBRARY(swin_kernels_cuda, m) {
   m.def("window_partition(Tensor x, int[] window, int[] shift) -> Tensor");
   m.def("window_reverse(Tensor windows, int[] window, int[] shift, int[] spatial) -> Tensor");
   m.def("attention_declines(int element, int head_dim, int[] window, bool backward) -> str");
+  m.def(
+      "attention_cut(int element, int batch, int heads, int head_dim, int[] spatial, int[] nominal, int[] window, "
+      "int[] shift, bool backward) -> int[]");
+  m.def("override_cut(bool backward, int[] values) -> ()");
+  m.def("trace_launches(int fd) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cuda, CUDA, m) {
@@ -254,4 +307,7 @@ STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cuda, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("attention_declines", TORCH_BOX(&attention_declines));
+  m.impl("attention_cut", TORCH_BOX(&attention_cut));
+  m.impl("override_cut", TORCH_BOX(&override_cut));
+  m.impl("trace_launches", TORCH_BOX(&trace_launches));
 }

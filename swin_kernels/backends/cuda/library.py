@@ -33,3 +33,8 @@ def unavailable() -> str | None:
 def capability(device: int) -> tuple[int, int]:
     """Compute capability of CUDA device `device`."""
     return torch.cuda.get_device_capability(device)
+
+
+def operators():
+    """The operators of the loaded library; tests of the package's side put emulated ones in its place."""
+    return torch.ops.swin_kernels_cuda

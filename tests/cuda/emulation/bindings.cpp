@@ -1,6 +1,5 @@
 // The launchers of csrc/cuda and the planted kernels, for numpy arrays. Each array is copied to guarded memory of its
 // exact size and back, outputs begin as poison, and whatever the emulator reports is raised as RuntimeError.
-#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/diagnostics.h"
 #include "cuda/launchers.h"
 #include "cuda/ptx.h"
 #include "emulator.h"
@@ -119,6 +119,38 @@ void planted(const std::string& kernel, const std::string& fault, py::array inpu
   finish(run_planted(kernel, fault, in.data(), made.data()), in, made);
 }
 
+// As the operators of csrc/torch/cuda.cpp of the same names.
+template <class Cut>
+Cut cut_of(const std::vector<int32_t>& values) {
+  Cut cut;
+  if (sizeof cut != values.size() * sizeof(int32_t)) throw std::invalid_argument("a cut has five quantities");
+  std::memcpy(&cut, values.data(), sizeof cut);
+  return cut;
+}
+
+void override_cut(bool backward, const std::vector<int32_t>& values) {
+  if (backward) {
+    const auto cut = values.empty() ? SwinBackwardCut{} : cut_of<SwinBackwardCut>(values);
+    swin_cuda_override_backward_cut(values.empty() ? nullptr : &cut);
+  } else {
+    const auto cut = values.empty() ? SwinForwardCut{} : cut_of<SwinForwardCut>(values);
+    swin_cuda_override_forward_cut(values.empty() ? nullptr : &cut);
+  }
+}
+
+std::vector<int32_t> attention_cut(int element, int64_t batch, int64_t heads, int64_t head_dim, const Extents& spatial,
+                                   const Extents& nominal, const Extents& window, const Extents& shift, bool backward) {
+  const auto kind = static_cast<SwinElement>(element);
+  const SwinAttention call{kind, kind, batch, heads, head_dim, make_grid(spatial, nominal, window, shift), 1};
+  SwinForwardCut f{};
+  SwinBackwardCut b{};
+  const char* problem =
+      backward ? swin_cuda_attention_backward_cut(&call, &b) : swin_cuda_attention_forward_cut(&call, &f);
+  if (problem) throw std::runtime_error(problem);
+  if (backward) return {b.key_warps, b.query_block, b.qkv_blocks, b.bias_warps, b.parts};
+  return {f.warps, f.together, f.resident, f.chunks, f.parts};
+}
+
 // What `launcher` starts, without running it: address of the kernel within this file, grid, threads, shared bytes.
 std::vector<std::tuple<intptr_t, std::array<unsigned, 3>, int, int64_t>> plan(
     const std::function<const char*(void* somewhere)>& launcher) {
@@ -130,10 +162,8 @@ std::vector<std::tuple<intptr_t, std::array<unsigned, 3>, int, int64_t>> plan(
   if (problem) throw std::runtime_error(problem);
   std::vector<std::tuple<intptr_t, std::array<unsigned, 3>, int, int64_t>> planned;
   for (const emulation::Launch& one : emulation::launches) {
-    Dl_info file;
-    dladdr(one.kernel, &file);
-    const auto offset = static_cast<const char*>(one.kernel) - static_cast<const char*>(file.dli_fbase);
-    planned.push_back({offset, {one.grid.x, one.grid.y, one.grid.z}, one.threads, one.shared_bytes});
+    planned.push_back(
+        {emulation::address_in_file(one.kernel), {one.grid.x, one.grid.y, one.grid.z}, one.threads, one.shared_bytes});
   }
   return planned;
 }
@@ -165,7 +195,12 @@ PYBIND11_MODULE(MODULE_NAME, m) {
       .def_readwrite("shared_per_multiprocessor", &emulation::Device::shared_per_multiprocessor)
       .def_readwrite("reversed", &emulation::Device::reversed);
   m.def("device", [] { return &emulation::device; }, py::return_value_policy::reference);
+  m.def("override_cut", &override_cut);
+  m.def("attention_cut", &attention_cut);
+  m.def("trace_launches", &swin_cuda_trace_launches);
+  m.def("readable_kernel_name", &swin::readable_kernel_name);
 #ifdef SWIN_HAVE_FORWARD
+  m.def("forward_workspace_bytes", &swin_cuda_attention_forward_workspace_bytes);
   m.def("forward_declines", [](const SwinAttention& call) { return swin_cuda_attention_forward_declines(&call); });
   m.def("forward", &forward);
   m.def("plan_forward", [](const SwinAttention& call) {
@@ -176,6 +211,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   });
 #endif
 #ifdef SWIN_HAVE_BACKWARD
+  m.def("backward_workspace_bytes", &swin_cuda_attention_backward_workspace_bytes);
   m.def("backward_declines", [](const SwinAttention& call) { return swin_cuda_attention_backward_declines(&call); });
   m.def("backward", &backward);
   m.def("plan_backward", [](const SwinAttention& call) {

@@ -1,5 +1,6 @@
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -266,6 +267,12 @@ bool Guarded::intact() const {
 }
 
 // ---- launch --------------------------------------------------------------------------------------------------------
+
+intptr_t address_in_file(const void* kernel) {
+  Dl_info file;
+  dladdr(kernel, &file);
+  return static_cast<const char*>(kernel) - static_cast<const char*>(file.dli_fbase);
+}
 
 const char* run(const Launch& launch, const std::function<void()>& kernel) {
   if (launch.threads < 1 || launch.threads > kMostThreads) return "launch: a block has 1 to 1024 threads";

@@ -61,6 +61,9 @@ struct Launch {
 };
 extern std::vector<Launch> launches;  // all since someone cleared it
 
+// Address of a kernel within the file of the emulation, as `nm` shows it.
+intptr_t address_in_file(const void* kernel);
+
 // Runs `kernel` for every thread of every block. Returns nullptr, or what went wrong (valid until the next call).
 const char* run(const Launch& launch, const std::function<void()>& kernel);
 

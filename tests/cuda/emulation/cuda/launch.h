@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <tuple>
 
 #include "../emulator.h"
+#include "cuda/diagnostics.h"
 
 namespace swin {
 
@@ -18,6 +20,13 @@ struct LaunchGrid {
   int64_t x = 1, y = 1, z = 1;
 };
 
+// Its address in the emulation's file: functions without external linkage have no name that could be found here.
+inline std::string kernel_name(const void* kernel) {
+  char name[32];
+  std::snprintf(name, sizeof name, "0x%llx", static_cast<unsigned long long>(emulation::address_in_file(kernel)));
+  return name;
+}
+
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, int64_t shared_bytes, void* /*stream*/,
                    Arguments... arguments) {
@@ -27,8 +36,9 @@ const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, 
   const std::tuple<Parameters...> converted(arguments...);
   const emulation::Dim blocks{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                               static_cast<unsigned>(grid.z)};
-  return emulation::run({reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes},
-                        [&] { std::apply(kernel, converted); });
+  const emulation::Launch launch{reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes};
+  const auto run = [&] { return emulation::run(launch, [&] { std::apply(kernel, converted); }); };
+  return is_traced() ? traced(kernel_name(launch.kernel), run) : run();
 }
 
 }  // namespace swin

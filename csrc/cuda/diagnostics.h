@@ -1,0 +1,26 @@
+// What tells callers more about a call: the trace of its launches, and error texts that are made when they are needed.
+// No CUDA types: the emulation of tests/cuda uses the same.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <string>
+
+namespace swin {
+
+// The file descriptor that every launch writes a line to, none where it is negative: see swin_cuda_trace_launches.
+extern std::atomic<int> trace_descriptor;
+
+inline bool is_traced() { return trace_descriptor.load(std::memory_order_relaxed) >= 0; }
+
+// Writes `kernel` as a line of the trace, then calls `run`, which starts the kernel, waits for it and returns nullptr
+// or what went wrong. Returns nullptr, or that behind the name of the kernel.
+const char* traced(const std::string& kernel, const std::function<const char*()>& run);
+
+// As in `attend<BFloat16, 16>`, of the mangled name of a kernel.
+std::string readable_kernel_name(const char* mangled);
+
+// The same text, valid for the life of the process.
+const char* lasting_text(const std::string& text);
+
+}  // namespace swin

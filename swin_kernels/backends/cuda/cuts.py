@@ -1,0 +1,142 @@
+"""How the CUDA kernels cut a call, and other ways to: for sweeps on a GPU and for tests.
+
+The kernels choose by themselves, from the call and the device (`cut` and `cut_half` in `csrc/cuda`). The fields are
+those of `SwinForwardCut` and `SwinBackwardCut` in `csrc/cuda/launchers.h`; in an override 0 leaves one to the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+
+import torch
+
+from ...geometry import WindowGrid
+from . import ELEMENTS, _declines, library
+
+
+@dataclass(frozen=True)
+class ForwardCut:
+    """Of `attend`, where a block owns the bias of 16 queries for each of its warps.
+
+    Attributes:
+        warps: of a block, at most 12 and no more than a window has sixteens of tokens.
+        together: blocks that a multiprocessor shall hold. It bounds the shared memory of each, and more of them make
+            more `parts`. With `warps`, 16 warps at most; 12 where the kernels choose.
+        resident: 1 if the bias of a block lies in shared memory, -1 if it is read from memory in every window.
+        chunks: in which the keys of a window, rounded up to 32, pass through shared memory, evenly.
+        parts: that windows are dealt out to, at most one a window: each block walks over those of its part.
+    """
+
+    warps: int = 0
+    together: int = 0
+    resident: int = 0
+    chunks: int = 0
+    parts: int = 0
+
+
+@dataclass(frozen=True)
+class BackwardCut:
+    """Of `differentiate_qkv`, where a warp owns keys, and `differentiate_bias`, where it owns 32 queries.
+
+    Attributes:
+        key_warps: of a block of the first, at most 8: each owns 48 keys up to head_dim 16, 32 at 32 and 16 at 64. What
+            they do not cover of a window is done in turns.
+        query_block: queries that pass through its shared memory at a time, a multiple of 16.
+        qkv_blocks: of it for each head, at most one a window; windows are dealt out to them.
+        bias_warps: of a block of the second, at most 6.
+        parts: that windows are dealt out to in the second, at most one a window. Each has ``4 · heads · n²`` bytes of
+            workspace, n rounded up to 64.
+    """
+
+    key_warps: int = 0
+    query_block: int = 0
+    qkv_blocks: int = 0
+    bias_warps: int = 0
+    parts: int = 0
+
+
+CUTS = {"forward": ForwardCut, "backward": BackwardCut}
+
+
+@contextmanager
+def override(cut: ForwardCut | BackwardCut) -> Iterator[None]:
+    """Cut all calls of a direction by `cut` within the context, in the whole process.
+
+    A call that it does not fit raises RuntimeError, which names what does not. So does one of float32 tensors.
+    """
+    _set(isinstance(cut, BackwardCut), astuple(cut))
+    try:
+        yield
+    finally:
+        _set(isinstance(cut, BackwardCut), ())
+
+
+def _set(backward: bool, values: tuple[int, ...]) -> None:
+    library.operators().override_cut(backward, values)
+    _declines.cache_clear()  # an override may decline what the kernels can run
+
+
+def chosen(
+    direction: str, grid: WindowGrid, *, batch: int, heads: int, head_dim: int, dtype: torch.dtype
+) -> ForwardCut | BackwardCut:
+    """The cut that a call of `window_attention` with a 16-bit `dtype` uses on the current device, no field 0."""
+    of_grid = (grid.spatial, grid.nominal, grid.window, grid.shift)
+    cut = _cut(direction)
+    return cut(
+        *library.operators().attention_cut(ELEMENTS[dtype], batch, heads, head_dim, *of_grid, cut is BackwardCut)
+    )
+
+
+def candidates(
+    direction: str, head_dim: int, tokens: int, windows: int | None = None
+) -> Iterator[ForwardCut | BackwardCut]:
+    """Cuts that are worth timing on an A100 or H100, 16 at most; some do not fit into the shared memory of an A100.
+
+    They vary what `tests/cuda/floor_model.py` leaves open: how many warps hide latency, whether two small blocks wait
+    less than one large one, what barriers and the ends of loops cost, how evenly windows are dealt out.
+
+    Args:
+        direction: a key of `CUTS`.
+        head_dim, tokens: of the call; tokens of a window.
+        windows: of the call, in all of its volumes. Where it is given, cuts that need more are left out.
+    """
+    found = _forward(head_dim, tokens) if _cut(direction) is ForwardCut else _backward(head_dim, tokens)
+    for cut in dict.fromkeys(found):
+        if windows is None or max(cut.parts, getattr(cut, "qkv_blocks", 0)) <= windows:
+            yield cut
+
+
+def _cut(direction: str) -> type[ForwardCut] | type[BackwardCut]:
+    if direction not in CUTS:
+        raise ValueError(f"direction is {direction!r}; accepted are {', '.join(CUTS)}")
+    return CUTS[direction]
+
+
+def _forward(head_dim: int, tokens: int) -> Iterator[ForwardCut]:
+    steps = -(-tokens // 32)
+    tiles = 2 * steps
+    even = -(-tiles // 2)  # two blocks of it have a window's queries
+    blocks = [(6, 1), (8, 1), (even, 1), (12, 1), (4, 2), (6, 2), (4, 3)]
+    if head_dim <= 16:  # of more channels the registers of so many warps do not fit
+        blocks.append((8, 2))
+    fitting = [(warps, together) for warps, together in blocks if warps <= min(tiles, 12)]
+    yield from (ForwardCut(warps, together) for warps, together in fitting)
+    yield from (ForwardCut(*pair, resident=-1) for pair in ((8, 1), (6, 2), (8, 2)) if pair in fitting)
+    for chunks in (4, steps):
+        if -(-steps // -(-steps // chunks)) == chunks:  # evenly
+            yield ForwardCut(chunks=chunks)
+    yield from (ForwardCut(parts=parts) for parts in (6, 25, 49))
+
+
+def _backward(head_dim: int, tokens: int) -> Iterator[BackwardCut]:
+    warp_keys = 48 if head_dim <= 16 else 32 if head_dim <= 32 else 16
+    padded, key_units, query_units = -(-tokens // 64) * 64, -(-tokens // warp_keys), -(-tokens // 32)
+    query_blocks = [queries for queries in (32, 64, 128) if queries <= padded]
+    yield from (BackwardCut(query_block=queries) for queries in query_blocks)
+    if key_units >= 4:  # small enough blocks for two on a multiprocessor
+        yield from (BackwardCut(4, queries) for queries in query_blocks[:2])
+    yield from (BackwardCut(qkv_blocks=blocks) for blocks in (25, 49, 86))
+    yield from (BackwardCut(bias_warps=warps) for warps in (2, 3, 4, 6) if warps <= query_units)
+    yield from (BackwardCut(parts=parts) for parts in (3, 13, 25))
