@@ -56,10 +56,12 @@ asan: $(STAMP)
 	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARIES) ASAN_OPTIONS=$(ASAN_OPTIONS) \
 		$(CURDIR)/$(BIN)/python -m pytest --quiet --capture=no tests/ops tests/test_bad_input.py
 
-# Proves and times the GPU kernels; PYTHON needs torch, Triton and pytest, nothing is installed. `make verify-gpu OUT=dir`
+# Proves, times and tunes the GPU kernels within BUDGET seconds; docs/cuda.md says what PYTHON needs and what to send back.
+# `make verify-gpu OUT=dir`; PART=model runs that part alone, COMMIT=... names the sources where git does not.
 OUT ?= build/gpu
+BUDGET ?= 540
 verify-gpu:
-	$(PYTHON) scripts/verify_gpu.py $(OUT)
+	$(PYTHON) -m benchmarks.verify_gpu $(OUT) --budget $(BUDGET) $(PART:%=--part %) $(COMMIT:%=--commit %)
 
 clean:
 	rm -rf build dist *.egg-info swin_kernels/lib

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import gpu_report
+from verify_gpu import report as gpu_report
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"

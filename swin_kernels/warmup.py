@@ -8,7 +8,6 @@ Blocks that need the same kernels are run once. The decoder has nothing that is 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -52,6 +51,11 @@ class Block:
     shift: tuple[int, ...]
     dtype: str = "bfloat16"
     training: bool = True
+
+    @classmethod
+    def of(cls, values: dict) -> Block:
+        """From its fields as JSON has them."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     @property
     def grid(self) -> WindowGrid:
@@ -180,21 +184,23 @@ class _Process:
 
     def outcome(self) -> Outcome | None:
         """None while it runs."""
-        status, seconds = self.process.poll(), time.monotonic() - self.began
-        if status is None and seconds <= self.limit:
+        seconds = time.monotonic() - self.began
+        # Not yet waited for, it keeps its number, so that `kill` reaches nobody else.
+        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if not ended and seconds <= self.limit:
             return None
-        self.kill()
-        if status is None:
+        status = self.kill()
+        if not ended:
             return Outcome(self.block, failure=f"not done after {self.limit:g} s")
         if status == 0:
             return Outcome(self.block, _last_line(self.output), seconds)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         return Outcome(self.block, failure=": ".join(filter(None, (how, _last_line(self.errors)))))
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):  # nobody is left in the group
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    def kill(self) -> int:
+        """End it and all that it started; its exit status."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
 
 
 def _last_line(file: BinaryIO) -> str:
@@ -216,8 +222,8 @@ def show(outcomes: Iterator[Outcome], count: int) -> bool:
 
 
 def _main() -> None:
-    device, given = sys.argv[1], json.loads(sys.argv[2])
-    print(run(Block(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}), device))
+    device, block = sys.argv[1], json.loads(sys.argv[2])
+    print(run(Block.of(block), device))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -23,20 +24,27 @@ def report(monkeypatch, tmp_path):
 
 
 STAGE_1 = "f48 96³ stage 1 shifted"
+PARTS = ("probe", "correctness", "model", "operators", "counters", "rest")
 
 
-def row(measure: str, variant: str, p50: float | None, shape: str = STAGE_1, **other) -> dict:
-    empty = dict.fromkeys(("error", "p20", "p80", "ratio", "floor", "extra_mib"))
-    return {"measure": measure, "shape": shape, "variant": variant, "status": "ok", "p50": p50} | empty | other
+def row(part: str, measure: str, variant: str, p50: float | None = None, shape: str = STAGE_1, **other) -> dict:
+    return {"part": part, "measure": measure, "shape": shape, "variant": variant, "status": "ok", "p50": p50} | other
 
 
 def rows() -> list[dict]:
-    found = [row("backend", "cuda", None, ""), row("tests", "ours", None, "400 tests")]
+    found = [
+        row("probe", "backend", "cuda", shape=""),
+        row("correctness", "GPU tests", "ours", shape="test_on_gpu.py", value=400.0, unit="tests passed"),
+        row("model", "model, inference", "ours", 10.0, "f48 96³ batch 1", ratio=1.0),
+        row("model", "model, inference", "MONAI", 55.0, "f48 96³ batch 1", ratio=5.5),
+        row("model", "model, inference, kernels", "ours", 2.0, "f48 96³ batch 1", kernel="attend"),
+        row("counters", "counters", "ours", kernel="attend", value=60.0, unit="XU pipe, %"),
+    ]
     for measure, floor in (("attention core, forward", 0.03), ("attention core, backward", 0.06)):
         for shape in (STAGE_1, "f48 128³ stage 3 shifted"):
-            found.append(row(measure, "ours", 0.045, shape, floor=floor, ratio=1.0))
-            found.append(row(measure, "Triton", 0.09, shape, floor=floor, ratio=2.0))
-    found.append(row("window partition", "copy of as many bytes", 0.01, ratio=0.9))
+            found.append(row("operators", measure, "ours", 0.045, shape, floor=floor, ratio=1.0))
+            found.append(row("operators", measure, "Triton", 0.09, shape, floor=floor, ratio=2.0))
+    found.append(row("rest", "window partition", "copy of as many bytes", 0.01, ratio=0.9))
     return found
 
 
@@ -44,7 +52,7 @@ def write(folder: Path, rows: list[dict], **about) -> None:
     names = ("driver", "torch", "cuda", "cudnn", "triton", "monai", "python")
     about = (
         dict.fromkeys(names, "1.0")
-        | {"dry_run": False, "device": "Some GPU", "commit": "abc", "date": "2000-01-02"}
+        | {"simulated": False, "device": "Some GPU", "commit": "abc", "date": "2000-01-02"}
         | about
     )
     (folder / "gpu" / "run").mkdir(parents=True)
@@ -56,39 +64,55 @@ def test_gpu_section(report, tmp_path):
     text = report.measured()
     assert "**Some GPU**: driver 1.0" in text
     assert "commit abc, 2000-01-02 ([run](benchmarks/results/gpu/run/gpu.json))" in text
-    assert "6 of 6 checks" in text
+    assert "None of 13 rows of ours has a fault." in text
     assert f"| attention core, forward, {STAGE_1}: at most 1.6 floors | 1.50 floors | met |" in text
     assert f"| attention core, backward, {STAGE_1}: at most 2.2 floors | 0.75 floors | met |" in text
     assert f"| window partition, {STAGE_1}: at least 85% of a copy's bandwidth | 90% | met |" in text
     assert f"| window reverse, {STAGE_1}: at least 85% of a copy's bandwidth | – | unmeasured |" in text
-    assert "| faster than Triton on every stage in both directions | 4 of 4 | met |" in text
+    assert "| no slower than Triton at any stage in either direction | 4 of 4 | met |" in text
     assert "| f48 128³ stage 3 shifted, forward | 0.045 ms | 1.50 | 2.00× | – | – | – |" in text
+    assert "| inference, f48 96³ batch 1 | 10.0 ms | 5.50× | – | – | – | – |" in text
 
 
 def test_gpu_section_says_what_was_missed(report, tmp_path):
     found = rows()
-    found[2]["p50"], found[3]["p50"] = 0.1, 0.09  # the forward of ours and of Triton
-    found[1]["status"] = "failed: exit status 1"
+    forward = [one for one in found if one["measure"] == "attention core, forward" and one["shape"] == STAGE_1]
+    forward[0]["p50"], forward[1]["p50"] = 0.1, 0.09  # of ours and of Triton
+    found[1]["status"] = "failed: 399 passed, 1 failed"
     write(tmp_path, found)
     text = report.measured()
-    assert (
-        "5 of 6 checks against float64, tests and sanitizers passed:\n- tests 400 tests: failed: exit status 1" in text
-    )
+    assert "1 of 13 rows of ours has a fault:\n- GPU tests, test_on_gpu.py, ours: failed: 399 passed, 1 failed" in text
     assert "| 3.33 floors | **missed** |" in text
     assert "| 3 of 4 | **missed** |" in text
 
 
-def test_gpu_section_without_times(report, tmp_path):
-    """What a run of the tests alone leaves."""
-    write(tmp_path, rows()[:2])
+@pytest.mark.parametrize("parts", [c for n in range(len(PARTS) + 1) for c in itertools.combinations(PARTS, n)], ids=str)
+def test_gpu_section_of_any_parts(report, tmp_path, parts):
+    """Whatever is not there is unmeasured."""
+    write(tmp_path, [one for one in rows() if one["part"] in parts])
     text = report.measured()
-    assert text.count("unmeasured") == 5
-    assert "<details>" not in text
+    unmeasured = 3 * ("operators" not in parts) + ("rest" not in parts) + 1
+    assert text.count("unmeasured") == unmeasured
+    assert ("Attention core" in text) == ("operators" in parts)
+    assert ("Swin UNETR in bfloat16" in text) == ("model" in parts)
 
 
-def test_dry_run_is_no_result(report, tmp_path):
-    write(tmp_path, rows(), dry_run=True)
-    with pytest.raises(ValueError, match="dry run"):
+def test_later_rows_count(report, tmp_path):
+    """A part that was run again."""
+    found = rows()
+    again = next(one for one in found if one["measure"] == "attention core, forward")
+    write(tmp_path, [*found, again | {"p50": 0.06}])
+    assert f"| attention core, forward, {STAGE_1}: at most 1.6 floors | 2.00 floors | **missed** |" in report.measured()
+
+
+def test_device_that_did_not_answer(report, tmp_path):
+    write(tmp_path, [row("probe", "device", "PyTorch", status="crashed: SIGSEGV")], device=None, driver=None)
+    assert "**a device that did not answer**: torch 1.0" in report.measured()
+
+
+def test_simulated_run_is_no_result(report, tmp_path):
+    write(tmp_path, rows(), simulated=True)
+    with pytest.raises(ValueError, match="simulated"):
         report.measured()
 
 

@@ -55,10 +55,11 @@ def test_blocks_run_here():
 
 def test_command_line():
     status, output = command_line(
-        "--image", "32", "32", "--feature-size", "12", "--dtype", "float32", "--device", "cpu"
+        *("--image", "32", "32", "--window", "2", "--feature-size", "12", "--dtype", "float32", "--device", "cpu")
     )
     assert status == 0, output
-    blocks = warmup.blocks_of((32, 32), 12, dtype="float32")
+    blocks = warmup.blocks_of((32, 32), 12, window_size=2, dtype="float32")
+    assert [block.grid.is_shifted for block in blocks] == [False, True]
     lines = output.splitlines()
     assert len(lines) == len(blocks) + 1
     for block in blocks:

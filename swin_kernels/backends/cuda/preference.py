@@ -1,7 +1,6 @@
 """Where another backend was measured to be faster: the calls that these kernels leave to it.
 
-`MEASURED` is empty until a GPU has shown such a call; `make verify-gpu` times this backend beside
-Triton's.
+`MEASURED` is empty until a GPU has shown such a call; `make verify-gpu` times this backend beside Triton's.
 """
 
 from __future__ import annotations

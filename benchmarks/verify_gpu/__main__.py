@@ -1,0 +1,104 @@
+"""Prove the GPU kernels on this machine, time them, and try other cuts: ``python -m benchmarks.verify_gpu OUT``.
+
+Needs PyTorch, Triton, pytest, pytest-xdist and pytest-timeout, nothing else and no network; nothing is installed. The
+CUDA library is the one that was built beside the package, here or on a machine without a GPU. MONAI's rows appear where
+MONAI can be imported, the sanitizers' and counters' where compute-sanitizer and ncu are found. docs/cuda.md says what
+to send back. Exit status 0 means that everything ran and was correct, 1 that something was wrong or not done in time,
+2 that it could not begin.
+"""
+
+from __future__ import annotations
+
+import time
+
+BEGAN = time.monotonic()
+
+import argparse  # noqa: E402
+import importlib.abc  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from . import plan  # noqa: E402
+
+
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+    summary = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.verify_gpu",
+        description=summary[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="parts:\n" + "\n".join(f"  {part.name:12} {part.seconds:3} s  {part.what}" for part in plan.PARTS),
+        allow_abbrev=False,
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the result; an earlier one in it is added to")
+    parser.add_argument("--budget", type=float, default=plan.BUDGET, metavar="SECONDS", help="default: %(default)s")
+    parser.add_argument(
+        "--part",
+        choices=plan.NAMES,
+        action="append",
+        help="run this part alone, within the whole budget; may be given again (default: all)",
+    )
+    parser.add_argument("--commit", help="commit of these sources, where git does not tell it")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and what starting costs here; run nothing"
+    )
+    parser.add_argument(
+        "--silence",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="after which a child counts as hung (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--simulated",
+        action="store_true",
+        help="the CPU in place of a GPU, tiny shapes, made-up times: to test this tool",
+    )
+    parser.add_argument(
+        "--test-limit", type=float, default=60.0, metavar="SECONDS", help="of one GPU test (default: %(default)s)"
+    )
+    parser.add_argument("--tests", default=None, metavar="PATH", help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    least = 2 * plan.ENDING
+    if given.budget < least:
+        parser.error(f"--budget: got {given.budget:g}; accepted are {least:g} seconds and more")
+    if given.silence <= 0:
+        parser.error(f"--silence: got {given.silence:g}; accepted are positive seconds")
+    return given
+
+
+class WithoutCuPy(importlib.abc.MetaPathFinder):
+    """Makes CuPy appear as not installed."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == "cupy":
+            raise ModuleNotFoundError(f"{name} is kept out of this process", name=name)
+
+
+def interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def main() -> int:
+    given = arguments_of()
+    if given.out.exists() and not given.out.is_dir():
+        print(f"verify_gpu: OUT: {given.out} is a file; accepted is a folder", file=sys.stderr)
+        return 2
+    # Children are copies of this process, and CUDA does not survive being copied: nothing here may touch it. PyTorch
+    # then asks the driver's management library whether there is a GPU; CuPy, which MONAI imports, is kept out.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    sys.meta_path.insert(0, WithoutCuPy())
+    from . import run
+
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        return run.run(given, BEGAN)
+    except ValueError as error:
+        print(f"verify_gpu: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""The GPU tests, dealt out to processes, and the four sanitizers beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from . import children, counters
+from .children import Child
+from .jobs import INTERPRETER, Program, Workplace, json_lines
+from .reporter import KERNELS, kernels_in
+from .result import Row
+
+TESTS = "tests/ops/test_on_gpu.py"
+WORKERS = 8
+GIB_OF_WORKER = 6
+"""Of GPU memory: its context, and the float64 truth of the largest test."""
+
+SECONDS_OF_TEST, SECONDS_OF_SANITIZER = 1.5, 60
+"""Expected on a GPU: Triton compiles in most tests, a sanitizer is a hundred times slower than the kernels."""
+
+SLOWNESS = 2
+"""How many times as long a child may be silent under a sanitizer."""
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def workers(memory_gib: float | None) -> int:
+    """As many processes as cores and GPU memory allow."""
+    by_memory = int(memory_gib // GIB_OF_WORKER) if memory_gib else WORKERS
+    return max(1, min(WORKERS, cores() - 1, by_memory))
+
+
+def pytest_command(folder: Path, path: str, test_limit: float, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"),
+        *("-p", "benchmarks.verify_gpu.pytest_plugin", "--verify-results", str(folder / "results")),
+        *("--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "1000", "--no-summary"),
+        *("--timeout", f"{test_limit:g}", "--timeout-method", "thread"),
+        *more,
+        path,
+    ]
+
+
+def tests(
+    place: Workplace, path: str, test_limit: float, limit: Callable[[], float], on_loss: Callable[[str, str], None]
+) -> Program:
+    """pytest on `path`; a row for every test that fails, as it fails, and one for all.
+
+    Args:
+        on_loss: called with the name of each test in which a process or the device was lost, and how.
+    """
+    row = Row("correctness", "GPU tests", Path(path).name, "ours")
+    seen = 0
+
+    def command(folder: Path) -> list[str]:
+        processes = str(workers(place.result.about.get("memory_gib")))
+        return pytest_command(folder, path, test_limit, "-n", processes)
+
+    def watch(folder: Path) -> Iterator[Row]:
+        nonlocal seen
+        found = [line for line in json_lines(folder / "results") if "test" in line]
+        for test in found[seen:]:
+            outcome, name = test["outcome"], test["test"].partition("::")[2]
+            if outcome in KINDS:
+                yield replace(row, measure="GPU test", shape=name, status=f"{KINDS[outcome]}: {test['message']}")
+            if outcome in LOSSES:
+                on_loss(name, KINDS[outcome])
+        seen = len(found)
+
+    def read(folder: Path, child: Child, why: str) -> Iterator[Row]:
+        lines = json_lines(folder / "results")
+        collected = next((line["collected"] for line in lines if "collected" in line), None)
+        counts = Counter(line["outcome"] for line in lines if "test" in line)
+        total = sum(counts.values())
+        said = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common()) or "none was run"
+        if why:
+            left = f"{collected - total} of {collected} were not run" if collected else "none was collected"
+            status = f"{why}; {left}; {said}"
+        elif not collected:
+            status = f"failed: no test was collected, {child.end_in_words}"
+        elif total < collected:
+            status = f"failed: {collected - total} of {collected} were not run, {child.end_in_words}; {said}"
+        elif set(counts) <= {"passed", "skipped"}:
+            status = "ok" if counts["passed"] else "skipped: every test was skipped, the log says why"
+        else:
+            status = f"failed: {said}"
+        yield replace(row, status=status, value=float(counts["passed"]), unit="tests passed")
+
+    return Program(place, row, command, read, limit, watch=watch)
+
+
+def traced_test(place: Workplace, path: str, name: str, kind: str, test_limit: float) -> Program:
+    """A test in which a process or the device was lost, again, alone, with its kernels traced: which one it was.
+
+    Args:
+        path, name: of the test.
+        kind: how it was lost, one of the values of `KINDS`.
+    """
+    row = Row("correctness", "GPU test, traced", name, "ours")
+
+    def command(folder: Path) -> list[str]:
+        return pytest_command(
+            folder, f"{path}::{name}", test_limit, "-n", "0", "--verify-kernels", str(folder / KERNELS)
+        )
+
+    def read(folder: Path, child: Child, why: str) -> Iterator[Row]:
+        started = kernels_in(folder)
+        kernel = started[-1] if started else None
+        if any(line.get("outcome") == "passed" for line in json_lines(folder / "results")):
+            yield replace(row, status="skipped: it passed alone, where every launch is waited for")
+        else:
+            yield replace(row, status=f"{kind}: in {kernel or 'no kernel of ours'}", kernel=kernel)
+
+    return Program(place, row, command, read, lambda: test_limit + INTERPRETER)
+
+
+KINDS = {
+    "failed": "wrong",
+    "crashed": "crashed",
+    "timed out": "hung",
+    "out of memory": "out of memory",
+    "device lost": "lost the device",
+}
+"""Statuses by the outcome of a test."""
+
+LOSSES = ("crashed", "timed out", "device lost")
+MOST_TRACED = 8
+"""Tests that are run again to find the kernel."""
+
+
+def find_tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+def sanitizers(place: Workplace, simulated: bool, limit: Callable[[], float]) -> list[Program]:
+    """compute-sanitizer's tools over every kernel; rows at once where there is no compute-sanitizer."""
+    tool = find_tool("compute-sanitizer")
+    found = []
+    for check in counters.CHECKS:
+        row = Row("correctness", f"sanitizer {check}", "every kernel", "ours")
+        if tool is None:
+            place.add(replace(row, status="skipped: compute-sanitizer was not found"))
+            continue
+        found.append(_sanitizer(place, row, tool, check, simulated, limit))
+    return found
+
+
+def _sanitizer(
+    place: Workplace, row: Row, tool: str, check: str, simulated: bool, limit: Callable[[], float]
+) -> Program:
+    def command(folder: Path) -> list[str]:
+        child = children.command_of("operators.small_calls", {"check": check, "simulated": simulated}, folder)
+        return counters.sanitizer_command(tool, check, child)
+
+    def read(folder: Path, child: Child, why: str) -> Iterator[Row]:
+        findings = counters.sanitizer_findings((folder / "log").read_text(errors="replace"))
+        reading = children.Reading(folder)
+        reading.read()
+        started = kernels_in(folder) if (folder / KERNELS).exists() else []
+        at = reading.at[0] if reading.at else row
+        kernel = started[-1] if started else None
+        where = f", at {at.shape}" + (f" in {kernel}" if kernel else "")
+        # initcheck watches PyTorch's kernels too: what they do is not ours to prove.
+        foreign = [finding for finding in findings if " at::" in finding]
+        if foreign and len(foreign) == len(findings) - 1:
+            yield replace(row, value=float(len(foreign)), unit="findings in PyTorch's kernels alone")
+            return
+        summed_up = not findings or not findings[-1].startswith("no summary")
+        if why:
+            yield replace(row, status=f"{why}{where}", kernel=kernel)
+        elif findings and summed_up:
+            yield replace(row, status=f"wrong: {'; '.join(findings)}")
+        elif findings or child.status != 0:
+            said = "; ".join([child.end_in_words, *findings])
+            yield replace(row, status=f"crashed: {said}{where}", kernel=kernel)
+        else:
+            yield row
+
+    silence = SLOWNESS * place.silence
+    return Program(place, row, command, read, limit, counters.SANITIZER_ENVIRONMENT, silence=silence)

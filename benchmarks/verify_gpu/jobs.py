@@ -1,0 +1,321 @@
+"""What the run waits for: measurements in children that report, and programs whose output is read.
+
+A job is started, polled by the clock until it has ended, and stopped where its time is over. Whatever becomes of it, it
+has added rows that say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from . import children
+from .children import Child, Guardian, Reading
+from .reporter import kernels_in
+from .result import Result, Row, replace_file
+from .tasks import Task
+
+MOST_ATTEMPTS = 20
+"""Of one measurement; each loses a variant at least."""
+
+LOG_BYTES = 2 << 20
+"""Of a log that the archive keeps: its end."""
+
+INTERPRETER = 30.0
+"""Seconds more that a fresh interpreter may be silent at first: it imports PyTorch."""
+
+PAUSE = 0.01
+"""Seconds between two looks at the children."""
+
+
+@dataclass
+class Workplace:
+    """What all jobs share.
+
+    Attributes:
+        result: where rows go.
+        silence: seconds of silence after which a child counts as hung.
+        began: when the run did (monotonic seconds).
+        forks: whether children are copies of this process; fresh interpreters where those cannot use the GPU.
+    """
+
+    result: Result
+    silence: float
+    began: float
+    guardian: Guardian = field(default_factory=Guardian)
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="verify-gpu-")))
+    forks: bool = True
+    _count: int = 0
+    _archived: float = 0.0
+
+    def add(self, row: Row) -> None:
+        row.at = round(time.monotonic() - self.began, 2)
+        self.result.add(row)
+
+    def new_folder(self, name: str) -> Path:
+        """A folder for the files of one child."""
+        self._count += 1
+        plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)[:60].strip("-")
+        folder = self.folder / f"{self._count:03}-{plain}"
+        folder.mkdir()
+        return folder
+
+    def archive(self, now: bool = False) -> None:
+        """Write what the children have printed so far to ``logs.zip``, unless that was a moment ago."""
+        if not now and time.monotonic() - self._archived < 5:
+            return
+        self._archived = time.monotonic()
+        new = self.folder / "logs.zip"
+        with zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
+            for log in sorted(self.folder.glob("*/log*")):
+                with log.open("rb") as file:
+                    file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
+                    content = file.read()
+                if content:
+                    archive.writestr(f"{log.parent.name}{log.name.removeprefix('log') or '.txt'}", content)
+        replace_file(self.result.folder / "logs.zip", new.read_bytes())
+
+    def close(self) -> None:
+        """Kill whoever is left; keep what was printed."""
+        self.guardian.close()
+        self.archive(now=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Measurement:
+    """A task in a child. One that is lost costs the row it was at: another attempt goes on with the others."""
+
+    def __init__(self, place: Workplace, task: Task, seconds: Callable[[], float] = lambda: 0.0) -> None:
+        """
+        Args:
+            seconds: asked when it starts: what it may spend on timing.
+        """
+        self.task = task
+        self.found: list[Row] = []
+        self._place, self._seconds = place, seconds
+        self._left_out: set[str] = set()
+        self._attempts = 0
+        self._child: Child | None = None
+
+    def start(self) -> None:
+        self._attempts += 1
+        self._found_before = len(self.found)
+        self._folder = self._place.new_folder(self.task.row.label)
+        self._reading = Reading(self._folder)
+        arguments = self.task.filled(self._seconds())
+        left_out = tuple(sorted(self._left_out))
+        if self._place.forks:
+            self._child = children.fork(
+                self.task.row.label, self.task.function, arguments, self._folder, left_out, self._place.guardian
+            )
+        else:
+            command = children.command_of(self.task.function, arguments, self._folder, left_out)
+            self._child = children.start(self.task.row.label, command, self._folder, self._place.guardian)
+
+    def poll(self) -> bool:
+        """Take in what is new; whether it has ended."""
+        child, reading = self._child, self._reading
+        ended = child.poll()
+        if reading.read():
+            child.heard = time.monotonic()
+        self._take()
+        if not ended:
+            limit = (reading.at and reading.at[2]) or self._place.silence
+            if reading.at is None and not self._place.forks:
+                limit += INTERPRETER
+            if time.monotonic() - child.heard <= limit:
+                return False
+            child.kill()
+            reading.read()
+            self._take()
+            return self._lost(f"hung: silent for {limit:g} s")
+        if reading.done and child.status == 0:
+            return True
+        return self._lost(f"crashed: {child.end_in_words}")
+
+    def _take(self) -> None:
+        for row in self._reading.take():
+            self._add(row)
+        if self._reading.about:
+            found, self._reading.about = self._reading.about, {}
+            self._place.result.describe(found)
+
+    def _add(self, row: Row) -> None:
+        self.found.append(row)
+        self._left_out.add(row.label)
+        if row.status != "ok":
+            self._left_out.add(row.of_kernels.label)  # what does not run has no kernels to time
+        self._place.add(row)
+
+    def _at(self) -> tuple[Row, str, str | None]:
+        """Where the child is or was: row, step, kernel."""
+        if self._reading.at is None:
+            return self.task.row, "start", None
+        row, what, _ = self._reading.at
+        started = kernels_in(self._folder)
+        return row, what, started[-1] if started else row.kernel
+
+    def _lost(self, how: str) -> bool:
+        """The attempt is over before its end. Starts another; whether there is none."""
+        row, what, kernel = self._at()
+        if row.label not in self._left_out:
+            in_kernel = f" in {kernel}" if kernel else ""
+            self._add(replace(row, status=f"{how}{in_kernel} (step: {what})", kernel=kernel))
+        if len(self.found) == self._found_before or self._attempts >= MOST_ATTEMPTS:
+            # Nothing is gained by another.
+            self._add(replace(row, variant="others", status=f"{how} again (step: {what}); given up", kernel=kernel))
+            return True
+        self.start()
+        return False
+
+    def stop(self, why: str) -> None:
+        """End it; a row says where it was."""
+        self._child.kill()
+        self._reading.read()
+        self._take()
+        row, what, kernel = self._at()
+        if row.label not in self._left_out:
+            in_kernel = f" in {kernel}" if kernel else ""
+            self._add(replace(row, status=f"{why}{in_kernel} (step: {what})", kernel=kernel))
+
+    def skip(self, why: str) -> None:
+        """Say that it never started."""
+        self._add(replace(self.task.row, status=why))
+
+
+class Program:
+    """A program of its own, with a limit; what it leaves is read when it has ended, and as it comes."""
+
+    def __init__(
+        self,
+        place: Workplace,
+        row: Row,
+        command: Callable[[Path], list[str]],
+        read: Callable[[Path, Child, str], Iterable[Row]],
+        limit: Callable[[], float],
+        environment: dict[str, str] | None = None,
+        watch: Callable[[Path], Iterable[Row]] = lambda folder: (),
+        silence: float | None = None,
+    ) -> None:
+        """
+        Args:
+            row: what it is about.
+            command: the command line, given a folder for its files.
+            read: rows, from the folder, the ended child and, where it was stopped, the status that says why ("" else).
+            limit: asked when it starts: the seconds it may take.
+            watch: further rows, from the folder, asked again and again.
+            silence: seconds that a child with a `Reporter` within it may be silent; None where there is none.
+        """
+        self.row = row
+        self._place, self._command, self._read, self._limit = place, command, read, limit
+        self._environment, self._watch, self._silence = environment, watch, silence
+
+    def start(self) -> None:
+        self._folder = self._place.new_folder(f"{self.row.measure} {self.row.shape}")
+        self._seconds, self._reading = self._limit(), Reading(self._folder)
+        self._child = children.start(
+            self.row.measure, self._command(self._folder), self._folder, self._place.guardian, self._environment
+        )
+
+    def poll(self) -> bool:
+        ended = self._child.poll()
+        for row in self._watch(self._folder):
+            self._place.add(row)
+        if self._reading.read():
+            self._child.heard = time.monotonic()
+        if ended:
+            self._finish("")
+        elif self._child.age > self._seconds:
+            self.stop(f"hung: not done after {self._seconds:.0f} s")
+        elif self._silence is not None and time.monotonic() - self._child.heard > self._silence:
+            self.stop(f"hung: silent for {self._silence:g} s")
+        else:
+            return False
+        return True
+
+    def stop(self, why: str) -> None:
+        self._child.kill()
+        for row in self._watch(self._folder):
+            self._place.add(row)
+        self._finish(why)
+
+    def _finish(self, why: str) -> None:
+        for row in self._read(self._folder, self._child, why):
+            self._place.add(row)
+
+    def skip(self, why: str) -> None:
+        self._place.add(replace(self.row, status=why))
+
+
+Job = Measurement | Program
+
+
+CUT = "cut: the time of this part was over"
+SPARED = "skipped: no time was left"
+"""Statuses of what is not done when the time of a part is over: a fault, or none where the part takes what is left."""
+
+
+class Queue:
+    """Jobs that run beside each other.
+
+    Attributes:
+        most: how many at a time.
+        unfinished: the status of what is not done in time.
+    """
+
+    def __init__(self, jobs: Iterable[Job], most: int = 1, unfinished: str = CUT) -> None:
+        self.most, self.unfinished = most, unfinished
+        self._waiting, self._running = deque(jobs), []
+
+    def add(self, job: Job) -> None:
+        """One more job, before the queue is empty."""
+        self._waiting.append(job)
+
+    def turn(self) -> bool:
+        """Start what may start, look at what runs; whether anything is left."""
+        while self._waiting and len(self._running) < self.most:
+            self._running.append(self._waiting[0])
+            self._waiting.popleft().start()
+        self._running = [job for job in self._running if not job.poll()]
+        return bool(self._waiting or self._running)
+
+    def end(self, why: str) -> None:
+        """Stop what runs and skip the others."""
+        for job in self._running:
+            job.stop(why)
+        for job in self._waiting:
+            job.skip(why)
+        self._waiting, self._running = deque(), []
+
+
+def together(place: Workplace, end: float, *queues: Queue) -> None:
+    """Run the jobs of all `queues` until they have ended or it is `end` (monotonic seconds)."""
+    try:
+        while True:
+            left = [queue.turn() for queue in queues]
+            if not any(left):
+                return
+            place.archive()
+            if time.monotonic() >= end:
+                for queue in queues:
+                    queue.end(queue.unfinished)
+            time.sleep(PAUSE)
+    except BaseException:
+        for queue in queues:
+            queue.end("cut: the run was stopped")
+        raise
+
+
+def json_lines(file: Path) -> list[dict]:
+    """The whole lines of a file of JSON lines."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]

@@ -1,0 +1,180 @@
+"""The whole Swin UNETR, inference and a training step: MONAI's as it is, with its flash attention and compiled; ours on
+fused kernels, compiled, and in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from .device import device_of
+from .measure import compare
+from .reporter import Reporter
+from .result import Row
+from .tasks import Task
+
+SIZES = ((96, 1), (128, 1), (96, 2))
+"""Extents of the image in voxels, and volumes."""
+
+MODES = ("inference", "training step")
+COMPILED = ("MONAI compiled", "ours compiled")
+COMPILED_SIZE = SIZES[0]
+"""The one that is compiled: it takes minutes of a processor, before times are taken."""
+
+FIRST_CALL_LIMIT = 60.0
+"""Seconds that a compiled variant may be silent: it is traced again, and its kernels come from the cache on disk."""
+
+DEAREST = 40
+LABELS = 14
+LEARNED = 4
+"""The last parameters, whose gradients are compared: all others are upstream of some of them."""
+
+
+def tasks(simulated: bool, compiled: tuple[tuple[str, str], ...]) -> list[Task]:
+    """Every size and mode, the most useful first.
+
+    Args:
+        compiled: variant and mode of those whose kernels are there.
+    """
+    sizes = SIZES[:1] if simulated else SIZES
+    return [_task(extent, batch, mode, simulated, compiled) for extent, batch in sizes for mode in MODES]
+
+
+def _row(part: str, extent: int, batch: int, mode: str, simulated: bool) -> Row:
+    feature_size = 12 if simulated else 48
+    return Row(part, f"model, {mode}", f"f{feature_size} {extent}³ batch {batch}", "ours")
+
+
+def _task(extent: int, batch: int, mode: str, simulated: bool, compiled: tuple[tuple[str, str], ...]) -> Task:
+    variants = [variant for variant, its in compiled if its == mode and (extent, batch) == COMPILED_SIZE]
+    arguments = {"extent": extent, "batch": batch, "mode": mode, "compiled": variants, "simulated": simulated}
+    return Task("models.time_model", arguments, _row("model", extent, batch, mode, simulated), 8, timed=True)
+
+
+def preparations(simulated: bool) -> list[Task]:
+    """Compilations for the cache on disk, which `torch.compile` finds there afterwards; they run beside the tests."""
+    return [
+        Task(
+            "models.prepare",
+            {"variant": variant, "mode": mode, "simulated": simulated},
+            replace(_row("correctness", *COMPILED_SIZE, mode, simulated), measure=f"compile, {mode}", variant=variant),
+            100,
+        )
+        for mode in MODES
+        for variant in COMPILED
+    ]
+
+
+class Models:
+    """Networks with the same weights, and what they are run on."""
+
+    def __init__(self, extent: int, batch: int, simulated: bool) -> None:
+        from monai.networks.nets import SwinUNETR
+
+        self.device = device_of(simulated)
+        self.low = not simulated
+        torch.manual_seed(0)
+        settings = {"feature_size": 48, "window_size": 7}
+        if simulated:
+            settings = {"feature_size": 12, "window_size": 2, "depths": (1, 1, 1, 1)}
+        image = (extent,) * 3 if not simulated else (64, 32, 32)
+        self._build = partial(SwinUNETR, 1, LABELS, **settings)
+        self.monai = self._build().to(self.device.name)
+        self.image = torch.randn(batch, 1, *image, device=self.device.name)
+        self.target = torch.randint(LABELS, (batch, *image), device=self.device.name)
+
+    def network(self, variant: str) -> torch.nn.Module:
+        """A network of its own for `variant`."""
+        import swin_kernels
+
+        if variant == "MONAI flash":
+            flash = self._build(use_flash_attention=True).to(self.device.name)
+            flash.load_state_dict(self.monai.state_dict())
+            return flash
+        network = copy.deepcopy(self.monai)
+        if variant.startswith("ours"):
+            swin_kernels.accelerate(network)
+        return torch.compile(network) if variant in COMPILED else network
+
+    def call(self, variant: str, mode: str, low: bool | None = None) -> Callable[[], list[torch.Tensor]]:
+        """What `variant` computes in `mode`: the output, or the gradients that `LEARNED` says.
+
+        The network is built when it is first called: where that fails, it is the variant's failure.
+        """
+        ready: list[Callable] = []
+
+        def run() -> list[torch.Tensor]:
+            if not ready:
+                step = self._inference if mode == "inference" else self._training_step
+                call = partial(step, self.network(variant), self.low if low is None else low)
+                ready.append(self.device.graph(call) if variant == "ours in a CUDA graph" else call)
+            return ready[0]()
+
+        return run
+
+    def _autocast(self, low: bool) -> torch.autocast:
+        # Weights in 16 bits that autocast keeps would be of the capture of a CUDA graph, and gone after it.
+        kind = torch.bfloat16 if low else None
+        return torch.autocast(self.device.name, kind, enabled=low, cache_enabled=False)
+
+    def _inference(self, network: torch.nn.Module, low: bool) -> list[torch.Tensor]:
+        with torch.no_grad(), self._autocast(low):
+            return [network(self.image)]
+
+    def _training_step(self, network: torch.nn.Module, low: bool) -> list[torch.Tensor]:
+        network.zero_grad(set_to_none=True)
+        with self._autocast(low):
+            loss = F.cross_entropy(network(self.image).float(), self.target)
+        loss.backward()
+        return [p.grad for p in network.parameters() if p.grad is not None][-LEARNED:]
+
+
+def time_model(
+    reporter: Reporter,
+    row: dict,
+    extent: int,
+    batch: int,
+    mode: str,
+    compiled: list[str],
+    simulated: bool,
+    seconds: float,
+) -> None:
+    """Every variant beside MONAI's in float32, then timed; the dearest kernels of ours and of MONAI's."""
+    about = Row(**row)
+    reporter.step(replace(about, variant="MONAI"), "build")
+    models = Models(extent, batch, simulated)
+    variants = ["ours", "MONAI", *compiled]
+    variants[2:2] = ["MONAI flash"] if mode == "inference" else []  # its flash path is for inference alone
+    variants.append("ours in a CUDA graph")
+    for variant in COMPILED if (extent, batch) == COMPILED_SIZE else ():
+        missing = replace(about, variant=variant)
+        if variant not in compiled and reporter.wants(missing):
+            reporter.row(replace(missing, status="skipped: torch.compile was not done in time, or failed"))
+    profiled = ("ours", "MONAI") if (extent, batch) == COMPILED_SIZE else ()
+    compare(
+        reporter,
+        models.device,
+        about,
+        {variant: models.call(variant, mode) for variant in variants},
+        lambda: [value.double() for value in models.call("MONAI", mode, low=False)()],
+        lambda errors: max(2 * errors.get("MONAI", 0.0), 1e-2),
+        seconds,
+        profiled=profiled,
+        limits=dict.fromkeys(COMPILED, FIRST_CALL_LIMIT),
+        most_kernels=DEAREST,
+    )
+
+
+def prepare(reporter: Reporter, row: dict, variant: str, mode: str, simulated: bool) -> None:
+    """Compile `variant`, for the cache on disk."""
+    about = Row(**row)
+    reporter.step(about, "compile", limit=600)
+    models = Models(*COMPILED_SIZE, simulated)
+    models.call(variant, mode)()
+    models.device.check()
+    reporter.row(about)

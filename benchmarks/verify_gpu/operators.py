@@ -1,0 +1,342 @@
+"""The operators at the shapes of Swin UNETR's stages: smoke, times beside floor and peers, a single call for tools."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+
+from swin_kernels import use_backend, warmup, window_partition, window_reverse
+from swin_kernels.backends import Call, decline_reason
+
+from . import attention
+from .attention import Inputs, Shape
+from .device import device_of
+from .measure import compare, guarded, relative_error, timing_row
+from .reporter import Reporter
+from .result import Row
+from .tasks import Task
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SMOKE_LIMITS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 1e-5}
+"""Largest error of a sound kernel, relative, in the mean."""
+
+STAGES = tuple(Shape(96, stage) for stage in (1, 2, 3, 4))
+OTHERS = (
+    *(Shape(128, stage) for stage in (1, 2, 3, 4)),
+    Shape(96, 1, shifted=False),
+    Shape(96, 1, feature_size=24),
+)
+DIRECTIONS = ("forward", "backward")
+EXPONENTIALS = {"forward": 1, "backward": 2, "forward + backward": 3}
+"""Of a score."""
+
+FLEX_LIMIT = 60.0
+"""Seconds that the first call of FlexAttention may be silent: it compiles."""
+
+SIMULATED = Shape(16, 1, feature_size=12, window=(3, 3, 3))
+TINY = Shape(24, 1, window=(5, 5, 5))
+"""12³ tokens in windows of 5³, padded and shifted."""
+
+
+def some(shapes: tuple[Shape, ...], simulated: bool) -> tuple[Shape, ...]:
+    """`shapes`; the first alone where the device is simulated, since all are the same there."""
+    return shapes[:1] if simulated else shapes
+
+
+def shape_in(arguments: dict, simulated: bool) -> Shape:
+    """The shape that a task names; tiny where the device is simulated."""
+    given = Shape(**{**arguments, "window": tuple(arguments["window"])})
+    if not simulated:
+        return given
+    return replace(given, extent=16, stage=1, feature_size=12, window=(3, 3, 3))
+
+
+def written(shape: Shape) -> dict:
+    """`shape` as plain values."""
+    names = ("extent", "stage", "shifted", "feature_size", "window")
+    return {name: getattr(shape, name) for name in names}
+
+
+def backends_of(simulated: bool) -> tuple[str, ...]:
+    """What ours can run on."""
+    return ("cpu",) if simulated else ("cuda", "triton")
+
+
+# Smoke: every kernel once, forward and backward
+
+
+def smoke_tasks(simulated: bool) -> list[Task]:
+    """Every operator on every backend in every dtype, one child each."""
+    found = []
+    for backend in backends_of(simulated):
+        for dtype in ("float32",) if simulated else DTYPES:
+            row = Row("probe", f"smoke, window_attention, {dtype}", "12³ tokens, 5³ windows", backend)
+            found.append(
+                Task("operators.smoke_attention", {"backend": backend, "dtype": dtype, "simulated": simulated}, row, 4)
+            )
+        row = Row("probe", "smoke, window_partition", "12³ tokens, 5³ windows", backend)
+        found.append(Task("operators.smoke_partition", {"backend": backend, "simulated": simulated}, row, 2))
+    return found
+
+
+def smoke_attention(reporter: Reporter, row: dict, backend: str, dtype: str, simulated: bool) -> None:
+    """Forward and backward at every head_dim that has kernels of its own, held to float64."""
+    device = device_of(simulated)
+    about = Row(**row)
+    for head_dim in (4,) if simulated else (16, 8, 32, 64):
+        for direction in DIRECTIONS:
+            mine = replace(about, measure=f"{about.measure}, {direction}", shape=f"{about.shape}, head_dim {head_dim}")
+            if not reporter.wants(mine):
+                continue
+            call = Call(
+                "window_attention", device.name, DTYPES[dtype], head_dim, TINY.window, False, direction != "forward"
+            )
+            if reason := decline_reason(backend, call):
+                reporter.row(replace(mine, status=f"declined: {reason}"))
+                continue
+            shape = replace(TINY, feature_size=3 * head_dim)
+            t = Inputs.of(shape, DTYPES[dtype], device.name)
+            core = partial(attention.run, shape, backend=backend)
+            _check(reporter, device, mine, direction, core, partial(attention.plain, shape), t, SMOKE_LIMITS[dtype])
+
+
+def _check(reporter, device, row: Row, direction: str, core: Callable, plain: Callable, t: Inputs, limit: float):
+    """One row: `core` in `direction` against `plain` in float64."""
+    from . import faults
+
+    def run() -> float:
+        expected = directed(plain, t.double(), direction)()
+        return relative_error(directed(core, t, direction)(), expected)
+
+    error = guarded(reporter, device, row, "check", run)
+    if error is None:
+        return
+    if faults.planted(f"{row.label} | check") == "wrong":
+        error += 1.0
+    sound = error <= limit
+    status = "ok" if sound else f"wrong: error {error:.1e}, allowed {limit:.1e}"
+    reporter.row(replace(row, status=status, error=error, kernel=None if sound else _all(reporter)))
+
+
+def _all(reporter: Reporter) -> str | None:
+    return ", ".join(reporter.started_kernels) or None
+
+
+def smoke_partition(reporter: Reporter, row: dict, backend: str, simulated: bool) -> None:
+    """Partition and reverse, which copy: exactly what the reference gives."""
+    from . import faults
+
+    device = device_of(simulated)
+    about = Row(**row)
+    x = torch.randn(2, *TINY.tokens, 24, generator=torch.Generator().manual_seed(0)).to(device.name)
+    truth = window_partition(x, TINY.window, TINY.shift, backend="reference")
+    moves = {
+        "window_partition": lambda: (window_partition(x, TINY.window, TINY.shift, backend=backend), truth),
+        "window_reverse": lambda: (window_reverse(truth, TINY.window, TINY.shift, TINY.tokens, backend=backend), x),
+    }
+    for name, move in moves.items():
+        mine = replace(about, measure=f"smoke, {name}")
+        if not reporter.wants(mine):
+            continue
+        equal = guarded(reporter, device, mine, "check", lambda move=move: torch.equal(*move()))
+        if equal is None:
+            continue
+        if not equal or faults.planted(f"{mine.label} | check") == "wrong":
+            reporter.row(replace(mine, status="wrong: not what the reference gives", kernel=_all(reporter)))
+        else:
+            reporter.row(mine)
+
+
+# Warming up
+
+
+def warming_tasks(simulated: bool) -> list[Task]:
+    """What `swin-kernels warmup` runs for a Swin UNETR at 96³, on every backend."""
+    settings = {"image": (32, 32), "feature_size": 12, "dtype": "float32"} if simulated else {"image": (96, 96, 96)}
+    return [
+        Task(
+            "operators.warm",
+            {"backend": backend, "block": asdict(block)},
+            Row("correctness", "warm-up", str(block), backend),
+            5,
+        )
+        for backend in backends_of(simulated)
+        for block in warmup.blocks_of(**settings)
+    ]
+
+
+def warm(reporter: Reporter, row: dict, backend: str, block: dict) -> None:
+    """Run a block once: its kernels are in the caches afterwards."""
+    about = Row(**row)
+    reporter.step(about, "run", limit=120)
+    began = time.monotonic()
+    with use_backend(backend):
+        warmup.run(warmup.Block.of(block), "cpu" if backend == "cpu" else "cuda")
+    reporter.row(replace(about, value=time.monotonic() - began, unit="s"))
+
+
+# Times
+
+
+def directed(core: Callable[[Inputs], torch.Tensor], t: Inputs, direction: str) -> Callable[[], list[torch.Tensor]]:
+    """The call that computes `direction` of `core`."""
+    if direction == "forward":
+        return torch.no_grad()(lambda: [core(t)])
+    if direction == "backward":
+        return attention.backward_alone(core, t)
+    return lambda: attention.gradients(core, t)
+
+
+def timing_tasks(simulated: bool) -> list[Task]:
+    """The core at stages 1 to 4 in both directions: what the goals are about."""
+    return [
+        _timing(shape, direction, "core", "operators", simulated)
+        for shape in some(STAGES, simulated)
+        for direction in DIRECTIONS
+    ]
+
+
+def other_tasks(simulated: bool) -> list[Task]:
+    """What else is worth knowing, the most useful first."""
+    return [
+        *(_partition(shape, simulated) for shape in some(STAGES[:2], simulated)),
+        *(
+            _timing(shape, direction, "core", "rest", simulated)
+            for shape in some(OTHERS, simulated)
+            for direction in DIRECTIONS
+        ),
+        *(_timing(STAGES[0], d, "branch", "rest", simulated) for d in ("forward", "forward + backward")),
+        *(_timing(shape, "forward + backward", "branch", "rest", simulated) for shape in some(STAGES[1:], simulated)),
+    ]
+
+
+def _timing(shape: Shape, direction: str, part: str, plan_part: str, simulated: bool) -> Task:
+    row = Row(plan_part, f"attention {part}, {direction}", str(shape), "ours")
+    arguments = {"shape": written(shape), "direction": direction, "part": part, "simulated": simulated}
+    return Task("operators.time_attention", arguments, row, 5, timed=True)
+
+
+def time_attention(
+    reporter: Reporter, row: dict, shape: dict, direction: str, part: str, simulated: bool, seconds: float
+) -> None:
+    """The core, or the branch of a block around it, in one direction beside its peers and the floor."""
+    device = device_of(simulated)
+    about, shape = Row(**row), shape_in(shape, simulated)
+    dtype = torch.float32 if simulated else torch.bfloat16
+    cores = {"ours": attention.run}
+    if not simulated:
+        cores |= {"CUDA": partial(attention.run, backend="cuda"), "Triton": partial(attention.run, backend="triton")}
+    cores |= {"plain PyTorch": attention.plain, "SDPA": attention.sdpa}
+    if part == "core" and shape in STAGES and not simulated:
+        cores["FlexAttention"] = attention.flex
+    wrap = _branch(shape, device.name) if part == "branch" else lambda core: core
+    t = Inputs.of(shape, dtype, device.name)
+
+    def call(core: Callable, t: Inputs) -> Callable[[], list[torch.Tensor]]:
+        return directed(partial(wrap(core), shape), t, direction)
+
+    compare(
+        reporter,
+        device,
+        about,
+        {name: call(core, t) for name, core in cores.items()},
+        lambda: call(attention.plain, t.double())(),
+        lambda errors: max(2 * errors.get("plain PyTorch", 0.0), 2 * torch.finfo(dtype).eps),
+        seconds,
+        exponentials=shape.scores * EXPONENTIALS[direction] if part == "core" else None,
+        profiled=("ours", "CUDA", "Triton") if part == "core" else ("ours",),
+        limits={"FlexAttention": FLEX_LIMIT},
+    )
+
+
+def _branch(shape: Shape, device: str) -> Callable:
+    generator = torch.Generator().manual_seed(1)
+    weights = tuple(
+        (torch.randn(rows, shape.channels, generator=generator) * shape.channels**-0.5).to(device)
+        for rows in (3 * shape.channels, shape.channels)
+    )
+    return partial(attention.branch, weights=weights)
+
+
+def _partition(shape: Shape, simulated: bool) -> Task:
+    row = Row("rest", "window partition and reverse", str(shape), "ours")
+    return Task("operators.time_partition", {"shape": written(shape), "simulated": simulated}, row, 3, timed=True)
+
+
+def time_partition(reporter: Reporter, row: dict, shape: dict, simulated: bool, seconds: float) -> None:
+    """Window partition and reverse beside a plain copy of as many bytes: what a pass over memory can be."""
+    device = device_of(simulated)
+    about, shape = Row(**row), shape_in(shape, simulated)
+    dtype = torch.float32 if simulated else torch.bfloat16
+    x = torch.randn(1 if simulated else 8, *shape.tokens, shape.channels, device=device.name).to(dtype)
+    windows = window_partition(x, shape.window, shape.shift, backend="reference")
+    moves = {
+        "window partition": (lambda: [window_partition(x, shape.window, shape.shift)], windows),
+        "window reverse": (lambda: [window_reverse(windows, shape.window, shape.shift, shape.tokens)], x),
+    }
+    for name, (move, truth) in moves.items():
+        mine = replace(about, measure=name)
+        variants = {"ours": move}
+        for peer in (*backends_of(simulated), "reference"):
+            variants[peer] = partial(_forced, peer, move)
+        compare(
+            reporter,
+            device,
+            mine,
+            variants,
+            lambda truth=truth: [truth.double()],
+            lambda errors: 0.0,
+            seconds / 3,
+        )
+        copied = replace(mine, variant="copy of as many bytes")
+        if not reporter.wants(copied):
+            continue
+        # A partition reads and writes different numbers of bytes; a copy of half their sum moves as many.
+        flat = torch.empty((x.numel() + windows.numel()) * x.element_size() // 2, dtype=torch.uint8, device=device.name)
+        copy = torch.empty_like(flat)
+        calls = {"copy": partial(copy.copy_, flat), "ours": move}
+        found = device.times(calls, seconds / 3, lambda _, copied=copied: reporter.step(copied, "time"))
+        timed = timing_row(copied, device, found["copy"])
+        timed.ratio = timed.p50 / timing_row(mine, device, found["ours"]).p50  # of its bandwidth that ours reaches
+        reporter.row(timed)
+
+
+def _forced(backend: str, call: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    with use_backend(backend):
+        return call()
+
+
+# For tools that watch a program
+
+
+def small_calls(reporter: Reporter, check: str, simulated: bool = False) -> None:
+    """Every kernel once, on windows that are padded and shifted: what the sanitizer `check` watches."""
+    device = device_of(simulated)
+    for dtype in ("float32",) if simulated else DTYPES:
+        for head_dim in (4,) if simulated else (16, 8, 32, 64):
+            shape = replace(TINY, feature_size=3 * head_dim)
+            backend = backends_of(simulated)[0]
+            mine = Row("correctness", f"sanitizer {check}", f"{dtype}, head_dim {head_dim}", backend)
+            reporter.step(mine, "run", strikes=False)
+            with device.traced(reporter.kernels):
+                reporter.strike()
+                t = Inputs.of(shape, DTYPES[dtype], device.name)
+                attention.gradients(partial(attention.run, shape, backend=backend), t)
+                windows = window_partition(t.qkv.detach(), shape.window, shape.shift, backend=backend)
+                window_reverse(windows, shape.window, shape.shift, shape.tokens, backend=backend)
+                device.check()
+
+
+def one_call(reporter: Reporter, simulated: bool = False) -> None:
+    """Stage 1 of 96³, forward and backward, on the CUDA kernels: what a profiler watches."""
+    device = device_of(simulated)
+    shape = shape_in(written(STAGES[0]), simulated)
+    t = Inputs.of(shape, torch.float32 if simulated else torch.bfloat16, device.name)
+    core = partial(attention.run, shape, backend=backends_of(simulated)[0])
+    reporter.step(Row("counters", "counters", str(shape), "ours"), "run")
+    attention.gradients(core, t)
+    device.check()

@@ -1,0 +1,205 @@
+"""What a run found, and how it is kept: ``gpu.json`` and ``gpu.csv`` are complete after every row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+PEERS = (
+    "plain PyTorch",
+    "SDPA",
+    "FlexAttention",
+    "MONAI",
+    "MONAI flash",
+    "MONAI compiled",
+    "reference",
+    "copy of as many bytes",
+    "PyTorch",
+)
+"""Variants that are not ours: what they get wrong does not fail a run."""
+
+IDENTITY = ("simulated", "commit", "device", "libraries", "torch", "triton", "monai")
+"""What rows of one file have in common."""
+
+
+@dataclass
+class Row:
+    """One line of the result.
+
+    Attributes:
+        part: part of the plan.
+        measure, shape, variant: what was run, on what, and by whom.
+        status: "ok", "skipped: why", "cut: why", or what went wrong: "wrong: ...", "crashed: ...", "hung: ...",
+            "lost the device: ...", "out of memory: ...", "failed: ...".
+        kernel: the kernel that the row is about; of a fault, the one that was running, where it is known.
+        error: against float64, relative, in the mean; the worst of outputs and gradients.
+        p20, p50, p80: percentiles of the rounds in ms, each of one call.
+        rounds: how many.
+        ratio: this variant's median over ours.
+        floor: ms that this machine needs at least at the clock it ran at, where docs/cuda.md derives it.
+        clock_mhz: the multiprocessors' clock while it was timed, the median.
+        extra_mib: peak memory of a call beyond what was allocated before it.
+        value, unit: any other figure.
+        at: seconds since the run began.
+    """
+
+    part: str
+    measure: str
+    shape: str
+    variant: str
+    status: str = "ok"
+    kernel: str | None = None
+    error: float | None = None
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    rounds: int | None = None
+    ratio: float | None = None
+    floor: float | None = None
+    clock_mhz: float | None = None
+    extra_mib: float | None = None
+    value: float | None = None
+    unit: str | None = None
+    at: float | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.variant not in PEERS
+
+    @property
+    def faulty(self) -> bool:
+        """Whether something went wrong, or did not run for lack of time."""
+        return self.status != "ok" and not self.status.startswith("skipped: ")
+
+    @property
+    def label(self) -> str:
+        """What was run, for people and for `faults`."""
+        return f"{self.measure} | {self.shape} | {self.variant}"
+
+    @property
+    def of_kernels(self) -> Row:
+        """The row of the time that each kernel of this takes."""
+        return replace(self, measure=f"{self.measure}, kernels")
+
+    @property
+    def key(self) -> tuple:
+        """What the row is about; a fault is about the whole measurement, whichever kernel was running."""
+        return self.measure, self.shape, self.variant, None if self.faulty else self.kernel, self.unit
+
+    def __str__(self) -> str:
+        shown = [f"{self.measure:30} {self.shape:26} {self.variant:18}"]
+        if self.kernel and not self.faulty:
+            shown.append(self.kernel)
+        if self.status != "ok":
+            shown.append(self.status)
+        if self.error is not None:
+            shown.append(f"error {self.error:.1e}")
+        if self.p50 is not None:
+            shown.append(f"{self.p50:9.4f} ms")
+        if self.ratio is not None:
+            shown.append(f"×{self.ratio:.2f}")
+        if self.floor is not None and self.p50 is not None:
+            shown.append(f"{self.p50 / self.floor:.2f} floors")
+        if self.value is not None:
+            shown.append(f"{self.value:,.6g} {self.unit}")
+        return "  ".join(shown)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `path` so that whoever reads it, at any time, finds the old content or the new one whole."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(content)
+    os.replace(new, path)
+
+
+@dataclass
+class Result:
+    """The rows of a folder.
+
+    Attributes:
+        folder: where the files are.
+        about: what the rows depend on; the first row that is added keeps it.
+        rows: all of them, those of earlier runs of other parts included.
+        began: how many of `rows` are of earlier runs.
+    """
+
+    folder: Path
+    about: dict
+    rows: list[Row] = field(default_factory=list)
+    began: int = 0
+
+    @classmethod
+    def open(cls, folder: Path, about: dict) -> Result:
+        """A new result, or the one in `folder` to add to.
+
+        Raises:
+            ValueError: `folder` holds the result of something else, or a file that is none.
+        """
+        result = cls(folder, about)
+        file = folder / "gpu.json"
+        if file.is_file():
+            try:
+                before = json.loads(file.read_text())
+                result.rows = [Row(**row) for row in before["rows"]]
+                known = before["about"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"OUT: {file} is not a result that can be added to: {error!r}") from error
+            result.began = len(result.rows)
+            result.about = known
+            result.describe({name: value for name, value in about.items() if value is not None})
+        folder.mkdir(parents=True, exist_ok=True)
+        result.write()
+        return result
+
+    def describe(self, found: dict) -> None:
+        """Add what a run finds out as it goes, such as the device.
+
+        Raises:
+            ValueError: the rows of an earlier run were found on something else.
+        """
+        for name in IDENTITY if self.began else ():
+            known, new = self.about.get(name), found.get(name)
+            if known is not None and new is not None and known != new:
+                raise ValueError(
+                    f"OUT: {self.folder} holds rows of {name} {known!r}, this run is of {new!r}; give another folder"
+                )
+        self.about = self.about | found
+        self.write()
+
+    def add(self, row: Row) -> None:
+        """Keep a row, then show it."""
+        self.rows.append(row)
+        self.write()
+        print(row, flush=True)
+
+    @property
+    def own(self) -> list[Row]:
+        """The rows of this run."""
+        return self.rows[self.began :]
+
+    def write(self) -> None:
+        text = json.dumps({"about": self.about, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n"
+        replace_file(self.folder / "gpu.json", text.encode())
+        table = io.StringIO()
+        # Some of what rows depend on is a table itself: in JSON alone.
+        plain = {name: value for name, value in self.about.items() if not isinstance(value, dict | list)}
+        writer = csv.DictWriter(table, [*plain, *(f.name for f in fields(Row))], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(plain | asdict(row) for row in self.rows)
+        replace_file(self.folder / "gpu.csv", table.getvalue().encode())
+
+    @property
+    def sound(self) -> bool:
+        """Whether something of ours ran in this run, and all that ran was correct and done in time."""
+        return bool(self.own) and not any(row.faulty and row.ours for row in self.own)
+
+
+def newest(rows: list[Row]) -> list[Row]:
+    """Of rows about the same thing, the last one found; in the order of `rows`."""
+    last = {row.key: row for row in rows}
+    kept = {id(row) for row in last.values()}
+    return [row for row in rows if id(row) in kept]

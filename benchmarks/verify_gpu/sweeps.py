@@ -1,0 +1,230 @@
+"""Other ways to cut the work: Triton's tiles and the CUDA kernels' cuts, held to the default's results, then timed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+
+from swin_kernels import tune
+from swin_kernels.backends.cuda import cuts, preference
+
+from . import attention
+from .attention import Inputs
+from .device import device_of
+from .measure import compare
+from .operators import DIRECTIONS, STAGES, directed, shape_in, some, written
+from .reporter import Reporter
+from .result import Row, newest
+from .tasks import Task
+
+SHAPES = (STAGES[0], STAGES[3])
+"""Stage 1, which takes most of the time, and the clipped window of stage 4: tiles depend on nothing else of a shape."""
+
+CHUNK = 8
+"""Candidates of one child, beside the default."""
+
+AGREEMENT = 2e-2
+"""How far a candidate's results may be from the default's, relative, in the mean; of bfloat16."""
+
+DEFAULT = "ours"
+
+
+def tile_candidates(direction: str) -> list:
+    """Triton's tiles that are worth timing in bfloat16.
+
+    How many programs a multiprocessor gets is not compiled in: it is varied for the default's tile alone.
+    """
+    from swin_kernels.backends.triton.tiles import TABLE, Key, Tile
+
+    default = next(tile for key, tile in TABLE if key == Key(direction))
+    shapes = {(one.rows, one.columns, one.warps, one.stages): one for one in tune.candidates(direction, 2)}
+    found = [Tile(*shape, programs=default.programs) for shape in shapes]
+    return [*found, *(replace(default, programs=programs) for programs in (2, 8))]
+
+
+def named(cut: object) -> str:
+    """A candidate's variant: what it sets."""
+    values = {name: value for name, value in asdict(cut).items() if value not in (None, 0)}
+    return f"{type(cut).__name__} " + " ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _candidates(backend: str, direction: str, place: int) -> list:
+    if backend == "triton":
+        return tile_candidates(direction)
+    shape = SHAPES[place]
+    grid = shape.grid
+    return list(cuts.candidates(direction, shape.channels // shape.heads, grid.tokens, grid.num_windows))
+
+
+def _override(backend: str, cut: object) -> contextlib.AbstractContextManager:
+    if backend == "triton":
+        from swin_kernels.backends.triton import tiles
+
+        return tiles.override(cut)
+    return cuts.override(cut)
+
+
+def preparations(simulated: bool) -> list[Task]:
+    """Triton's compilations for the cache on disk, one child for each tile: on all cores, before times are taken."""
+    if simulated:
+        return []
+    return [
+        Task(
+            "sweeps.compile_tile",
+            {"direction": direction, "tile": place},
+            Row("sweeps", f"compile, {direction}", f"tile {place}", "Triton"),
+            5,
+        )
+        for direction in DIRECTIONS
+        for place in range(len(tile_candidates(direction)))
+    ]
+
+
+def compile_tile(reporter: Reporter, row: dict, direction: str, tile: int) -> None:
+    """Run one candidate once on stage 1: its kernels are in Triton's cache afterwards."""
+    reporter.step(Row(**row), "compile", limit=120)
+    shape = SHAPES[0]
+    t = Inputs.of(shape, torch.bfloat16, "cuda")
+    with _override("triton", tile_candidates(direction)[tile]):
+        directed(partial(attention.run, shape, backend="triton"), t, direction)()
+    torch.cuda.synchronize()
+    reporter.row(Row(**row))
+
+
+def tasks(simulated: bool) -> list[Task]:
+    """The CUDA kernels' cuts, then Triton's tiles; stage 1 first."""
+    found = []
+    for backend, place in itertools.product(
+        ("cuda",) if simulated else ("cuda", "triton"), range(len(some(SHAPES, simulated)))
+    ):
+        for direction in DIRECTIONS:
+            count = len(_candidates(backend, direction, place))
+            for first in range(0, min(count, CHUNK) if simulated else count, CHUNK):
+                row = Row("sweeps", f"sweep {backend}, {direction}", str(SHAPES[place]), DEFAULT)
+                arguments = {"backend": backend, "place": place, "direction": direction, "first": first}
+                found.append(Task("sweeps.sweep", {**arguments, "simulated": simulated}, row, 4, timed=True))
+    return found
+
+
+def sweep(
+    reporter: Reporter,
+    row: dict,
+    backend: str,
+    place: int,
+    direction: str,
+    first: int,
+    simulated: bool,
+    seconds: float,
+) -> None:
+    """The default beside `CHUNK` candidates from `first` on."""
+    device = device_of(simulated)
+    about, shape = Row(**row), shape_in(written(SHAPES[place]), simulated)
+    about.shape = f"{about.shape}, from {first}"
+    t = Inputs.of(shape, torch.float32 if simulated else torch.bfloat16, device.name)
+    core = partial(attention.run, shape, backend="cpu" if simulated else backend)
+    call = directed(core, t, direction)
+    candidates = _candidates(backend, direction, place)[first : first + CHUNK]
+
+    def under(cut: object) -> Callable[[], list[torch.Tensor]]:
+        def run() -> list[torch.Tensor]:
+            with contextlib.nullcontext() if simulated else _override(backend, cut):
+                return call()
+
+        return run
+
+    compare(
+        reporter,
+        device,
+        about,
+        {DEFAULT: call, **{named(cut): under(cut) for cut in candidates}},
+        lambda: [value.double() for value in call()],
+        lambda errors: AGREEMENT,
+        seconds,
+    )
+
+
+# What follows from the rows
+
+
+def is_faster(one: Row, other: Row) -> bool:
+    """Whether `one` beats `other` by more than twice the wider of their spreads."""
+    spread = max(one.p80 - one.p20, other.p80 - other.p20)
+    return other.p50 - one.p50 > 2 * spread
+
+
+def best(rows: Iterable[Row], backend: str) -> dict[tuple[str, str], tuple[Row, Row]]:
+    """For each direction and shape, the fastest candidate that beats the default beside it by the margin, and that."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.measure.startswith(f"sweep {backend}, ") and row.p50 is not None:
+            groups.setdefault((row.measure, row.shape), []).append(row)
+    found: dict[tuple[str, str], tuple[Row, Row]] = {}
+    for (measure, shape), members in groups.items():
+        default = next((row for row in members if row.variant == DEFAULT), None)
+        faster = [row for row in members if default is not None and row is not default and is_faster(row, default)]
+        if not faster:
+            continue
+        fastest = min(faster, key=lambda row: row.p50)
+        key = measure.partition(", ")[2], shape.rpartition(", from")[0]
+        if key not in found or fastest.p50 < found[key][0].p50:
+            found[key] = fastest, default
+    return found
+
+
+def tile_table(rows: list[Row], about: dict) -> str | None:
+    """The tiles that were faster than the default, as ``SWIN_KERNELS_TILES`` takes them; None if there are none."""
+    entries = []
+    for (direction, shape_name), (row, _) in best(newest(rows), "triton").items():
+        shape = next(one for one in SHAPES if str(one) == shape_name)
+        head_dim = shape.channels // shape.heads
+        key = {
+            "step": direction,
+            "architecture": int(about["capability"].replace(".", "")),
+            "element_size": 2,
+            "channels": max(16, head_dim),
+            "tokens": -(-shape.grid.tokens // 16) * 16,
+        }
+        words = row.variant.split()[1:]
+        tile = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+        entries.append({"key": key, "tile": tile})
+    return json.dumps(entries, indent=1) + "\n" if entries else None
+
+
+def preferences(rows: list[Row], about: dict) -> list[str]:
+    """Where Triton's kernels beat the CUDA ones by the margin: lines for `preference.MEASURED`."""
+    pairs: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in newest(rows):
+        if row.measure in ("attention core, forward", "attention core, backward") and row.p50 is not None:
+            pairs.setdefault((row.measure, row.shape), {})[row.variant] = row
+    shapes = {str(shape): shape for shape in every_shape()}
+    lines = []
+    for (measure, name), found in pairs.items():
+        own, theirs = found.get("CUDA"), found.get("Triton")
+        if own is None or theirs is None or name not in shapes or not is_faster(theirs, own):
+            continue
+        shape = shapes[name]
+        line = preference.Measured(
+            capability=tuple(int(part) for part in about["capability"].split(".")),
+            backward=measure.endswith("backward"),
+            dtype_bytes=2,
+            head_dim=shape.channels // shape.heads,
+            tokens=(shape.grid.tokens, shape.grid.tokens),
+            backend="triton",
+            ours_ms=round(own.p50, 4),
+            theirs_ms=round(theirs.p50, 4),
+            source=f"{name}, {about['device']}, commit {about['commit']}",
+        )
+        lines.append(f"{line},\n")
+    return lines
+
+
+def every_shape() -> tuple:
+    from .operators import OTHERS
+
+    return (*STAGES, *OTHERS)

@@ -1,0 +1,141 @@
+"""Rows, how they are kept, and what follows from them. Numbers here are made up, and stay here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.verify_gpu import goals, sweeps
+from benchmarks.verify_gpu.operators import STAGES
+from benchmarks.verify_gpu.result import Result, Row, newest
+
+ABOUT = {"simulated": False, "commit": "abc", "device": None, "torch": "2.11"}
+GPU = {"capability": "9.0", "device": "Some GPU", "commit": "abc"}
+STAGE_1, STAGE_4 = str(STAGES[0]), str(STAGES[3])
+
+
+def timed(measure: str, variant: str, p50: float, spread: float = 0.0, shape: str = STAGE_1, **other) -> Row:
+    return Row("operators", measure, shape, variant, p20=p50 - spread / 2, p50=p50, p80=p50 + spread / 2, **other)
+
+
+def test_rows_are_added_to_those_of_before(tmp_path):
+    Result.open(tmp_path, ABOUT).add(timed("a", "ours", 1.0))
+    second = Result.open(tmp_path, ABOUT)
+    second.describe({"device": "Some GPU"})
+    second.add(timed("b", "ours", 2.0))
+    assert [row.measure for row in second.rows] == ["a", "b"]
+    assert [row.measure for row in second.own] == ["b"]
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["measure"] for row in kept["rows"]] == ["a", "b"]
+    assert kept["about"]["device"] == "Some GPU"
+
+
+@pytest.mark.parametrize("changed", ["commit", "torch", "simulated"])
+def test_rows_of_something_else_are_not_added_to(tmp_path, changed):
+    Result.open(tmp_path, ABOUT).add(timed("a", "ours", 1.0))
+    before = (tmp_path / "gpu.json").read_bytes()
+    with pytest.raises(ValueError, match=f"holds rows of {changed} "):
+        Result.open(tmp_path, {**ABOUT, changed: "another"})
+    assert (tmp_path / "gpu.json").read_bytes() == before
+
+
+def test_device_must_be_the_same(tmp_path):
+    first = Result.open(tmp_path, ABOUT)
+    first.describe({"device": "one"})
+    first.add(timed("a", "ours", 1.0))
+    with pytest.raises(ValueError, match="holds rows of device 'one', this run is of 'another'"):
+        Result.open(tmp_path, ABOUT).describe({"device": "another"})
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"about": {}, "rows": [{"no": "row"}]}'])
+def test_what_is_no_result_is_left_alone(tmp_path, content):
+    (tmp_path / "gpu.json").write_text(content)
+    with pytest.raises(ValueError, match="is not a result that can be added to"):
+        Result.open(tmp_path, ABOUT)
+    assert (tmp_path / "gpu.json").read_text() == content
+
+
+def test_newest():
+    """A later row replaces an earlier fault, whichever kernel that was in; kernels of a call are rows of their own."""
+    fault = Row("operators", "a", STAGE_1, "ours", status="crashed: SIGSEGV", kernel="attend")
+    sound = timed("a", "ours", 1.0)
+    kernels = [timed("a, kernels", "ours", 1.0, kernel=name) for name in ("attend", "find_tokens")]
+    assert newest([fault, sound, *kernels]) == [sound, *kernels]
+    assert newest([sound, fault]) == [fault]
+
+
+@pytest.mark.parametrize(
+    ("status", "variant", "sound"),
+    [
+        ("ok", "ours", True),
+        ("skipped: ncu was not found", "ours", True),
+        ("wrong: error 1", "ours", False),
+        ("cut: the time of this part was over", "Triton", False),
+        ("crashed: SIGSEGV", "FlexAttention", True),
+    ],
+)
+def test_sound(tmp_path, status, variant, sound):
+    result = Result.open(tmp_path, ABOUT)
+    assert not result.sound, "nothing ran"
+    result.add(Row("operators", "a", STAGE_1, variant, status=status))
+    assert result.sound == sound
+
+
+def test_margin_is_twice_the_wider_spread():
+    slow = timed("a", "CUDA", 1.0, spread=0.1)
+    assert sweeps.is_faster(timed("a", "Triton", 0.79, spread=0.02), slow)
+    assert not sweeps.is_faster(timed("a", "Triton", 0.81, spread=0.02), slow)
+    assert not sweeps.is_faster(timed("a", "Triton", 0.5, spread=0.3), slow)
+
+
+def test_preferences():
+    rows = [
+        timed("attention core, forward", "CUDA", 1.0, 0.01),
+        timed("attention core, forward", "Triton", 0.9, 0.01),
+        timed("attention core, backward", "CUDA", 1.0, 0.1),
+        timed("attention core, backward", "Triton", 0.9, 0.01),
+        timed("attention core, forward", "CUDA", 1.0, 0.01, STAGE_4),
+        timed("attention core, forward", "Triton", 1.5, 0.01, STAGE_4),
+    ]
+    [line] = sweeps.preferences(rows, GPU)
+    assert line == (
+        "Measured(capability=(9, 0), backward=False, dtype_bytes=2, head_dim=16, tokens=(343, 343), backend='triton', "
+        f"ours_ms=1.0, theirs_ms=0.9, source='{STAGE_1}, Some GPU, commit abc'),\n"
+    )
+
+
+def test_tile_table(tmp_path):
+    """What `SWIN_KERNELS_TILES` takes, of the tile that is fastest among those that beat their default."""
+    tiles = pytest.importorskip("swin_kernels.backends.triton.tiles", reason="Triton is not installed")
+    fast, faster = (tiles.Tile(rows, 32, warps=4, stages=2, programs=4) for rows in (32, 128))
+    rows = [
+        timed("sweep triton, forward", "ours", 1.0, 0.01, f"{STAGE_1}, from 0"),
+        timed("sweep triton, forward", sweeps.named(fast), 0.9, 0.01, f"{STAGE_1}, from 0"),
+        timed("sweep triton, forward", "ours", 1.0, 0.01, f"{STAGE_1}, from 8"),
+        timed("sweep triton, forward", sweeps.named(faster), 0.8, 0.01, f"{STAGE_1}, from 8"),
+        timed("sweep triton, backward", "ours", 1.0, 0.01, f"{STAGE_1}, from 0"),
+        timed("sweep triton, backward", sweeps.named(fast), 0.99, 0.01, f"{STAGE_1}, from 0"),
+    ]
+    assert sweeps.tile_table(rows[4:], GPU) is None
+    (tmp_path / "tiles.json").write_text(sweeps.tile_table(rows, GPU))
+    [(key, tile)] = tiles.load(tmp_path / "tiles.json")
+    assert tile == faster
+    assert key == tiles.Key("forward", architecture=90, element_size=2, channels=16, tokens=352)
+
+
+def test_goals():
+    rows = [
+        timed("attention core, forward", "ours", 0.06, floor=0.04),
+        timed("attention core, backward", "ours", 0.15, floor=0.06),
+        timed("attention core, backward", "Triton", 0.14),
+        timed("window partition", "copy of as many bytes", 0.1, ratio=0.9),
+    ]
+    states = {wording.partition(":")[0]: (figure, state) for wording, figure, state in goals.states(rows)}
+    assert states == {
+        f"attention core, forward, {STAGE_1}": ("1.50 floors", "met"),
+        f"attention core, backward, {STAGE_1}": ("2.50 floors", "missed"),
+        f"window partition, {STAGE_1}": ("90%", "met"),
+        f"window reverse, {STAGE_1}": ("–", "unmeasured"),
+        "no slower than Triton at any stage in either direction": ("0 of 1", "missed"),
+    }
