@@ -21,6 +21,9 @@ WORKERS = 8
 GIB_OF_WORKER = 6
 """Of GPU memory: its context, and the float64 truth of the largest test."""
 
+GIB_BESIDE = 24
+"""Of GPU memory, for what runs beside the tests: sanitizers, and models that are compiled."""
+
 SECONDS_OF_TEST, SECONDS_OF_SANITIZER = 1.5, 60
 """Expected on a GPU: Triton compiles in most tests, a sanitizer is a hundred times slower than the kernels."""
 
@@ -34,7 +37,7 @@ def cores() -> int:
 
 def workers(memory_gib: float | None) -> int:
     """As many processes as cores and GPU memory allow."""
-    by_memory = int(memory_gib // GIB_OF_WORKER) if memory_gib else WORKERS
+    by_memory = int((memory_gib - GIB_BESIDE) // GIB_OF_WORKER) if memory_gib else WORKERS
     return max(1, min(WORKERS, cores() - 1, by_memory))
 
 

@@ -57,7 +57,7 @@ def short_kernel_name(name: str) -> str:
         if character == "(" and depth == 0:
             end = position
             break
-    name = name[:end]
+    name = name[:end].strip()
     for long, short in (("swin::", ""), ("at::native::", ""), ("__nv_bfloat16", "BFloat16"), ("__half", "Float16")):
         name = name.replace(long, short)
     name = re.sub(r"\([A-Za-z_]\w*\)(?=\d)", "", name)

@@ -62,7 +62,8 @@ def guarded(reporter: Reporter, device: Cuda | Simulated, row: Row, what: str, c
             reporter.row(replace(lost, status=f"lost the device: {lost.status.partition(': ')[2]}"))
             raise DeviceLost(row.label) from still
         reporter.row(lost)
-        return None
+    device.free()  # what the failed call held, now that its frames are gone
+    return None
 
 
 def compare(

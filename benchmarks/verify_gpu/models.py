@@ -173,6 +173,8 @@ def time_model(
 def prepare(reporter: Reporter, row: dict, variant: str, mode: str, simulated: bool) -> None:
     """Compile `variant`, for the cache on disk."""
     about = Row(**row)
+    if not reporter.wants(about):
+        return
     reporter.step(about, "compile", limit=600)
     models = Models(*COMPILED_SIZE, simulated)
     models.call(variant, mode)()

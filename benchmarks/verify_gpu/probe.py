@@ -84,6 +84,8 @@ def describe(reporter: Reporter, row: dict, simulated: bool) -> None:
     """Say what the device is, and which backends run on it."""
     device = device_of(simulated)
     about = Row(**row)
+    if not reporter.wants(about):
+        return
     reporter.step(about, "describe")
     if simulated:
         reporter.about(device="simulated on the CPU", multiprocessors=device.multiprocessors)

@@ -88,13 +88,15 @@ def preparations(simulated: bool) -> list[Task]:
 
 def compile_tile(reporter: Reporter, row: dict, direction: str, tile: int) -> None:
     """Run one candidate once on stage 1: its kernels are in Triton's cache afterwards."""
-    reporter.step(Row(**row), "compile", limit=120)
+    about = Row(**row)
+    if not reporter.wants(about):
+        return
+    reporter.step(about, "compile", limit=120)
     shape = SHAPES[0]
     t = Inputs.of(shape, torch.bfloat16, "cuda")
     with _override("triton", tile_candidates(direction)[tile]):
         directed(partial(attention.run, shape, backend="triton"), t, direction)()
     torch.cuda.synchronize()
-    reporter.row(Row(**row))
 
 
 def tasks(simulated: bool) -> list[Task]:
@@ -106,7 +108,7 @@ def tasks(simulated: bool) -> list[Task]:
         for direction in DIRECTIONS:
             count = len(_candidates(backend, direction, place))
             for first in range(0, min(count, CHUNK) if simulated else count, CHUNK):
-                row = Row("sweeps", f"sweep {backend}, {direction}", str(SHAPES[place]), DEFAULT)
+                row = Row("sweeps", f"sweep {backend}, {direction}", f"{SHAPES[place]}, from {first}", DEFAULT)
                 arguments = {"backend": backend, "place": place, "direction": direction, "first": first}
                 found.append(Task("sweeps.sweep", {**arguments, "simulated": simulated}, row, 4, timed=True))
     return found
@@ -125,7 +127,6 @@ def sweep(
     """The default beside `CHUNK` candidates from `first` on."""
     device = device_of(simulated)
     about, shape = Row(**row), shape_in(written(SHAPES[place]), simulated)
-    about.shape = f"{about.shape}, from {first}"
     t = Inputs.of(shape, torch.float32 if simulated else torch.bfloat16, device.name)
     core = partial(attention.run, shape, backend="cpu" if simulated else backend)
     call = directed(core, t, direction)
@@ -179,6 +180,8 @@ def best(rows: Iterable[Row], backend: str) -> dict[tuple[str, str], tuple[Row, 
 
 def tile_table(rows: list[Row], about: dict) -> str | None:
     """The tiles that were faster than the default, as ``SWIN_KERNELS_TILES`` takes them; None if there are none."""
+    if about.get("capability") is None:  # the device never said what it is
+        return None
     entries = []
     for (direction, shape_name), (row, _) in best(newest(rows), "triton").items():
         shape = next(one for one in SHAPES if str(one) == shape_name)
@@ -198,6 +201,8 @@ def tile_table(rows: list[Row], about: dict) -> str | None:
 
 def preferences(rows: list[Row], about: dict) -> list[str]:
     """Where Triton's kernels beat the CUDA ones by the margin: lines for `preference.MEASURED`."""
+    if about.get("capability") is None:  # the device never said what it is
+        return []
     pairs: dict[tuple[str, str], dict[str, Row]] = {}
     for row in newest(rows):
         if row.measure in ("attention core, forward", "attention core, backward") and row.p50 is not None:
@@ -205,7 +210,7 @@ def preferences(rows: list[Row], about: dict) -> list[str]:
     shapes = {str(shape): shape for shape in every_shape()}
     lines = []
     for (measure, name), found in pairs.items():
-        own, theirs = found.get("CUDA"), found.get("Triton")
+        own, theirs = found.get("CUDA", found.get("ours")), found.get("Triton")
         if own is None or theirs is None or name not in shapes or not is_faster(theirs, own):
             continue
         shape = shapes[name]

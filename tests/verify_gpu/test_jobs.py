@@ -1,0 +1,45 @@
+"""Children that are fresh interpreters, and how many processes share a GPU."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from benchmarks.verify_gpu import correctness, probe
+from benchmarks.verify_gpu.jobs import Measurement, Queue, Workplace, together
+from benchmarks.verify_gpu.result import Result
+
+
+@pytest.fixture
+def place(tmp_path):
+    result = Result.open(tmp_path, {"simulated": True, "commit": "abc", "device": None})
+    place = Workplace(result, silence=1.0, began=time.monotonic(), forks=False)
+    yield place
+    place.close()
+
+
+def test_fresh_interpreter(place):
+    """Where copies cannot use the GPU; the time that its imports take is no silence."""
+    measurement = Measurement(place, probe.describing(simulated=True))
+    together(place, time.monotonic() + 60, Queue([measurement]))
+    assert {row.measure: row.status for row in place.result.rows} == {"backend": "ok", "device": "ok"}
+    assert place.result.about["device"] == "simulated on the CPU"
+
+
+def test_time_is_over(place):
+    """What runs is ended, what waits is not begun, and both say so."""
+    jobs = [Measurement(place, probe.describing(simulated=True)) for _ in range(2)]
+    together(place, time.monotonic(), Queue(jobs))
+    assert [row.status for row in place.result.rows] == [
+        "cut: the time of this part was over (step: start)",
+        "cut: the time of this part was over",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "cores", "workers"), [(80, 17, 8), (40, 17, 2), (24, 17, 1), (80, 5, 4), (None, 17, 8)]
+)
+def test_workers(monkeypatch, memory_gib, cores, workers):
+    monkeypatch.setattr(correctness, "cores", lambda: cores)
+    assert correctness.workers(memory_gib) == workers
