@@ -92,10 +92,11 @@ def main() -> int:
     sys.meta_path.insert(0, WithoutCuPy())
     from . import run
 
-    signal.signal(signal.SIGTERM, interrupted)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupted)
     try:
         return run.run(given, BEGAN)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"verify_gpu: {error}", file=sys.stderr)
         return 2
 

@@ -193,7 +193,7 @@ def fork(name: str, function: str, arguments: dict, folder: Path, left_out: tupl
         try:
             os.setpgid(0, 0)
             os.close(guardian.input)
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1), os.dup2(output, 2)

@@ -20,7 +20,7 @@ from pathlib import Path
 from . import children
 from .children import Child, Guardian, Reading
 from .reporter import kernels_in
-from .result import Result, Row, replace_file
+from .result import Result, Row
 from .tasks import Task
 
 MOST_ATTEMPTS = 20
@@ -81,7 +81,7 @@ class Workplace:
                     content = file.read()
                 if content:
                     archive.writestr(f"{log.parent.name}{log.name.removeprefix('log') or '.txt'}", content)
-        replace_file(self.result.folder / "logs.zip", new.read_bytes())
+        self.result.keep("logs.zip", new.read_bytes())
 
     def close(self) -> None:
         """Kill whoever is left; keep what was printed."""

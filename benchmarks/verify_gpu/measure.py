@@ -1,4 +1,4 @@
-"""Hold variants of a call to a float64 truth, and time those that are sound."""
+"""Hold variants of a call to a more precise truth, and time those that are sound."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .reporter import Reporter
 from .result import Row
 
 Values = Callable[[], list[torch.Tensor]]
-TRUTH = "float64 truth"
+TRUTH = "truth"
 LOST = ("CUDA error", "illegal memory access", "launch failure", "misaligned address", "device-side assert")
 
 
@@ -103,7 +103,7 @@ def compare(
         expected = guarded(reporter, device, reference, "compute", truth)
     if expected is None:
         for row in open_.values():
-            reporter.row(replace(row, status="failed: there is no float64 truth to hold it to"))
+            reporter.row(replace(row, status="failed: there is no truth to hold it to"))
         return
 
     errors: dict[str, float] = {}

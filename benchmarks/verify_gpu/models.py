@@ -117,6 +117,11 @@ class Models:
 
         return run
 
+    def truth(self, mode: str) -> list[torch.Tensor]:
+        """What MONAI's network computes in float32 proper."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return [value.double() for value in self.call("MONAI", mode, low=False)()]
+
     def _autocast(self, low: bool) -> torch.autocast:
         # Weights in 16 bits that autocast keeps would be of the capture of a CUDA graph, and gone after it.
         kind = torch.bfloat16 if low else None
@@ -161,7 +166,7 @@ def time_model(
         models.device,
         about,
         {variant: models.call(variant, mode) for variant in variants},
-        lambda: [value.double() for value in models.call("MONAI", mode, low=False)()],
+        partial(models.truth, mode),
         lambda errors: max(2 * errors.get("MONAI", 0.0), 1e-2),
         seconds,
         profiled=profiled,

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -116,6 +117,14 @@ def replace_file(path: Path, content: bytes) -> None:
     os.replace(new, path)
 
 
+def show(text: object) -> None:
+    """Print; where nobody reads any more, nothing: a run goes on for its files."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @dataclass
 class Result:
     """The rows of a folder.
@@ -125,12 +134,14 @@ class Result:
         about: what the rows depend on; the first row that is added keeps it.
         rows: all of them, those of earlier runs of other parts included.
         began: how many of `rows` are of earlier runs.
+        unwritten: whether the last rows could not be written.
     """
 
     folder: Path
     about: dict
     rows: list[Row] = field(default_factory=list)
     began: int = 0
+    unwritten: bool = False
 
     @classmethod
     def open(cls, folder: Path, about: dict) -> Result:
@@ -168,13 +179,29 @@ class Result:
                     f"OUT: {self.folder} holds rows of {name} {known!r}, this run is of {new!r}; give another folder"
                 )
         self.about = self.about | found
-        self.write()
+        self._save()
 
     def add(self, row: Row) -> None:
         """Keep a row, then show it."""
         self.rows.append(row)
-        self.write()
-        print(row, flush=True)
+        self._save()
+        show(row)
+
+    def _save(self) -> None:
+        """Write the files; where that fails the run goes on, since a full disk may have room again for the next row."""
+        try:
+            self.write()
+            self.unwritten = False
+        except OSError as error:
+            self.unwritten = True
+            show(f"not in {self.folder} yet, only here: {error}")
+
+    def keep(self, name: str, content: bytes) -> None:
+        """A file beside the rows."""
+        try:
+            replace_file(self.folder / name, content)
+        except OSError as error:
+            show(f"{name} was not written: {error}")
 
     @property
     def own(self) -> list[Row]:
@@ -195,7 +222,7 @@ class Result:
     @property
     def sound(self) -> bool:
         """Whether something of ours ran in this run, and all that ran was correct and done in time."""
-        return bool(self.own) and not any(row.faulty and row.ours for row in self.own)
+        return bool(self.own) and not self.unwritten and not any(row.faulty and row.ours for row in self.own)
 
 
 def newest(rows: list[Row]) -> list[Row]:

@@ -16,7 +16,7 @@ import torch
 from . import children, correctness, counters, models, operators, plan, probe, summary, sweeps
 from .children import ROOT, Child
 from .jobs import SPARED, Job, Measurement, Program, Queue, Workplace, together
-from .result import Result, Row, replace_file
+from .result import Result, Row, show
 from .tasks import Task
 
 MOST_SMOKE = 8
@@ -126,7 +126,7 @@ class Run:
         together(self.place, self.end, Queue(self._timed(operators.timing_tasks(self.simulated))))
         about = self.place.result.about
         if lines := sweeps.preferences(self.place.result.rows, about):
-            replace_file(self.place.result.folder / "preference.txt", "".join(lines).encode())
+            self.place.result.keep("preference.txt", "".join(lines).encode())
 
     def counters(self) -> None:
         row = Row("counters", "counters", str(operators.STAGES[0]), "ours")
@@ -163,7 +163,7 @@ class Run:
         together(self.place, self.end, Queue(self._timed(sweeps.tasks(self.simulated)), 1, SPARED))
         about = self.place.result.about
         if table := sweeps.tile_table(self.place.result.rows, about):
-            replace_file(self.place.result.folder / "tiles.json", table.encode())
+            self.place.result.keep("tiles.json", table.encode())
 
     def rest(self) -> None:
         together(self.place, self.end, Queue(self._timed(operators.other_tasks(self.simulated)), 1, SPARED))
@@ -190,7 +190,7 @@ def run(given: argparse.Namespace, began: float) -> int:
         it.end = began + given.budget / 2
         it.describe()
         ends = plan.ends(chosen, given.budget, time.monotonic() - began)
-        print(f"parts end at {', '.join(f'{name} {end:.0f} s' for name, end in ends.items())}", flush=True)
+        show(f"parts end at {', '.join(f'{name} {end:.0f} s' for name, end in ends.items())}")
         for part in chosen:
             it.end = began + ends[part.name]
             getattr(it, part.name)()
@@ -199,7 +199,7 @@ def run(given: argparse.Namespace, began: float) -> int:
         place.add(Row(part.name, "run", "", "ours", status=f"cut: {stopped}"))
     finally:
         place.close()
-    print(summary.table(result, stopped), flush=True)
+    show(summary.table(result, stopped))
     return 0 if result.sound and not stopped else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,26 @@ def test_sound(tmp_path, status, variant, sound):
     assert not result.sound, "nothing ran"
     result.add(Row("operators", "a", STAGE_1, variant, status=status))
     assert result.sound == sound
+
+
+def test_full_disk(tmp_path, monkeypatch, capsys):
+    """A row that could not be written is shown, and written with the next; what is there stays whole."""
+    result = Result.open(tmp_path, ABOUT)
+    result.add(timed("a", "ours", 1.0))
+    before = (tmp_path / "gpu.json").read_bytes()
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "write_bytes", full)
+        result.add(timed("b", "ours", 1.0))
+    assert "No space left on device" in capsys.readouterr().out
+    assert not result.sound
+    assert (tmp_path / "gpu.json").read_bytes() == before
+    result.add(timed("c", "ours", 1.0))
+    assert result.sound
+    assert [row["measure"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == ["a", "b", "c"]
 
 
 def test_margin_is_twice_the_wider_spread():
