@@ -148,7 +148,7 @@ class Result:
         """A new result, or the one in `folder` to add to.
 
         Raises:
-            ValueError: `folder` holds the result of something else, or a file that is none.
+            ValueError: `folder` holds the result of something else or a file that is none, or cannot be written.
         """
         result = cls(folder, about)
         file = folder / "gpu.json"
@@ -162,8 +162,11 @@ class Result:
             result.began = len(result.rows)
             result.about = known
             result.describe({name: value for name, value in about.items() if value is not None})
-        folder.mkdir(parents=True, exist_ok=True)
-        result.write()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            result.write()
+        except OSError as error:
+            raise ValueError(f"OUT: {folder} cannot be written: {error}") from error
         return result
 
     def describe(self, found: dict) -> None:

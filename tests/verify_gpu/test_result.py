@@ -83,6 +83,12 @@ def test_sound(tmp_path, status, variant, sound):
     assert result.sound == sound
 
 
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out cannot be written: "):
+        Result.open(tmp_path / "file" / "out", ABOUT)
+
+
 def test_full_disk(tmp_path, monkeypatch, capsys):
     """A row that could not be written is shown, and written with the next; what is there stays whole."""
     result = Result.open(tmp_path, ABOUT)
