@@ -61,7 +61,7 @@ asan: $(STAMP)
 OUT ?= build/gpu
 BUDGET ?= 540
 verify-gpu:
-	$(PYTHON) -m benchmarks.verify_gpu $(OUT) --budget $(BUDGET) $(PART:%=--part %) $(COMMIT:%=--commit %)
+	$(PYTHON) -m benchmarks.verify_gpu "$(OUT)" --budget $(BUDGET) $(PART:%=--part %) $(COMMIT:%=--commit %)
 
 clean:
 	rm -rf build dist *.egg-info swin_kernels/lib

@@ -1,6 +1,6 @@
 """Prove the GPU kernels on this machine, time them, and try other cuts: ``python -m benchmarks.verify_gpu OUT``.
 
-Needs PyTorch, Triton, pytest, pytest-xdist and pytest-timeout, nothing else and no network; nothing is installed. The
+Needs PyTorch, Triton, NumPy, pytest, pytest-xdist, pytest-timeout and hypothesis, and no network. The
 CUDA library is the one that was built beside the package, here or on a machine without a GPU. MONAI's rows appear where
 MONAI can be imported, the sanitizers' and counters' where compute-sanitizer and ncu are found. docs/cuda.md says what
 to send back. Exit status 0 means that everything ran and was correct, 1 that something was wrong or not done in time,
@@ -15,6 +15,7 @@ BEGAN = time.monotonic()
 
 import argparse  # noqa: E402
 import importlib.abc  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
@@ -62,9 +63,9 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tests", default=None, metavar="PATH", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     least = 2 * plan.ENDING
-    if given.budget < least:
+    if not least <= given.budget < math.inf:
         parser.error(f"--budget: got {given.budget:g}; accepted are {least:g} seconds and more")
-    if given.silence <= 0:
+    if not 0 < given.silence < math.inf:
         parser.error(f"--silence: got {given.silence:g}; accepted are positive seconds")
     return given
 
@@ -78,10 +79,16 @@ class WithoutCuPy(importlib.abc.MetaPathFinder):
 
 
 def interrupted(number: int, frame: object) -> None:
+    for again in (signal.SIGTERM, signal.SIGINT):  # once is enough: what is left is ended and written
+        signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def main() -> int:
+    for name in ("stdout", "stderr"):  # either may be closed, or know no more than ASCII
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     given = arguments_of()
     if given.out.exists() and not given.out.is_dir():
         print(f"verify_gpu: OUT: {given.out} is a file; accepted is a folder", file=sys.stderr)
@@ -92,13 +99,17 @@ def main() -> int:
     sys.meta_path.insert(0, WithoutCuPy())
     from . import run
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupted)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a connection that is lost ends no run: its budget does
     try:
         return run.run(given, BEGAN)
     except ValueError as error:
         print(f"verify_gpu: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"verify_gpu: stopped by {error} before it began", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

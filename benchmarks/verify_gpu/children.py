@@ -40,6 +40,10 @@ for group in groups:
 """Reads "+group" and "-group"; its input ends when the process that writes it ends, by whatever means."""
 
 
+DEATH = 2.0
+"""Seconds that a child may take to die of SIGKILL; a driver may hold it for ever."""
+
+
 class Guardian:
     """Kills the process groups that are still registered when this process is gone."""
 
@@ -49,8 +53,9 @@ class Guardian:
         )
 
     def _say(self, sign: str, group: int) -> None:
-        self._process.stdin.write(f"{sign}{group}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it was killed: children are still ended by the run itself
+            self._process.stdin.write(f"{sign}{group}\n")
+            self._process.stdin.flush()
 
     def watch(self, group: int) -> None:
         self._say("+", group)
@@ -59,7 +64,8 @@ class Guardian:
         self._say("-", group)
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
     @property
@@ -83,6 +89,7 @@ class Child:
         self.began = self.heard = time.monotonic()
         self.status: int | None = None
         self._guardian = guardian
+        self._signalled: float | None = None
 
     def poll(self) -> bool:
         """Whether it has ended. What it left running in its group is killed."""
@@ -96,12 +103,18 @@ class Child:
 
     def kill(self) -> None:
         """End it and all that it started, at once. One that does not even die of SIGKILL is left behind."""
-        self._signal_group()
-        for _ in range(100):
+        self.signal()
+        while time.monotonic() < self._signalled + DEATH:
             if self.poll():
                 return
             time.sleep(0.02)
         self.status = -signal.SIGKILL
+
+    def signal(self) -> None:
+        """Have it and all that it started end, without waiting for that."""
+        if self._signalled is None and self.status is None:
+            self._signal_group()
+        self._signalled = self._signalled or time.monotonic()
 
     def _signal_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left in it
@@ -148,7 +161,10 @@ class Reading:
         self._offset += len(new)
         *whole, self._rest = (self._rest + new).split(b"\n")
         for line in whole:
-            content = json.loads(line)
+            try:
+                content = json.loads(line)
+            except json.JSONDecodeError:  # a full disk cuts lines; the step before it still says where the child was
+                continue
             if "step" in content:
                 self.at = Row(**content["row"]), content["step"], content["limit"]
             elif "found" in content:

@@ -21,7 +21,7 @@ SPIN_CYCLES = 2_000_000
 """Of the wait before a call is timed, about a millisecond."""
 
 FLUSHED_BYTES = 256 << 20
-"""Written before a call is timed: more than any second-level cache holds."""
+"""Read before a call is timed: more than any second-level cache holds. Writes would be written back while it runs."""
 
 Call = Callable[[], object]
 
@@ -81,7 +81,7 @@ class Cuda:
         The GPU spins for about a millisecond before it takes the time, so that launching does not count where it is
         faster than the kernels. The spin is a number of cycles: its time gives the running clock.
         """
-        flush = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
+        flush = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
         found = {name: Times() for name in calls}
         end = time.monotonic() + seconds
         for round_ in range(-1, ROUNDS):  # the first is not kept: whatever is set up once is set up then
@@ -89,7 +89,7 @@ class Cuda:
                 break
             for name, call in calls.items():
                 announce(name)
-                flush.zero_()
+                flush.max()
                 spun, start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(3))
                 spun.record()
                 torch.cuda._sleep(SPIN_CYCLES)

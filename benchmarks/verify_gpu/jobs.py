@@ -20,7 +20,7 @@ from pathlib import Path
 from . import children
 from .children import Child, Guardian, Reading
 from .reporter import kernels_in
-from .result import Result, Row
+from .result import Result, Row, show
 from .tasks import Task
 
 MOST_ATTEMPTS = 20
@@ -31,6 +31,9 @@ LOG_BYTES = 2 << 20
 
 INTERPRETER = 30.0
 """Seconds more that a fresh interpreter may be silent at first: it imports PyTorch."""
+
+MOST_SILENT_END = 10.0
+"""Seconds of silence that are a fault of a job that is stopped where its time is over."""
 
 PAUSE = 0.01
 """Seconds between two looks at the children."""
@@ -73,6 +76,12 @@ class Workplace:
         if not now and time.monotonic() - self._archived < 5:
             return
         self._archived = time.monotonic()
+        try:
+            self._write_archive()
+        except OSError as error:
+            show(f"logs.zip was not written: {error}")
+
+    def _write_archive(self) -> None:
         new = self.folder / "logs.zip"
         with zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
             for log in sorted(self.folder.glob("*/log*")):
@@ -177,7 +186,12 @@ class Measurement:
         return False
 
     def stop(self, why: str) -> None:
-        """End it; a row says where it was."""
+        """End it; a row says where it was, and one that what it is about is not there."""
+        if self._child is None:
+            return self.skip(why)
+        silent = time.monotonic() - self._child.heard
+        if why == SPARED and silent > MOST_SILENT_END:
+            why = f"cut: silent for {silent:.0f} s when the time was over"
         self._child.kill()
         self._reading.read()
         self._take()
@@ -185,6 +199,13 @@ class Measurement:
         if row.label not in self._left_out:
             in_kernel = f" in {kernel}" if kernel else ""
             self._add(replace(row, status=f"{why}{in_kernel} (step: {what})", kernel=kernel))
+        if self.task.row.label not in self._left_out:
+            self._add(replace(self.task.row, status=why))
+
+    def signal(self) -> None:
+        """Have it end, without waiting."""
+        if self._child is not None:
+            self._child.signal()
 
     def skip(self, why: str) -> None:
         """Say that it never started."""
@@ -217,6 +238,7 @@ class Program:
         self.row = row
         self._place, self._command, self._read, self._limit = place, command, read, limit
         self._environment, self._watch, self._silence = environment, watch, silence
+        self._child: Child | None = None
 
     def start(self) -> None:
         self._folder = self._place.new_folder(f"{self.row.measure} {self.row.shape}")
@@ -241,7 +263,13 @@ class Program:
             return False
         return True
 
+    def signal(self) -> None:
+        if self._child is not None:
+            self._child.signal()
+
     def stop(self, why: str) -> None:
+        if self._child is None:
+            return self.skip(why)
         self._child.kill()
         for row in self._watch(self._folder):
             self._place.add(row)
@@ -282,13 +310,20 @@ class Queue:
     def turn(self) -> bool:
         """Start what may start, look at what runs; whether anything is left."""
         while self._waiting and len(self._running) < self.most:
-            self._running.append(self._waiting[0])
-            self._waiting.popleft().start()
+            job = self._waiting.popleft()
+            try:
+                job.start()
+            except OSError as error:  # no process, no descriptor or no room: the next may find one
+                job.skip(f"failed: it could not be started: {error}")
+            else:
+                self._running.append(job)
         self._running = [job for job in self._running if not job.poll()]
         return bool(self._waiting or self._running)
 
     def end(self, why: str) -> None:
         """Stop what runs and skip the others."""
+        for job in self._running:
+            job.signal()
         for job in self._running:
             job.stop(why)
         for job in self._waiting:

@@ -77,7 +77,7 @@ def host(commit: str, simulated: bool) -> dict:
 
 
 def describing(simulated: bool) -> Task:
-    return Task("probe.describe", {"simulated": simulated}, Row("probe", "device", "", "PyTorch"), 2)
+    return Task("probe.describe", {"simulated": simulated}, Row("probe", "device", "", "driver"), 2)
 
 
 def describe(reporter: Reporter, row: dict, simulated: bool) -> None:

@@ -7,9 +7,10 @@ kernels which one was running (`Device.traced`).
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from . import faults
@@ -79,6 +80,8 @@ class Reporter:
     def row(self, row: Row) -> None:
         """A row of the result."""
         self.reported.add(row.label)
+        if row.error is not None and not math.isfinite(row.error):
+            row = replace(row, error=None)  # JSON has no infinity; the status says it
         self._write(found=asdict(row))
 
     def about(self, **found: object) -> None:

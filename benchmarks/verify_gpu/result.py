@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
 import os
+import select
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -117,12 +119,23 @@ def replace_file(path: Path, content: bytes) -> None:
     os.replace(new, path)
 
 
-def show(text: object) -> None:
-    """Print; where nobody reads any more, nothing: a run goes on for its files."""
+def _takes_a_line() -> bool:
+    """Whether printing would not block, as on a terminal that is held or a pipe that is full."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        descriptor = sys.stdout.fileno()
+    except OSError:  # it is no file of the system's
+        return True
+    return bool(select.select([], [descriptor], [], 0.05)[1])
+
+
+def show(text: object) -> None:
+    """Print; where nobody reads, nothing: a run goes on for its files."""
+    for line in str(text).split("\n"):
+        try:
+            if _takes_a_line():
+                print(line, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @dataclass
@@ -151,6 +164,7 @@ class Result:
             ValueError: `folder` holds the result of something else or a file that is none, or cannot be written.
         """
         result = cls(folder, about)
+        result._lock()
         file = folder / "gpu.json"
         if file.is_file():
             try:
@@ -163,11 +177,25 @@ class Result:
             result.about = known
             result.describe({name: value for name, value in about.items() if value is not None})
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             result.write()
         except OSError as error:
             raise ValueError(f"OUT: {folder} cannot be written: {error}") from error
         return result
+
+    def _lock(self) -> None:
+        """Keep other runs out of the folder, as long as this process lives."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"OUT: another run writes into {self.folder}; give another folder") from error
+        except OSError as error:
+            raise ValueError(f"OUT: {self.folder} cannot be written: {error}") from error
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        os.close(self._descriptor)
 
     def describe(self, found: dict) -> None:
         """Add what a run finds out as it goes, such as the device.

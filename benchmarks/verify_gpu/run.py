@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ class Run:
         place: what all jobs share.
         end: when the part has to be over (monotonic seconds).
         tests: what pytest runs.
+        no_monai: why there are no models, "" if there are.
         compiled: variant and mode of the models that `torch.compile` was done with.
     """
 
@@ -44,6 +44,7 @@ class Run:
     simulated: bool
     tests: str
     test_limit: float
+    no_monai: str = ""
     end: float = 0.0
     compiled: tuple[tuple[str, str], ...] = ()
 
@@ -56,13 +57,15 @@ class Run:
 
     def _timed(self, tasks: list[Task]) -> Iterator[Job]:
         """Measurements one after the other, each with an even share of the time that is left for timing."""
-        remaining = len(tasks)
+        remaining, begun = len(tasks), set()
 
         def share(task: Task) -> Callable[[], float]:
             def seconds() -> float:
                 nonlocal remaining
                 even = self.left / max(1, remaining) - task.seconds
-                remaining -= 1
+                if id(task) not in begun:  # it may be asked again for another attempt
+                    begun.add(id(task))
+                    remaining -= 1
                 return min(MOST_TIMING, max(LEAST_TIMING, even))
 
             return seconds
@@ -100,8 +103,8 @@ class Run:
             correctness.tests(self.place, self.tests, self.test_limit, self._until_end, trace),
         ]
         tasks = [*self._model_preparations(), *operators.warming_tasks(self.simulated)]
-        beside = [Measurement(self.place, task) for task in tasks]
-        together(self.place, self.end, Queue(jobs, len(jobs)), again, Queue(beside, len(beside), SPARED))
+        beside, most = [Measurement(self.place, task) for task in tasks], max(2, correctness.cores() // 4)
+        together(self.place, self.end, Queue(jobs, len(jobs)), again, Queue(beside, most, SPARED))
         self.compiled = tuple(
             (row.variant, row.measure.partition(", ")[2])
             for job in beside
@@ -110,17 +113,17 @@ class Run:
         )
 
     def _model_preparations(self) -> list[Task]:
-        return models.preparations(self.simulated) if has_monai() and not self.simulated else []
+        return [] if self.no_monai or self.simulated else models.preparations(self.simulated)
 
     def model(self) -> None:
         tasks = models.tasks(self.simulated, self.compiled)
-        if not has_monai():
+        if self.no_monai:
             for task in tasks:
-                self.place.add(
-                    replace(task.row, status="skipped: MONAI is not installed; its wheel on PYTHONPATH will do")
-                )
+                self.place.add(replace(task.row, status=f"skipped: {self.no_monai}"))
             return
         together(self.place, self.end, Queue(self._timed(tasks)))
+        for row in models.not_compiled(self.simulated, self.compiled):
+            self.place.add(row)
 
     def operators(self) -> None:
         together(self.place, self.end, Queue(self._timed(operators.timing_tasks(self.simulated))))
@@ -178,13 +181,13 @@ def run(given: argparse.Namespace, began: float) -> int:
     chosen = [part for part in plan.PARTS if not given.part or part.name in given.part]
     if not given.simulated and not given.dry_run and (reason := no_gpu()):
         raise ValueError(reason)
-    import_monai(chosen)
+    no_monai = import_monai(chosen)
     if given.dry_run:
         return dry_run(chosen, given, time.monotonic() - began)
     about = probe.host(probe.commit_of(given.commit), given.simulated)
     result = Result.open(given.out.resolve(), about)
     place = Workplace(result, given.silence, began)
-    it = Run(place, given.simulated, given.tests or correctness.TESTS, given.test_limit)
+    it = Run(place, given.simulated, given.tests or correctness.TESTS, given.test_limit, no_monai)
     stopped, part = "", chosen[0]
     try:
         it.end = began + given.budget / 2
@@ -203,14 +206,14 @@ def run(given: argparse.Namespace, began: float) -> int:
     return 0 if result.sound and not stopped else 1
 
 
-def has_monai() -> bool:
-    return importlib.util.find_spec("monai") is not None
-
-
-def import_monai(chosen: list[plan.Part]) -> None:
-    """Import what the models need, for all children at once, if one of the parts has models."""
-    if has_monai() and {part.name for part in chosen} & {"correctness", "model"}:
-        importlib.import_module("monai.networks.nets")
+def import_monai(chosen: list[plan.Part]) -> str:
+    """Import what the models need, for all children at once, if one of the parts has models; why it cannot, or ""."""
+    if {part.name for part in chosen} & {"correctness", "model"}:
+        try:
+            importlib.import_module("monai.networks.nets")
+        except Exception as error:  # whatever is wrong with it, all other parts can run
+            return f"MONAI cannot be imported, its wheel on PYTHONPATH will do: {type(error).__name__}: {error}"
+    return ""
 
 
 def no_gpu() -> str | None:

@@ -30,6 +30,18 @@ def test_overrun(machine, tmp_path):
     assert row["status"] in printed
 
 
+def test_cut_in_the_step_of_a_peer(machine, tmp_path):
+    """Ours was not timed either, and the run says so."""
+    faults = {"SWIN_VERIFY_FAULTS": "hang@attention core, forward | f48 96³ stage 1 shifted | SDPA | time"}
+    process = start(
+        tmp_path / "out", "--part", "operators", "--budget", 13, "--silence", 60, environment=machine | faults
+    )
+    printed, _ = process.communicate()
+    assert process.returncode == 1, printed
+    cut = {row["variant"] for row in rows_in(tmp_path / "out") if row["status"].startswith("cut: ")}
+    assert cut >= {"SDPA", "ours"}
+
+
 def test_dry_run(machine, tmp_path):
     """The plan, from what starting costs here; every part in time, and nothing written."""
     arguments = (tmp_path / "out", "--dry-run", "--budget", "200", "--tests", machine["TESTS"])

@@ -18,7 +18,7 @@ MHZ = 1500
 def gpu(monkeypatch):
     """A GPU whose clock runs at `MHZ`, and on which a call takes as many ms as it returns."""
     now = 0.0
-    made = torch.empty
+    made = torch.zeros
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -41,7 +41,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", spin)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch, "empty", lambda *size, device, **options: made(1, **options))  # what flushes the cache
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: made(1, **options))  # what flushes the cache
     return advance
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def timed(measure: str, variant: str, p50: float, spread: float = 0.0, shape: st
 
 
 def test_rows_are_added_to_those_of_before(tmp_path):
-    Result.open(tmp_path, ABOUT).add(timed("a", "ours", 1.0))
+    with closing(Result.open(tmp_path, ABOUT)) as first:
+        first.add(timed("a", "ours", 1.0))
     second = Result.open(tmp_path, ABOUT)
     second.describe({"device": "Some GPU"})
     second.add(timed("b", "ours", 2.0))
@@ -34,7 +36,8 @@ def test_rows_are_added_to_those_of_before(tmp_path):
 
 @pytest.mark.parametrize("changed", ["commit", "torch", "simulated"])
 def test_rows_of_something_else_are_not_added_to(tmp_path, changed):
-    Result.open(tmp_path, ABOUT).add(timed("a", "ours", 1.0))
+    with closing(Result.open(tmp_path, ABOUT)) as first:
+        first.add(timed("a", "ours", 1.0))
     before = (tmp_path / "gpu.json").read_bytes()
     with pytest.raises(ValueError, match=f"holds rows of {changed} "):
         Result.open(tmp_path, {**ABOUT, changed: "another"})
@@ -42,9 +45,9 @@ def test_rows_of_something_else_are_not_added_to(tmp_path, changed):
 
 
 def test_device_must_be_the_same(tmp_path):
-    first = Result.open(tmp_path, ABOUT)
-    first.describe({"device": "one"})
-    first.add(timed("a", "ours", 1.0))
+    with closing(Result.open(tmp_path, ABOUT)) as first:
+        first.describe({"device": "one"})
+        first.add(timed("a", "ours", 1.0))
     with pytest.raises(ValueError, match="holds rows of device 'one', this run is of 'another'"):
         Result.open(tmp_path, ABOUT).describe({"device": "another"})
 
@@ -81,6 +84,14 @@ def test_sound(tmp_path, status, variant, sound):
     assert not result.sound, "nothing ran"
     result.add(Row("operators", "a", STAGE_1, variant, status=status))
     assert result.sound == sound
+
+
+def test_one_run_at_a_time(tmp_path):
+    first = Result.open(tmp_path, ABOUT)
+    with pytest.raises(ValueError, match="another run writes into"):
+        Result.open(tmp_path, ABOUT)
+    first.close()
+    Result.open(tmp_path, ABOUT)
 
 
 def test_folder_that_cannot_be_written(tmp_path):
