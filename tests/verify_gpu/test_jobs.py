@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks.verify_gpu import correctness, probe
+from benchmarks.verify_gpu import correctness, jobs, probe
 from benchmarks.verify_gpu.jobs import Measurement, Queue, Workplace, together
 from benchmarks.verify_gpu.result import Result
 
@@ -29,11 +29,22 @@ def test_fresh_interpreter(place):
 
 def test_time_is_over(place):
     """What runs is ended, what waits is not begun, and both say so."""
-    jobs = [Measurement(place, probe.describing(simulated=True)) for _ in range(2)]
-    together(place, time.monotonic(), Queue(jobs))
+    both = [Measurement(place, probe.describing(simulated=True)) for _ in range(2)]
+    together(place, time.monotonic(), Queue(both))
     assert [row.status for row in place.result.rows] == [
         "cut: the time of this part was over (step: start)",
         "cut: the time of this part was over",
+    ]
+
+
+def test_silent_where_the_time_is_over(place, monkeypatch):
+    """A fault even of what takes the time that is left; what was not begun is none."""
+    monkeypatch.setattr(jobs, "MOST_SILENT_END", 0.0)
+    both = [Measurement(place, probe.describing(simulated=True)) for _ in range(2)]
+    together(place, time.monotonic(), Queue(both, unfinished=jobs.SPARED))
+    assert [row.status for row in place.result.rows] == [
+        "cut: silent for 0 s when the time was over (step: start)",
+        "skipped: no time was left",
     ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from benchmarks.verify_gpu import goals, sweeps
 from benchmarks.verify_gpu.operators import STAGES
-from benchmarks.verify_gpu.result import Result, Row, newest
+from benchmarks.verify_gpu.result import Result, Row, newest, show
 
 ABOUT = {"simulated": False, "commit": "abc", "device": None, "torch": "2.11"}
 GPU = {"capability": "9.0", "device": "Some GPU", "commit": "abc"}
@@ -118,6 +121,32 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
     result.add(timed("c", "ours", 1.0))
     assert result.sound
     assert [row["measure"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]] == ["a", "b", "c"]
+
+
+def test_full_output(monkeypatch):
+    """As a log on a full disk: what follows goes nowhere."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        show("a row")
+        assert os.fstat(full.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+        show("another")
+
+
+def test_output_that_is_held(monkeypatch):
+    """As a terminal after Ctrl-S: lines are left out, nothing waits; they come again when there is room."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.set_blocking(writing, True)
+    with os.fdopen(writing, "w") as held:
+        monkeypatch.setattr(sys, "stdout", held)
+        show("left out")
+        os.read(reading, 1 << 20)
+        show("shown")
+    with os.fdopen(reading) as read:
+        assert read.read().strip("\0") == "shown\n"
 
 
 def test_margin_is_twice_the_wider_spread():
