@@ -15,6 +15,7 @@ BEGAN = time.monotonic()
 
 import argparse  # noqa: E402
 import importlib.abc  # noqa: E402
+import importlib.machinery  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
@@ -70,12 +71,14 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-class WithoutCuPy(importlib.abc.MetaPathFinder):
-    """Makes CuPy appear as not installed."""
+class WithoutCuPy(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Has importing CuPy fail. Asking whether it is there does not: not everybody expects an error from that."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name.partition(".")[0] == "cupy":
-            raise ModuleNotFoundError(f"{name} is kept out of this process", name=name)
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name == "cupy" else None
+
+    def exec_module(self, module: object) -> None:
+        raise ModuleNotFoundError("cupy is kept out of this process", name="cupy")
 
 
 def interrupted(number: int, frame: object) -> None:

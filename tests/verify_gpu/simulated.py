@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUDGET = 200
-SILENCE = 5
+SILENCE = 4
 KERNEL = "simulated_kernel<float, 16>"
 
 GPU_TESTS = """

@@ -52,13 +52,3 @@ def test_terminated(machine, tmp_path):
     assert any(status.startswith("cut: the run was stopped") for status in statuses)
     assert "stopped by SIGTERM in part probe" in output.splitlines()[-1]
     assert (out / "logs.zip").is_file()
-
-
-def test_nobody_reads(machine, tmp_path):
-    """What it prints goes nowhere, as behind ``| head``: it goes on to its end."""
-    out = tmp_path / "out"
-    process = start(out, "--part", "probe", environment=machine)
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.wait() == 0
-    assert any(row["measure"] == "smoke, window_reverse" for row in rows_in(out))

@@ -132,6 +132,16 @@ def test_full_output(monkeypatch):
         show("another")
 
 
+def test_nobody_reads(monkeypatch):
+    """As behind ``| head``: what follows goes nowhere."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        show("a row")
+        show("another")
+
+
 def test_output_that_is_held(monkeypatch):
     """As a terminal after Ctrl-S: lines are left out, nothing waits; they come again when there is room."""
     reading, writing = os.pipe()
