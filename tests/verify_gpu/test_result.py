@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.verify_gpu import goals, sweeps
 from benchmarks.verify_gpu.operators import STAGES
-from benchmarks.verify_gpu.result import Result, Row, newest, show
+from benchmarks.verify_gpu.result import Result, Row, newest, replace_file, show
 
 ABOUT = {"simulated": False, "commit": "abc", "device": None, "torch": "2.11"}
 GPU = {"capability": "9.0", "device": "Some GPU", "commit": "abc"}
@@ -101,6 +101,22 @@ def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="out cannot be written: "):
         Result.open(tmp_path / "file" / "out", ABOUT)
+
+
+def test_old_content_is_there_until_the_new_is_whole(tmp_path, monkeypatch):
+    file, write = tmp_path / "file", Path.write_bytes
+    replace_file(file, b"old")
+    seen = []
+
+    def write_and_look(path: Path, content: bytes) -> None:
+        write(path, content)
+        seen.append(file.read_bytes())
+
+    monkeypatch.setattr(Path, "write_bytes", write_and_look)
+    replace_file(file, b"new")
+    assert seen == [b"old"]
+    assert file.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_full_disk(tmp_path, monkeypatch, capsys):
