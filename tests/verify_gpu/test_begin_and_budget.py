@@ -21,9 +21,9 @@ def test_overrun(machine, tmp_path):
     out = tmp_path / "out"
     faults = {"SWIN_VERIFY_FAULTS": "hang@attention core, forward | f48 96³ stage 1 shifted | SDPA | time"}
     began = time.monotonic()
-    process = start(out, "--part", "operators", "--budget", 14, "--silence", 60, environment=machine | faults)
+    process = start(out, "--part", "operators", "--budget", 26, "--silence", 60, environment=machine | faults)
     printed, _ = process.communicate()
-    assert time.monotonic() - began < 14
+    assert time.monotonic() - began < 26
     assert process.returncode == 1, printed
     cut = {row["variant"]: row["status"] for row in rows_in(out) if row["status"].startswith("cut: ")}
     assert cut["SDPA"] == f"cut: the time of this part was over in {KERNEL} (step: time)"
