@@ -257,7 +257,9 @@ class Program:
             self._finish("")
         elif self._child.age > self._seconds:
             self.stop(f"hung: not done after {self._seconds:.0f} s")
-        elif self._silence is not None and time.monotonic() - self._child.heard > self._silence:
+        elif self._silence is not None and time.monotonic() - self._child.heard > self._silence + (
+            INTERPRETER if self._reading.at is None else 0.0
+        ):
             self.stop(f"hung: silent for {self._silence:g} s")
         else:
             return False
