@@ -167,25 +167,33 @@ def _sanitizer(
         findings = counters.sanitizer_findings((folder / "log").read_text(errors="replace"))
         reading = children.Reading(folder)
         reading.read()
-        started = kernels_in(folder) if (folder / KERNELS).exists() else []
-        at = reading.at[0] if reading.at else row
-        kernel = started[-1] if started else None
+        started = kernels_in(folder)
+        at, kernel = (reading.at[0] if reading.at else row), (started[-1] if started else None)
         where = f", at {at.shape}" + (f" in {kernel}" if kernel else "")
-        # initcheck watches PyTorch's kernels too: what they do is not ours to prove.
-        foreign = [finding for finding in findings if " at::" in finding]
-        if foreign and len(foreign) == len(findings) - 1:
-            yield replace(row, value=float(len(foreign)), unit="findings in PyTorch's kernels alone")
-            return
-        summed_up = not findings or not findings[-1].startswith("no summary")
-        if why:
-            yield replace(row, status=f"{why}{where}", kernel=kernel)
-        elif findings and summed_up:
-            yield replace(row, status=f"wrong: {'; '.join(findings)}")
-        elif findings or child.status != 0:
-            said = "; ".join([child.end_in_words, *findings])
-            yield replace(row, status=f"crashed: {said}{where}", kernel=kernel)
-        else:
-            yield row
+        ended = "" if child.status in (0, counters.ERROR_EXIT_CODE) else child.end_in_words
+        found = verdict(row, findings, why, ended, where)
+        yield replace(found, kernel=kernel) if found.faulty else found
 
     silence = SLOWNESS * place.silence
     return Program(place, row, command, read, limit, counters.SANITIZER_ENVIRONMENT, silence=silence)
+
+
+def verdict(row: Row, findings: list[str], why: str, ended: str, where: str) -> Row:
+    """`row` with what a sanitizer's end means.
+
+    Args:
+        findings: as `counters.sanitizer_findings` gives them.
+        why: the status of one that was stopped, else "".
+        ended: how the program ended, "" if as it should.
+        where: it was.
+    """
+    if why:
+        return replace(row, status=f"{why}{where}")
+    complete = not findings or not findings[-1].startswith("no summary")
+    if ended or not complete:
+        return replace(row, status=f"crashed: {'; '.join(filter(None, [ended, *findings]))}{where}")
+    # initcheck watches PyTorch's kernels too: what they do is not ours to prove.
+    foreign = [finding for finding in findings if " at::" in finding]
+    if len(findings) > len(foreign) + 1:  # the last says how many there are
+        return replace(row, status=f"wrong: {'; '.join(findings)}")
+    return replace(row, value=float(len(foreign)), unit="findings in PyTorch's kernels alone") if foreign else row

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.verify_gpu import correctness, jobs, probe
 from benchmarks.verify_gpu.jobs import Measurement, Queue, Workplace, together
-from benchmarks.verify_gpu.result import Result
+from benchmarks.verify_gpu.result import Result, Row
 
 
 @pytest.fixture
@@ -54,3 +54,30 @@ def test_silent_where_the_time_is_over(place, monkeypatch):
 def test_workers(monkeypatch, memory_gib, cores, workers):
     monkeypatch.setattr(correctness, "cores", lambda: cores)
     assert correctness.workers(memory_gib) == workers
+
+
+OURS, FOREIGN = "Invalid read at attend<Float16, 16>+0x10", "Uninitialized read at at::native::copy+0x10"
+TOTAL, NO_SUMMARY = "1 error in all", "no summary: the check did not start, or was cut short"
+
+
+@pytest.mark.parametrize(
+    ("findings", "why", "ended", "status"),
+    [
+        ([], "", "", "ok"),
+        ([OURS, TOTAL], "", "", "wrong: "),
+        ([FOREIGN, TOTAL], "", "", "ok"),
+        ([FOREIGN, OURS, TOTAL], "", "", "wrong: "),
+        ([], "hung: silent", "SIGKILL", "hung: silent"),
+        ([FOREIGN, NO_SUMMARY], "hung: silent", "SIGKILL", "hung: silent"),
+        ([FOREIGN, NO_SUMMARY], "", "SIGSEGV", "crashed: SIGSEGV"),
+        ([NO_SUMMARY], "", "", "crashed: no summary"),
+        ([], "", "SIGSEGV", "crashed: SIGSEGV"),
+    ],
+)
+def test_verdict_of_a_sanitizer(findings, why, ended, status):
+    """What is found in PyTorch's kernels excuses neither a finding in ours nor a check that did not end."""
+    row = Row("correctness", "sanitizer initcheck", "every kernel", "ours")
+    found = correctness.verdict(row, findings, why, ended, ", at float32")
+    assert found.status.startswith(status)
+    assert found.faulty == (status != "ok")
+    assert (found.value == 1) == (findings == [FOREIGN, TOTAL])
