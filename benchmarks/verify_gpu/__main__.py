@@ -9,20 +9,20 @@ to send back. Exit status 0 means that everything ran and was correct, 1 that so
 
 from __future__ import annotations
 
+import argparse
+import importlib.abc
+import importlib.machinery
+import math
+import os
+import signal
+import sys
 import time
+from pathlib import Path
+
+from . import plan, tasks
 
 BEGAN = time.monotonic()
-
-import argparse  # noqa: E402
-import importlib.abc  # noqa: E402
-import importlib.machinery  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from . import plan  # noqa: E402
+"""The start of a run: what is imported above takes no time, PyTorch is imported by `main`."""
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--silence",
         type=float,
-        default=30.0,
+        default=tasks.SILENCE,
         metavar="SECONDS",
         help="after which a child counts as hung (default: %(default)s)",
     )

@@ -74,11 +74,7 @@ def states(rows: list[Row]) -> list[tuple[str, str, str]]:
     """Wording, figure and state of every goal."""
     rows = newest(rows)
     found = [(goal.wording, *goal.state(rows)) for goal in GOALS]
-    stages: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        if row.measure in CORE and row.p50 is not None:
-            stages.setdefault((row.measure, row.shape), {})[row.variant] = row.p50
-    beside = [times for times in stages.values() if {"ours", "Triton"} <= times.keys()]
-    won = sum(times["ours"] <= times["Triton"] for times in beside)
+    beside = [row.ratio for row in rows if row.measure in CORE and row.variant == "Triton" and row.ratio is not None]
+    won = sum(ratio >= 1 for ratio in beside)
     state = "unmeasured" if not beside else "met" if won == len(beside) else "missed"
     return [*found, ("no slower than Triton at any stage in either direction", f"{won} of {len(beside)}", state)]

@@ -253,13 +253,12 @@ class Program:
             self._place.add(row)
         if self._reading.read():
             self._child.heard = time.monotonic()
+        imports = INTERPRETER if self._reading.at is None else 0.0
         if ended:
             self._finish("")
         elif self._child.age > self._seconds:
             self.stop(f"hung: not done after {self._seconds:.0f} s")
-        elif self._silence is not None and time.monotonic() - self._child.heard > self._silence + (
-            INTERPRETER if self._reading.at is None else 0.0
-        ):
+        elif self._silence is not None and time.monotonic() - self._child.heard > self._silence + imports:
             self.stop(f"hung: silent for {self._silence:g} s")
         else:
             return False

@@ -13,7 +13,7 @@ from swin_kernels import use_backend, warmup, window_partition, window_reverse
 from swin_kernels.backends import Call, decline_reason
 from swin_kernels.backends.cuda import preference
 
-from . import attention
+from . import attention, faults
 from .attention import Inputs, Shape
 from .device import device_of
 from .measure import compare, guarded, relative_error, timing_row
@@ -53,10 +53,7 @@ def some(shapes: tuple[Shape, ...], simulated: bool) -> tuple[Shape, ...]:
 
 def shape_in(arguments: dict, simulated: bool) -> Shape:
     """The shape that a task names; tiny where the device is simulated."""
-    given = Shape(**{**arguments, "window": tuple(arguments["window"])})
-    if not simulated:
-        return given
-    return replace(given, extent=16, stage=1, feature_size=12, window=(3, 3, 3))
+    return SIMULATED if simulated else Shape(**{**arguments, "window": tuple(arguments["window"])})
 
 
 def written(shape: Shape) -> dict:
@@ -110,7 +107,6 @@ def smoke_attention(reporter: Reporter, row: dict, backend: str, dtype: str, sim
 
 def _check(reporter, device, row: Row, direction: str, core: Callable, plain: Callable, t: Inputs, limit: float):
     """One row: `core` in `direction` against `plain` in float64."""
-    from . import faults
 
     def run() -> float:
         expected = directed(plain, t.double(), direction)()
@@ -132,8 +128,6 @@ def _all(reporter: Reporter) -> str | None:
 
 def smoke_partition(reporter: Reporter, row: dict, backend: str, simulated: bool) -> None:
     """Partition and reverse, which copy: exactly what the reference gives."""
-    from . import faults
-
     device = device_of(simulated)
     about = Row(**row)
     x = torch.randn(2, *TINY.tokens, 24, generator=torch.Generator().manual_seed(0)).to(device.name)
@@ -247,9 +241,9 @@ def time_attention(
     dtype = torch.float32 if simulated else torch.bfloat16
     cores = {"ours": attention.run}
     if not simulated:
-        cores["Triton"] = partial(attention.run, backend="triton")
         if preference.MEASURED:  # ours may be Triton's then
             cores["CUDA"] = partial(attention.run, backend="cuda")
+        cores["Triton"] = partial(attention.run, backend="triton")
     cores |= {"plain PyTorch": attention.plain, "SDPA": attention.sdpa}
     if flex:
         cores = {"ours": attention.run, "plain PyTorch": attention.plain, "FlexAttention": attention.flex}

@@ -159,7 +159,7 @@ class Results:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         path = config.getoption("verify_results")
-        self.file = open(path or os.devnull, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.file = open(path or os.devnull, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - as long as the run
         self.collected: int | None = None
         self.began: dict[str, float] = {}
         self.reports: dict[str, list[pytest.TestReport]] = {}

@@ -55,7 +55,7 @@ class Run:
     def _until_end(self) -> float:
         return max(1.0, self.left + 5)  # the part's end stops it before
 
-    def _timed(self, tasks: list[Task]) -> Iterator[Job]:
+    def _timed(self, tasks: list[Task]) -> list[Job]:
         """Measurements one after the other, each with an even share of the time that is left for timing."""
         remaining, begun = len(tasks), set()
 
@@ -217,7 +217,7 @@ def import_monai(chosen: list[plan.Part]) -> str:
 
 
 def no_gpu() -> str | None:
-    """Why there is nothing to measure here; asked in a child's place of the driver's management library."""
+    """Why there is nothing to measure here, or None."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return f"no CUDA device (torch {torch.__version__}); --dry-run prints the plan without one"
     return None

@@ -51,7 +51,7 @@ def _kernels(rows: list[Row]) -> list[str]:
     own = sorted((r for r in own if r.variant == "ours" and r.p50 is not None), key=lambda r: -r.p50)
     if not own:
         return []
-    lines = [f"  {r.p50:9.4f} ms  {r.kernel}  {r.shape}" for r in own[:MOST_KERNELS]]
+    lines = [f"  {r.p50:9.4f} ms  {r.kernel}  {r.measure.split(', ')[1]}, {r.shape}" for r in own[:MOST_KERNELS]]
     return ["dearest kernels:", *lines]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,8 +16,9 @@ from swin_kernels.backends.cuda import cuts, preference
 from . import attention
 from .attention import Inputs
 from .device import device_of
+from .goals import CORE
 from .measure import compare
-from .operators import DIRECTIONS, STAGES, directed, shape_in, some, written
+from .operators import DIRECTIONS, OTHERS, STAGES, directed, shape_in, some, written
 from .reporter import Reporter
 from .result import Row, newest
 from .tasks import Task
@@ -184,36 +184,39 @@ def tile_table(rows: list[Row], about: dict) -> str | None:
     """The tiles that were faster than the default, as ``SWIN_KERNELS_TILES`` takes them; None if there are none."""
     if about.get("capability") is None:  # the device never said what it is
         return None
-    entries = []
-    for (direction, shape_name), (row, _) in best(newest(rows), "triton").items():
+    found = best(newest(rows), "triton")
+    if not found:
+        return None
+    from swin_kernels.backends.triton import tiles
+
+    table = []
+    for (direction, shape_name), (row, _) in found.items():
         shape = next(one for one in SHAPES if str(one) == shape_name)
-        head_dim = shape.channels // shape.heads
-        key = {
-            "step": direction,
-            "architecture": int(about["capability"].replace(".", "")),
-            "element_size": 2,
-            "channels": max(16, head_dim),
-            "tokens": -(-shape.grid.tokens // 16) * 16,
-        }
-        words = row.variant.split()[1:]
-        tile = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
-        entries.append({"key": key, "tile": tile})
-    return json.dumps(entries, indent=1) + "\n" if entries else None
+        architecture = int(about["capability"].replace(".", ""))
+        key = tiles.key_for(direction, architecture, 2, shape.channels // shape.heads, shape.grid.tokens)
+        words = row.variant.split()[1:]  # as `named` wrote them
+        values = {name: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+        table.append((key, tiles.Tile(**values)))
+    return tiles.as_json(table)
 
 
 def preferences(rows: list[Row], about: dict) -> list[str]:
     """Where Triton's kernels beat the CUDA ones by the margin: lines for `preference.MEASURED`."""
     if about.get("capability") is None:  # the device never said what it is
         return []
-    pairs: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in newest(rows):
-        if row.measure in ("attention core, forward", "attention core, backward") and row.p50 is not None:
-            pairs.setdefault((row.measure, row.shape), {})[row.variant] = row
-    shapes = {str(shape): shape for shape in every_shape()}
+    # Times of one process alone are compared: a measurement reports ours, then Triton's.
+    own: dict[tuple[str, str, str], Row] = {}
+    pairs: dict[tuple[str, str], tuple[Row, Row]] = {}
+    variant = "CUDA" if preference.MEASURED else "ours"  # ours may be Triton's where something was measured
+    for row in rows:
+        if row.measure in CORE and row.p50 is not None:
+            own[row.measure, row.shape, row.variant] = row
+            if row.variant == "Triton" and (mine := own.get((row.measure, row.shape, variant))):
+                pairs[row.measure, row.shape] = mine, row
+    shapes = {str(shape): shape for shape in (*STAGES, *OTHERS)}
     lines = []
-    for (measure, name), found in pairs.items():
-        own, theirs = found.get("CUDA", found.get("ours")), found.get("Triton")
-        if own is None or theirs is None or name not in shapes or not is_faster(theirs, own):
+    for (measure, name), (mine, theirs) in pairs.items():
+        if not is_faster(theirs, mine):
             continue
         shape = shapes[name]
         line = preference.Measured(
@@ -223,15 +226,9 @@ def preferences(rows: list[Row], about: dict) -> list[str]:
             head_dim=shape.channels // shape.heads,
             tokens=(shape.grid.tokens, shape.grid.tokens),
             backend="triton",
-            ours_ms=round(own.p50, 4),
+            ours_ms=round(mine.p50, 4),
             theirs_ms=round(theirs.p50, 4),
             source=f"{name}, {about['device']}, commit {about['commit']}",
         )
         lines.append(f"{line},\n")
     return lines
-
-
-def every_shape() -> tuple:
-    from .operators import OTHERS
-
-    return (*STAGES, *OTHERS)

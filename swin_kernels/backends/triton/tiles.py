@@ -126,7 +126,12 @@ def load(path: Path) -> tuple[tuple[Key, Tile], ...]:
 
 def store(path: Path, table: list[tuple[Key, Tile]]) -> None:
     """Write `table` as JSON."""
-    path.write_text(json.dumps([{"key": asdict(key), "tile": asdict(tile)} for key, tile in table], indent=1) + "\n")
+    path.write_text(as_json(table))
+
+
+def as_json(table: list[tuple[Key, Tile]]) -> str:
+    """The text of a file that `load` reads."""
+    return json.dumps([{"key": asdict(key), "tile": asdict(tile)} for key, tile in table], indent=1) + "\n"
 
 
 @functools.cache
@@ -140,8 +145,14 @@ def _architecture(device: torch.device) -> tuple[int, int]:
 
 def key_of(step: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> Key:
     """The key of a call."""
-    channels = max(16, triton.next_power_of_2(head_dim))
-    return Key(step, _architecture(device)[0], dtype.itemsize, channels, 16 * triton.cdiv(tokens, 16))
+    return key_for(step, _architecture(device)[0], dtype.itemsize, head_dim, tokens)
+
+
+def key_for(step: str, architecture: int, element_size: int, head_dim: int, tokens: int) -> Key:
+    """As `key_of`, for a device that need not be here."""
+    return Key(
+        step, architecture, element_size, max(16, triton.next_power_of_2(head_dim)), 16 * triton.cdiv(tokens, 16)
+    )
 
 
 def parts(tile: Tile, owners: int, windows: int, device: torch.device) -> int:
