@@ -159,7 +159,10 @@ class Cuda:
             yield
 
     def graph(self, call: Call) -> Call:
-        """`call` captured into a CUDA graph, as a call that replays it and returns what the capture returned."""
+        """`call` captured into a CUDA graph, as a call that replays it and returns what the capture returned.
+
+        It holds on to `call`: the graph reads whatever memory `call` does, weights of a network for instance.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -170,7 +173,7 @@ class Cuda:
         with torch.cuda.graph(graph):
             captured = call()
 
-        def replay() -> object:
+        def replay(held: Call = call) -> object:
             graph.replay()
             return captured
 

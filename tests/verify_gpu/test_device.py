@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import gc
 import os
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -134,3 +138,20 @@ def test_traced(gpu, monkeypatch, tmp_path):
 )
 def test_short_kernel_name(name, short):
     assert short_kernel_name(name) == (short or "vectorized_elementwise_kernel<4, FillFunctor<int> >")
+
+
+def test_graph_keeps_what_it_reads(gpu, monkeypatch):
+    """Weights that only the captured call holds: freed, they would be read where nothing is mapped any more."""
+    nothing = SimpleNamespace(wait_stream=lambda other: None, replay=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: nothing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: nothing)
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda what: contextlib.nullcontext())
+    network = torch.nn.Linear(2, 2)
+    weight = weakref.ref(network.weight)
+    replay = Cuda().graph(torch.no_grad()(functools.partial(network, torch.ones(1, 2))))
+    del network
+    gc.collect()
+    assert replay().shape == (1, 2)
+    assert weight() is not None
