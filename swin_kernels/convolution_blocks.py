@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 
-from .backends import Call, decline_reason, forced_name, forced_or_environment, load, select
-from .ops.convolution import convolution
+from .backends import has_kernel
+from .ops.convolution import channels_of, convolution
 from .ops.instance_norm_act import instance_norm_act
 
 LEAST_VOXELS = 4096
@@ -43,7 +43,7 @@ class ResidualBlock:
         """Whether the norms are what `instance_norm_act` computes and a kernel computes it for `x`."""
         norms = [getattr(self, name) for name in ("norm1", "norm2", "norm3") if hasattr(self, name)]
         return (
-            _has_kernel("instance_norm_act", x.device.type, _computed_dtype(x), 0)
+            has_kernel("instance_norm_act", x.device.type, _computed_dtype(x))
             and all(_is_plain_instance_norm(norm) for norm in norms)
             and all(norm.eps == self.norm2.eps for norm in norms)
         )
@@ -82,19 +82,15 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def _joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-    return x if skip is None else torch.cat([x, skip], 1)
-
-
-@torch.compiler.assume_constant_result
-def _has_kernel(operator: str, device: str, dtype: torch.dtype, kernel: int) -> bool:
-    """Whether `operator` has a kernel here, beside the reference; `kernel` is a 3D convolution's extent.
-
-    A backend that is forced, for the attention say, and has none of these operators leaves the blocks to PyTorch.
-    """
-    call = Call(operator, device, dtype, head_dim=0, window=(kernel,) * 3 if kernel else ())
-    if forced := forced_or_environment(forced_name(operator, None)):
-        return forced != "reference" and decline_reason(forced, call) is None
-    return select(call) is not load("reference")
+    """`x` with the channels of `skip` behind its own."""
+    if skip is None:
+        return x
+    rows = x.movedim(1, -1), skip.movedim(1, -1)  # (B, *S, C1), (B, *S, C2)
+    if not x.is_cuda or not all(r.is_contiguous() for r in rows):
+        return torch.cat([x, skip], 1)
+    # As matrices: PyTorch's fast copies on GPUs are for up to four axes; of five each copies element by element.
+    joined = torch.cat([r.flatten(0, -2) for r in rows], 1)  # (B · prod(S), C1 + C2)
+    return joined.view(*rows[0].shape[:-1], -1).movedim(-1, 1)
 
 
 def _computed_dtype(x: torch.Tensor) -> torch.dtype:
@@ -127,8 +123,10 @@ def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None 
     if (
         x[0, 0].numel() >= LEAST_VOXELS
         and _is_plain_convolution(module, conv)
-        and conv.weight.dtype == x.dtype == _computed_dtype(x)
-        and _has_kernel("convolution", x.device.type, x.dtype, conv.kernel_size[0])
+        and (x.is_cuda or conv.weight.dtype == x.dtype == _computed_dtype(x))  # under autocast it casts on GPUs
+        and has_kernel(
+            "convolution", x.device.type, _computed_dtype(x), conv.kernel_size, channels_of(x, skip, conv.weight)
+        )
     ):
         return convolution(x, conv.weight, None if skip is None else skip.to(x.dtype))
     return module(_joined(x, skip))

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .geometry import bias_index, bias_table_length
+from .ops.layer_norm import autocast_layer_norm
 from .ops.projected_window_attention import projected_window_attention
 from .ops.window_attention import window_attention
 
@@ -123,6 +124,13 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     )
 
 
+def _norm_before(linear: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``norm(x)`` for `linear`, to which it goes next and nowhere else."""
+    if _is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:] and _is_plain(linear, nn.Linear):
+        return autocast_layer_norm(x, norm.weight, norm.bias, norm.eps, for_linear=True)
+    return norm(x)
+
+
 def _init_bias_table(table: torch.Tensor) -> None:
     """Normal values of deviation 0.02 by inverse transform: upstream's draw from the generator, number by number."""
     with torch.no_grad():
@@ -163,9 +171,10 @@ def _recomputing_hidden(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``mlp(x)``, whose two hidden tensors, the largest of a block, are computed again in the backward, not kept.
 
     That costs one linear layer and one GELU more and leaves a block with ``8 · dim`` fewer values a token to keep.
-    `torch.compile` decides about recomputation itself, and an exported graph is for inference.
+    `torch.compile` decides about recomputation itself, and an exported graph is for inference. On GPUs recomputation is
+    what ``use_checkpoint`` asks for: a step that starts hundreds of kernels should not start more unasked.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_cuda:
         return mlp(x)
     draws = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in mlp.modules())
     return checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=draws)
@@ -221,7 +230,9 @@ class SwinTransformerBlock(nn.Module):
 
     def forward_part2(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP branch, without residual."""
-        return self.drop_path(_recomputing_hidden(self.mlp, self.norm2(x)))
+        mlp = self.mlp
+        first = None if mlp._forward_pre_hooks else getattr(mlp, "linear1", None)  # a hook may look at what comes in
+        return self.drop_path(_recomputing_hidden(mlp, _norm_before(first, self.norm2, x)))
 
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and not used."""
@@ -271,7 +282,8 @@ class PatchMergingV2(nn.Module):
         if any(extent % 2 for extent in extents):
             x = F.pad(x, [0, 0, *itertools.chain.from_iterable((0, extent % 2) for extent in reversed(extents))])
         cells = [x[(slice(None), *(slice(o, None, 2) for o in cell))] for cell in self.offsets[len(extents)]]
-        return self.reduction(self.norm(torch.cat(cells, dim=-1)))  # (B, *⌈S/2⌉, 2^rank · C), then 2C
+        x = torch.cat(cells, dim=-1)  # (B, *⌈S/2⌉, 2^rank · C)
+        return self.reduction(_norm_before(self.reduction, self.norm, x))  # (B, *⌈S/2⌉, 2C)
 
 
 class PatchMerging(PatchMergingV2):
@@ -399,7 +411,7 @@ class SwinTransformer(nn.Module):
         """Features ``(B, C, *S)`` as handed to the decoder: under `normalize`, a non-affine norm over ``C``."""
         if not normalize:
             return x
-        return F.layer_norm(x.movedim(1, -1), (x.shape[1],)).movedim(-1, 1)
+        return autocast_layer_norm(x.movedim(1, -1)).movedim(-1, 1)
 
     def forward(self, x: torch.Tensor, normalize: bool = True) -> list[torch.Tensor]:
         """Five feature maps, finest first: ``(B, 2^i · C, *⌈S/2^i⌉)`` with `i` from 0 to 4.

@@ -47,6 +47,7 @@ class Call:
         dropout: whether attention dropout is on.
         backward: whether this is the gradient computation.
         heads: attention heads (0 for operators without).
+        channels: of a convolution's two inputs and its output.
     """
 
     operator: str
@@ -57,6 +58,7 @@ class Call:
     dropout: bool = False
     backward: bool = False
     heads: int = 0
+    channels: tuple[int, ...] = ()
 
 
 def load(name: str) -> ModuleType:
@@ -122,6 +124,20 @@ def forced_or_environment(forced: str) -> str:
     if not forced and (from_environment := os.environ.get("SWIN_KERNELS_BACKEND", "")):
         return check_name(from_environment, "SWIN_KERNELS_BACKEND")
     return forced
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(
+    operator: str, device: str, dtype: torch.dtype, window: tuple[int, ...] = (), channels: tuple[int, ...] = ()
+) -> bool:
+    """Whether `operator` has a kernel here, beside the reference.
+
+    A backend that is forced, for the attention say, and has none of this operator leaves it to PyTorch.
+    """
+    call = Call(operator, device, dtype, head_dim=0, window=window, channels=channels)
+    if forced := forced_or_environment(forced_name(operator, None)):
+        return forced != "reference" and decline_reason(forced, call) is None
+    return select(call) is not load("reference")
 
 
 def select(call: Call, forced: str = "") -> ModuleType:

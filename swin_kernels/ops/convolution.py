@@ -72,9 +72,22 @@ def convolution(
     return torch.ops.swin_kernels.convolution(x, skip, weight, forced_name(_NAME, backend))
 
 
-def _engine(x: torch.Tensor, weight: torch.Tensor, backend: str, backward: bool = False):
-    call = Call(_NAME, x.device.type, x.dtype, head_dim=0, window=tuple(weight.shape[2:]), backward=backward)
+def _engine(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, backend: str, backward: bool = False):
+    call = Call(
+        _NAME,
+        x.device.type,
+        x.dtype,
+        head_dim=0,
+        window=tuple(weight.shape[2:]),
+        backward=backward,
+        channels=channels_of(x, skip, weight),
+    )
     return select(call, backend).convolution
+
+
+def channels_of(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> tuple[int, int, int]:
+    """`Call.channels`: of `x`, of `skip` (0 for None) and of the output."""
+    return x.shape[1], 0 if skip is None else skip.shape[1], weight.shape[0]
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -83,12 +96,12 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _forward(x, skip, weight, backend):
-    out = _engine(x, weight, backend).forward(_rows(x), _rows(skip), weight.contiguous())
+    out = _engine(x, skip, weight, backend).forward(_rows(x), _rows(skip), weight.contiguous())
     return out.movedim(-1, 1)  # (B, C_out, *S)
 
 
 def _backward(grad_out, x, skip, weight, wanted, backend):
-    engine = _engine(x, weight, backend, backward=True)
+    engine = _engine(x, skip, weight, backend, backward=True)
     rows = [_rows(t) for t in (grad_out, x, skip)]
     grad_x, grad_skip, grad_weight = engine.backward(*rows, weight.contiguous(), wanted)
     volumes = [x.new_empty((0,)) if g is None else g.movedim(-1, 1) for g in (grad_x, grad_skip)]  # (B, C, *S) each

@@ -114,6 +114,8 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
 def _volume(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """``(B, *S, C)`` to ``(B, C, *S)`` in the memory format of `like`."""
     volume = rows.movedim(-1, 1)  # (B, C, *S)
+    if like.movedim(1, -1).is_contiguous():  # then a tensor like it has its strides
+        return volume.as_strided(volume.shape, like.stride())
     strides = torch.empty_like(like, device="meta").stride()
     wanted = zip(volume.shape, volume.stride(), strides, strict=True)
     if all(extent == 1 or own == other for extent, own, other in wanted):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..backends import Call, decline_reason, forced_name, forced_or_environment, load
 from ..geometry import WindowGrid, bias_table_length
 from ._library import FLOATING, NAMESPACE, autocast_is_on, check_tensor, check_volume, check_windows, define, library
+from .layer_norm import autocast_layer_norm
 from .window_attention import window_attention
 
 _NAME = "projected_window_attention"
@@ -93,7 +94,8 @@ def projected_window_attention(
     window, shift = check_windows(_NAME, x.dim() - 2, window_size, shift_size)
     apart = autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1
     if apart or (differentiated and declined(x, weight, bias_table, window, forced_name(_NAME, backend), True)):
-        x = _layer_norm(x, norm_weight, norm_bias, norm_eps)
+        if norm_eps is not None:
+            x = autocast_layer_norm(x, norm_weight, norm_bias, norm_eps, for_linear=True)
         qkv = F.linear(x, weight, bias)  # (B, *S, 3C)
         out = window_attention(qkv, bias_table, window_size, shift_size, pad_qkv=bias, scale=scale, backend=backend)
         return _linear(out, out_weight, out_bias)  # (B, *S, C)

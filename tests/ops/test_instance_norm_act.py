@@ -76,7 +76,7 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return x.contiguous()
 
 
-def make_inputs(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[torch.Tensor], torch.Tensor]:
     """`x`, the residual if there is one, and the gradient of the output."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
 
@@ -85,8 +85,8 @@ def make_inputs(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], tor
 
     x, residual = (case.deviation * (normal() + case.mean) for _ in range(2))
     leaves = [x] if case.residual == "none" else [x, residual]
-    leaves = [laid_out(t.to(dtype), case.layout).detach().requires_grad_() for t in leaves]
-    return leaves, laid_out(normal().to(dtype), case.layout)
+    leaves = [laid_out(t.to(device, dtype), case.layout).detach().requires_grad_() for t in leaves]
+    return leaves, laid_out(normal().to(device, dtype), case.layout)
 
 
 def plain(case: Case, leaves: list[torch.Tensor]) -> torch.Tensor:
@@ -112,7 +112,12 @@ def fused(case: Case, leaves: list[torch.Tensor], backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_contract(backend, case, dtype):
-    leaves, grad_out = make_inputs(case, dtype)
+    check(backend, case, dtype)
+
+
+def check(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The contract, forward and backward."""
+    leaves, grad_out = make_inputs(case, dtype, device)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     results = {}
     for name, run, inputs in (
@@ -140,9 +145,13 @@ def test_result_has_the_memory_format_of_x(backend, shape, layout):
 
 @pytest.mark.parametrize("residual", ["none", "plain", "normalized"])
 def test_large_means(backend, residual):
+    check_large_means(backend, residual)
+
+
+def check_large_means(backend: str, residual: str, device: str = "cpu") -> None:
     """The variance is that of what is left of x when its mean is gone, however large that is."""
     case = Case("large mean", (1, 6, 20, 20, 20), residual, mean=1e4)
-    leaves, _ = make_inputs(case, torch.float32)
+    leaves, _ = make_inputs(case, torch.float32, device)
     truth = plain(case, [leaf.detach().double() for leaf in leaves])
     # float32 holds the mean to 5e-4 of a deviation.
     assert largest(fused(case, leaves, backend) - truth) <= 2e-3

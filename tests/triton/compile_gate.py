@@ -23,7 +23,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from swin_kernels.backends.triton import bias, window_attention, window_partition
+from swin_kernels.backends.triton import (
+    bias,
+    convolution,
+    instance_norm_act,
+    layer_norm,
+    window_attention,
+    window_partition,
+)
 from swin_kernels.backends.triton.tiles import Key, Tile, choose
 from swin_kernels.backends.triton.windows import Windows
 
@@ -41,7 +48,14 @@ MODULES = {
     "reduce_to_table": bias,
     "partition": window_partition,
     "reverse": window_partition,
+    **dict.fromkeys(
+        ("measure", "join", "normalize", "normalize_small", "sum_gradients", "differentiate", "differentiate_small"),
+        instance_norm_act,
+    ),
+    **dict.fromkeys(("normalize_rows", "differentiate_rows"), layer_norm),
+    **dict.fromkeys(("convolve", "convolve_few"), convolution),
 }
+NORMS = (instance_norm_act, layer_norm)
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,7 @@ class Subject:
     dropout: bool = False
     expanded: bool = True
     tokens: int = 343
+    residual: str = "none"
 
     @property
     def tile(self) -> Tile:
@@ -88,6 +103,10 @@ def subjects() -> list[Subject]:
             Subject(kernel, 90, head_dim=64),
             Subject(kernel, 90, head_dim=128),
         ]
+    for kernel, module in MODULES.items():
+        if module is instance_norm_act and kernel != "join":
+            found += [Subject(kernel, 90, residual="normalized"), Subject(kernel, 90, dtype="fp32", residual="plain")]
+    found.append(Subject("convolve", 90, residual="plain"))
     return found
 
 
@@ -120,13 +139,14 @@ def compile_subject(subject: Subject):
     tile = subject.tile
     elements = dict.fromkeys(
         ("grad_out", "qkv", "pad_qkv", "out", "grad_qkv", "volume", "windows"), f"*{subject.dtype}"
-    )
+    ) | dict.fromkeys(("x", "residual", "grad_x", "grad_residual"), f"*{subject.dtype}")
     if subject.kernel in SCORE_KERNELS:
         elements["windows"] = "i32"
     stored = "fp32" if subject.dtype == "fp32" else "fp16"
     pointers = {
         **{name: kind for name, kind in elements.items() if kind.startswith("*")},
         **dict.fromkeys(("lse", "rows", "grad_pad_parts", "grad_bias", "table", "grad_table"), "*fp32"),
+        **dict.fromkeys(("found", "statistics", "sums", "weight", "bias"), "*fp32"),
         "bias_source": f"*{stored if subject.expanded else 'fp32'}",
         "tiles": f"*{stored}",
         "bits": "*i32",
@@ -134,7 +154,8 @@ def compile_subject(subject: Subject):
     }
     scalars = {
         **dict.fromkeys(("heads", "windows", "threshold", "first_head", "parts", "padded", "channels", "n"), "i32"),
-        **dict.fromkeys(("scale", "factor", "keep_scale"), "fp32"),
+        **dict.fromkeys(("part_rows", "rows", "depth", "height", "width"), "i32"),
+        **dict.fromkeys(("scale", "factor", "keep_scale", "eps", "slope"), "fp32"),
         "w": Windows(*["fp32"] * len(Windows._fields)),
     }
     constants = {
@@ -155,16 +176,72 @@ def compile_subject(subject: Subject):
     }
     if MODULES[subject.kernel] is window_partition:
         constants["CHANNELS"] = window_partition.MAX_CHANNELS
+    if MODULES[subject.kernel] in NORMS:
+        constants |= _norm_constants(subject)
+        pointers["rows"] = None  # a number here
+    if subject.kernel == "convolve_few":
+        constants |= {"KERNEL": 3, "INPUTS": 1, "PRODUCTS": 32}
+        constants |= {"VOXELS": convolution.FEW_VOXELS, "CHANNELS": convolution.FEW_CHANNELS}
+    if subject.kernel == "convolve":
+        cut = convolution.tile_for(48, 48)
+        constants |= {"KERNEL": 3, "INPUTS": cut.read, "STAGES": cut.stages, "SKIP": subject.residual != "none"}
+        constants |= {"VOXELS": cut.voxels, "CHANNELS": convolution.MOST_OUTPUTS}
+    if MODULES[subject.kernel] is convolution:
+        pointers |= dict.fromkeys(("weight", "skip"), f"*{subject.dtype}")
+        scalars |= dict.fromkeys(("inputs", "beside"), "i32")
     signature = {name: pointers.get(name) or scalars.get(name) or "constexpr" for name in kernel.arg_names}
-    aligned = {*pointers, "channels"}  # as at a launch: memory from PyTorch's allocator, channels a multiple of 16
+    aligned = {
+        *pointers,
+        "channels",
+        "inputs",
+        "beside",
+    }  # as at a launch: memory from PyTorch's allocator, channels a multiple of 16
     source = ASTSource(
         kernel,
         signature,
         {name: constants[name] for name, kind in signature.items() if kind == "constexpr"},
         {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned},
     )
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    warps = (
+        convolution.tile_for(48, 48).warps
+        if subject.kernel == "convolve"
+        else getattr(MODULES[subject.kernel], "WARPS", tile.warps)
+    )
+    options = {"num_warps": warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", subject.architecture, 32), options=options)
+
+
+def _tile_in_words(subject: Subject) -> str:
+    module = MODULES[subject.kernel]
+    if module in NORMS:
+        constants = _norm_constants(subject)
+        return f"{constants['ROWS']}x{constants['CHANNELS']} warps {module.WARPS}"
+    if subject.kernel == "convolve":
+        cut = module.tile_for(48, 48)
+        return f"{cut.voxels}x{module.MOST_OUTPUTS} warps {cut.warps} stages {cut.stages}"
+    if subject.kernel == "convolve_few":
+        return f"{module.FEW_VOXELS}x{module.FEW_CHANNELS} warps {module.WARPS}"
+    tile = subject.tile
+    return f"{tile.rows}x{tile.columns} warps {tile.warps} stages {tile.stages}"
+
+
+def _norm_constants(subject: Subject) -> dict[str, int | bool]:
+    """At 48 channels; `join` of 512 parts."""
+    channels = instance_norm_act.SMALL_CHANNELS if subject.kernel.endswith("small") else 64
+    halved = subject.residual == "normalized" and subject.kernel in (
+        "sum_gradients",
+        "differentiate",
+        "differentiate_small",
+    )
+    return {
+        "CHANNELS": instance_norm_act.JOINED_CHANNELS if subject.kernel == "join" else channels,
+        "ROWS": MODULES[subject.kernel].ELEMENTS // (2 if halved else 1) // channels,
+        "WEIGHT": True,
+        "BIAS": True,
+        "PARTS": 512,
+        "RESIDUAL": ("none", "plain", "normalized").index(subject.residual),
+        "FROM_OUTPUT": subject.residual == "none",
+    }
 
 
 def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[sass.Instruction]]:
@@ -200,12 +277,12 @@ def report(subject: Subject) -> Report:
     flags = ("shifted", "padded", "dropout", "expanded")
     names = [subject.dtype, f"head_dim {subject.head_dim}", *(flag for flag in flags if getattr(subject, flag))]
     if subject.kernel not in SCORE_KERNELS:
-        names = [subject.dtype]
+        names = [subject.dtype, f"residual {subject.residual}"] if subject.residual != "none" else [subject.dtype]
     return Report(
         kernel=subject.kernel,
         architecture=subject.architecture,
         variant=" ".join(names),
-        tile=f"{tile.rows}x{tile.columns} warps {tile.warps} stages {tile.stages}",
+        tile=_tile_in_words(subject),
         registers=resources["REG"],
         shared_bytes=compiled.metadata.shared,
         spills=sass.count(instructions, "LDL|STL"),

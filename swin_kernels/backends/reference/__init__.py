@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from .. import Call
-from . import convolution, instance_norm_act, window_attention, window_partition
+from . import convolution, instance_norm_act, layer_norm, window_attention, window_partition
 
-__all__ = ["convolution", "instance_norm_act", "supports", "unavailable", "window_attention", "window_partition"]
+__all__ = [
+    "convolution",
+    "instance_norm_act",
+    "layer_norm",
+    "supports",
+    "unavailable",
+    "window_attention",
+    "window_partition",
+]
 
 
 def unavailable() -> str | None:

@@ -143,6 +143,11 @@ def _architecture(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a device."""
+    return _architecture(device)[1]
+
+
 def key_of(step: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int) -> Key:
     """The key of a call."""
     return key_for(step, _architecture(device)[0], dtype.itemsize, head_dim, tokens)
@@ -157,4 +162,4 @@ def key_for(step: str, architecture: int, element_size: int, head_dim: int, toke
 
 def parts(tile: Tile, owners: int, windows: int, device: torch.device) -> int:
     """Into how many parts the windows are dealt when `owners` programs each walk over all of a part's windows."""
-    return max(1, min(windows, tile.programs * _architecture(device)[1] // owners))
+    return max(1, min(windows, tile.programs * multiprocessors(device) // owners))
