@@ -3,6 +3,7 @@
 from . import modules
 from .accelerate import accelerate, restore
 from .backends import use_backend
+from .cuda_graph import graphed
 from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
 from .ops.window_attention import explain, window_attention
@@ -15,6 +16,7 @@ __all__ = [
     "accelerate",
     "convolution",
     "explain",
+    "graphed",
     "instance_norm_act",
     "modules",
     "restore",

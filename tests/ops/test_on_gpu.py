@@ -8,8 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from swin_kernels import use_backend, window_attention, window_partition, window_reverse
-from swin_kernels.backends import load
+from swin_kernels import (
+    convolution,
+    graphed,
+    instance_norm_act,
+    use_backend,
+    window_attention,
+    window_partition,
+    window_reverse,
+)
+from swin_kernels.backends import Call, decline_reason, load
+from tests.ops import test_instance_norm_act, test_layer_norm
 from tests.ops.cases import Case, cases, check_forward_backward, gradients, make_inputs, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -117,6 +126,38 @@ def test_cuda_graph(backend):
         assert torch.equal(value, expected)
 
 
+class Attention(torch.nn.Module):
+    """Window attention of a volume by weights; returns what `graphed` has to find its way through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(48, 144)
+        self.table = torch.nn.Parameter(torch.randn(13**3, 3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+        return {"out": [window_attention(self.qkv(x), self.table, 7, 3)]}
+
+
+def test_graphed(backend):
+    """The same results as without a graph, for each shape; weights written in place and weights that moved are seen."""
+    net = Attention().cuda().eval()
+    run_graph = graphed(net, most_graphs=2)
+    results = []
+    with torch.autocast("cuda", torch.bfloat16):
+        for mode in (torch.no_grad, torch.inference_mode):
+            for extent in (9, 14, 9):
+                with mode():
+                    x = torch.randn(1, extent, 9, 8, 48, device="cuda")
+                    results.append((run_graph(x)["out"][0], net(x)["out"][0]))
+        with torch.no_grad():
+            net.table.mul_(-1)
+            results.append((run_graph(x)["out"][0], net(x)["out"][0]))
+            net.table = torch.nn.Parameter(torch.randn_like(net.table))
+            results.append((run_graph(x)["out"][0], net(x)["out"][0]))
+    for value, expected in results:  # none was overwritten by a later one
+        assert torch.equal(value, expected)
+
+
 def test_memory(backend):
     """Training keeps the output and one float a score row; scores are never stored."""
     case = PRODUCTION[0]
@@ -141,6 +182,117 @@ def test_partition(shape, dtype):
     windows = window_partition(x, 7, 3)
     assert torch.equal(windows, window_partition(x, 7, 3, backend="reference"))
     assert torch.equal(window_reverse(windows, 7, 3, shape[1:-1]), x)
+
+
+NORMS = {"instance_norm_act": test_instance_norm_act, "layer_norm": test_layer_norm}
+NORM_CALLS = [
+    pytest.param(name, case, dtype, id=f"{name}, {case.name}, {dtype}")
+    for name, module in NORMS.items()
+    for case in module.CASES
+    for dtype in DTYPES
+]
+
+
+@pytest.fixture
+def norms(backend) -> str:
+    """The backend, which has kernels for norms."""
+    if not hasattr(load(backend), "layer_norm"):
+        pytest.skip(f"backend {backend}: it has no kernels for norms")
+    return backend
+
+
+@pytest.mark.parametrize(("name", "case", "dtype"), NORM_CALLS)
+def test_norm(norms, name, case, dtype):
+    NORMS[name].check(norms, case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("residual", ["none", "normalized"])
+def test_norm_of_large_means(norms, residual):
+    test_instance_norm_act.check_large_means(norms, residual, "cuda")
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+def test_norm_rounds_once(norms, out_dtype):
+    test_layer_norm.check_rounding(norms, torch.bfloat16, out_dtype, "cuda")
+
+
+VOLUMES = [(1, 48, 96, 96, 96), (2, 96, 24, 24, 24), (1, 768, 3, 3, 3)]
+
+
+@pytest.mark.parametrize("residual", ["none", "plain", "normalized"])
+@pytest.mark.parametrize("shape", VOLUMES, ids=str)
+def test_instance_norms_of_production_shapes(norms, shape, residual):
+    """Against PyTorch's layers in float64; twice the same; in place the same; and captured in a CUDA graph."""
+    case = test_instance_norm_act.Case("production", shape, residual)
+    leaves, grad_out = test_instance_norm_act.make_inputs(case, torch.bfloat16, "cuda")
+
+    def compute(name: str) -> list[torch.Tensor]:
+        out = test_instance_norm_act.fused(case, leaves, name)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+
+    value, again = compute(norms), compute(norms)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = test_instance_norm_act.plain(case, wide)
+    truth = [out.detach(), *torch.autograd.grad(out, wide, grad_out.double())]
+    for v, t in zip(value, truth, strict=True):
+        assert (v.double() - t).norm() <= 1e-2 * t.norm()
+    assert all(torch.equal(a, b) for a, b in zip(value, again, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = compute(norms)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(value, captured, strict=True))
+    with torch.no_grad():
+        inplace = instance_norm_act(
+            leaves[0], *leaves[1:], normalize_residual=residual == "normalized", inplace=True, backend=norms
+        )
+    assert torch.equal(inplace, value[0])
+
+
+CONVOLUTIONS = [
+    pytest.param((1, 1, 96, 96, 96), 0, 48, id="the first"),
+    pytest.param((2, 4, 20, 13, 30), 0, 48, id="four channels"),
+    pytest.param((1, 48, 96, 96, 96), 0, 48, id="48 channels"),
+    pytest.param((2, 48, 20, 13, 30), 48, 48, id="a concatenation"),
+    pytest.param((1, 96, 24, 24, 24), 96, 64, id="a wide concatenation"),
+]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "beside", "channels"), CONVOLUTIONS)
+def test_convolution(backend, shape, beside, channels, dtype, kernel):
+    """Against PyTorch's in float64, and twice the same."""
+    call = Call("convolution", "cuda", dtype, 0, (kernel,) * 3, channels=(shape[1], beside, channels))
+    if reason := decline_reason(backend, call):
+        pytest.skip(f"backend {backend}: {reason}")
+
+    def volume(channels: int) -> torch.Tensor:
+        values = torch.randn(shape[0], channels, *shape[2:], device="cuda", dtype=dtype)
+        return values.contiguous(memory_format=torch.channels_last_3d)
+
+    x, skip = volume(shape[1]), volume(beside) if beside else None
+    weight = torch.randn(channels, shape[1] + beside, *[kernel] * 3, device="cuda", dtype=dtype)
+    both = x if skip is None else torch.cat([x, skip], 1)
+    truth = torch.nn.functional.conv3d(both.double(), weight.double(), padding=kernel // 2)
+    value = convolution(x, weight, skip, backend=backend)
+    assert (value.double() - truth).norm() <= (1e-2 if dtype == torch.bfloat16 else 2e-3) * truth.norm()
+    assert torch.equal(value, convolution(x, weight, skip, backend=backend))
+
+
+def test_instance_norm_beyond_32_bits(norms):
+    """The last voxels of a volume of more than 2^31 elements."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    x = torch.zeros(1, 48, 360, 360, 352, dtype=torch.float16, device="cuda").to(memory_format=torch.channels_last_3d)
+    assert x.numel() > 2**31
+    x[..., -1, -1] = 3
+    expected = x[0, 0].double()
+    expected = ((expected - expected.mean()) / expected.std(correction=0)).half()
+    with torch.no_grad():
+        instance_norm_act(x, inplace=True, negative_slope=1.0)
+    assert (x[0, 47] - expected).abs().max() <= 1e-2 * expected.abs().max()
+    assert (x[0, 0] - x[0, 47]).abs().max() == 0
 
 
 def test_offsets_beyond_32_bits():
