@@ -1,4 +1,4 @@
-"""The GPU tests, dealt out to processes, and the four sanitizers beside them."""
+"""The GPU tests, dealt out to processes, and four sanitizers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GIB_OF_WORKER = 6
 """Of GPU memory: its context, and the float64 truth of the largest test."""
 
 GIB_BESIDE = 24
-"""Of GPU memory, for what runs beside the tests: sanitizers, and models that are compiled."""
+"""Of GPU memory, for what runs beside the tests: models that are compiled."""
 
 SECONDS_OF_TEST, SECONDS_OF_SANITIZER = 1.5, 60
 """Expected on a GPU: Triton compiles in most tests, a sanitizer is a hundred times slower than the kernels."""
@@ -148,7 +148,7 @@ def sanitizers(place: Workplace, simulated: bool, limit: Callable[[], float]) ->
     tool = find_tool("compute-sanitizer")
     found = []
     for check in counters.CHECKS:
-        row = Row("correctness", f"sanitizer {check}", "every kernel", "ours")
+        row = Row("sanitizers", f"sanitizer {check}", "every kernel", "ours")
         if tool is None:
             place.add(replace(row, status="skipped: compute-sanitizer was not found"))
             continue

@@ -14,12 +14,12 @@ CORE = ("attention core, forward", "attention core, backward")
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of one row.
+    """A figure of the rows of one measurement.
 
     Attributes:
         wording: the goal.
-        measure, shape, variant: the row.
-        figure: from the row, None where it does not have it.
+        measure, shape: the rows.
+        figure: from the rows by their variants, None where they do not have it.
         limit: of the figure; `most` says whether it must not exceed it or must reach it.
         form: how the figure is written.
     """
@@ -27,46 +27,82 @@ class Goal:
     wording: str
     measure: str
     shape: str
-    variant: str
-    figure: Callable[[Row], float | None]
+    figure: Callable[[dict[str, Row]], float | None]
     limit: float
     most: bool
     form: str
 
     def state(self, rows: list[Row]) -> tuple[str, str]:
         """The figure in words, and "met", "missed" or "unmeasured"."""
-        key = (self.measure, self.shape, self.variant)
-        found = (self.figure(row) for row in rows if (row.measure, row.shape, row.variant) == key)
-        value = next((value for value in found if value is not None), None)
+        value = self.figure({r.variant: r for r in rows if (r.measure, r.shape) == (self.measure, self.shape)})
         if value is None:
             return "–", "unmeasured"
         met = value <= self.limit if self.most else value >= self.limit
         return self.form.format(value), "met" if met else "missed"
 
 
-def _floors(row: Row) -> float | None:
-    return row.p50 / row.floor if row.p50 is not None and row.floor is not None else None
-
-
-def _ratio(row: Row) -> float | None:
-    return row.ratio
-
-
 def _core(measure: str, limit: float) -> Goal:
+    def floors(rows: dict[str, Row]) -> float | None:
+        own = rows.get("ours")
+        return own.p50 / own.floor if own and own.p50 is not None and own.floor is not None else None
+
     wording = f"{measure}, {STAGE_1}: at most {limit:g} floors"
-    return Goal(wording, measure, STAGE_1, "ours", _floors, limit, True, "{:.2f} floors")
+    return Goal(wording, measure, STAGE_1, floors, limit, True, "{:.2f} floors")
 
 
 def _copy(measure: str) -> Goal:
-    wording = f"{measure}, {STAGE_1}: at least 85% of a copy's bandwidth"
-    return Goal(wording, measure, STAGE_1, "copy of as many bytes", _ratio, 0.85, False, "{:.0%}")
+    def share(rows: dict[str, Row]) -> float | None:
+        return rows["copy of as many bytes"].ratio if "copy of as many bytes" in rows else None
 
+    wording = f"{measure}, {STAGE_1}: at least 85% of a copy's bandwidth"
+    return Goal(wording, measure, STAGE_1, share, 0.85, False, "{:.0%}")
+
+
+def _times(measure: str, peer: str, limit: float, called: str = "") -> Goal:
+    """The peer takes at least `limit` times as long as ours beside it."""
+
+    def ratio(rows: dict[str, Row]) -> float | None:
+        return rows[peer].ratio if peer in rows else None
+
+    wording = f"{measure}, {STAGE_1}: {called or peer} takes at least {limit:g} times as long"
+    return Goal(wording, measure, STAGE_1, ratio, limit, False, "{:.2f}×")
+
+
+def _in_a_graph(mode: str, limit: float) -> Goal:
+    """MONAI's network as it is takes at least `limit` times as long as ours in a CUDA graph."""
+
+    def ratio(rows: dict[str, Row]) -> float | None:
+        pair = [rows[name].p50 for name in ("MONAI", "ours in a CUDA graph") if name in rows]
+        return pair[0] / pair[1] if len(pair) == 2 and None not in pair else None
+
+    wording = f"{mode} in a CUDA graph, {MODEL}: MONAI takes at least {limit:g} times as long"
+    return Goal(wording, f"model, {mode}", MODEL, ratio, limit, False, "{:.2f}×")
+
+
+def _memory(limit: float) -> Goal:
+    def share(rows: dict[str, Row]) -> float | None:
+        pair = [rows[name].extra_mib for name in ("ours", "MONAI") if name in rows and rows[name].extra_mib]
+        return pair[0] / pair[1] if len(pair) == 2 else None
+
+    wording = f"memory of a training step, {MODEL}: at most {limit:.0%} of what MONAI needs"
+    return Goal(wording, "model, training step", MODEL, share, limit, True, "{:.0%}")
+
+
+EAGER = "what MONAI computes, in plain PyTorch,"
+BRANCH = ("attention branch, forward", "attention branch, forward + backward")
 
 GOALS = (
     _core(CORE[0], 1.6),
     _core(CORE[1], 2.2),
+    *(_times(measure, "FlexAttention", 3.0, "compiled FlexAttention") for measure in CORE),
+    _times(BRANCH[0], "plain PyTorch", 20.0, EAGER),
+    _times(BRANCH[0], "SDPA", 6.0),
+    _times(BRANCH[1], "plain PyTorch", 10.0, EAGER),
     _copy("window partition"),
     _copy("window reverse"),
+    _in_a_graph("inference", 4.0),
+    _in_a_graph("training step", 3.0),
+    _memory(0.5),
 )
 
 

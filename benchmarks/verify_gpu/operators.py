@@ -13,7 +13,7 @@ from swin_kernels import use_backend, warmup, window_partition, window_reverse
 from swin_kernels.backends import Call, decline_reason
 from swin_kernels.backends.cuda import preference
 
-from . import attention, faults
+from . import attention, decoder, faults
 from .attention import Inputs, Shape
 from .device import device_of
 from .measure import compare, guarded, relative_error, timing_row
@@ -192,9 +192,11 @@ def directed(core: Callable[[Inputs], torch.Tensor], t: Inputs, direction: str) 
 
 
 def timing_tasks(simulated: bool) -> list[Task]:
-    """The core at stages 1 to 4 in both directions: what the goals are about."""
+    """The core and the branch around it at stage 1, the core at stages 2 to 4: what the goals are about."""
     calls = [(shape, direction) for shape in some(STAGES, simulated) for direction in DIRECTIONS]
     own = [_timing(shape, direction, "core", "operators", simulated) for shape, direction in calls]
+    branch = [_timing(STAGES[0], d, "branch", "operators", simulated) for d in ("forward", "forward + backward")]
+    own[len(DIRECTIONS) : len(DIRECTIONS)] = branch
     return own if simulated else [*own, *(_flex(shape, direction) for shape, direction in calls)]
 
 
@@ -207,7 +209,6 @@ def other_tasks(simulated: bool) -> list[Task]:
             for shape in some(OTHERS, simulated)
             for direction in DIRECTIONS
         ),
-        *(_timing(STAGES[0], d, "branch", "rest", simulated) for d in ("forward", "forward + backward")),
         *(_timing(shape, "forward + backward", "branch", "rest", simulated) for shape in some(STAGES[1:], simulated)),
     ]
 
@@ -334,7 +335,7 @@ def small_calls(reporter: Reporter, check: str, simulated: bool = False) -> None
         for head_dim in (4,) if simulated else (16, 8, 32, 64):
             shape = replace(TINY, feature_size=3 * head_dim)
             backend = backends_of(simulated)[0]
-            mine = Row("correctness", f"sanitizer {check}", f"{dtype}, head_dim {head_dim}", backend)
+            mine = Row("sanitizers", f"sanitizer {check}", f"{dtype}, head_dim {head_dim}", backend)
             reporter.step(mine, "run", strikes=False)
             with device.traced(reporter.kernels):
                 reporter.strike()
@@ -343,6 +344,11 @@ def small_calls(reporter: Reporter, check: str, simulated: bool = False) -> None
                 windows = window_partition(t.qkv.detach(), shape.window, shape.shift, backend=backend)
                 window_reverse(windows, shape.window, shape.shift, shape.tokens, backend=backend)
                 device.check()
+        mine = Row("sanitizers", f"sanitizer {check}", f"{dtype}, norms and convolutions", "ours")
+        reporter.step(mine, "run", strikes=False)
+        with device.traced(reporter.kernels):
+            decoder.small_calls(device.name, DTYPES[dtype])
+            device.check()
 
 
 def one_call(reporter: Reporter, simulated: bool = False) -> None:

@@ -34,12 +34,14 @@ class Part:
 
 PARTS = (
     Part("probe", 30, "the machine and its ceilings; every kernel once, forward and backward, against float64"),
-    Part("correctness", 120, "the GPU tests and four sanitizers; compilations for later parts beside them"),
+    Part("correctness", 110, "the GPU tests; compilations for later parts beside them"),
     Part("model", 90, "Swin UNETR, inference and training step, ours and MONAI's; the dearest kernels"),
     Part("operators", 90, "attention at stages 1 to 4 beside floor, Triton, SDPA, FlexAttention; time per kernel"),
-    Part("counters", 60, "hardware counters of the three hot kernels"),
-    Part("sweeps", 80, "other cuts of the CUDA kernels, other tiles of Triton's"),
-    Part("rest", 70, "128³, feature size 24, the branch, partition"),
+    Part("decoder", 20, "norms and convolutions beside PyTorch's"),
+    Part("counters", 50, "hardware counters of the three hot kernels"),
+    Part("sanitizers", 60, "four sanitizers over every kernel"),
+    Part("sweeps", 50, "other cuts of the CUDA kernels, other tiles of Triton's"),
+    Part("rest", 40, "128³, feature size 24, partition"),
 )
 NAMES = tuple(part.name for part in PARTS)
 

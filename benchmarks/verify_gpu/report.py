@@ -9,7 +9,10 @@ from . import goals
 from .result import Row, newest
 
 PEERS = ("Triton", "SDPA", "plain PyTorch", "FlexAttention")
-MODEL_PEERS = ("MONAI", "MONAI flash", "MONAI compiled", "ours compiled", "ours in a CUDA graph")
+MODELS = (
+    *("ours in a CUDA graph", "ours compiled", "ours"),
+    *("MONAI in a CUDA graph", "MONAI compiled", "MONAI flash", "MONAI"),
+)
 
 
 def goal_table(rows: list[Row]) -> list[str]:
@@ -43,18 +46,17 @@ def core_table(rows: list[Row]) -> list[str]:
 
 
 def model_table(rows: list[Row]) -> list[str]:
-    """The whole model: medians, and how many times as long each other variant takes."""
-    own = [r for r in rows if r.measure.startswith("model, ") and r.variant == "ours" and r.p50 is not None]
-    own = [r for r in own if not r.measure.endswith(", kernels")]
-    if not own:
+    """The whole model: the median of each variant."""
+    medians: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.measure.startswith("model, ") and not row.measure.endswith(", kernels") and row.p50 is not None:
+            medians.setdefault((row.measure.removeprefix("model, "), row.shape), {})[row.variant] = row.p50
+    if not medians:
         return []
-    lines = [
-        f"| Swin UNETR | ours | {' | '.join(f'{peer} takes' for peer in MODEL_PEERS)} |",
-        f"|---|--:|{'--:|' * len(MODEL_PEERS)}",
-    ]
-    for row in own:
-        name = f"{row.measure.removeprefix('model, ')}, {row.shape}"
-        lines.append(f"| {name} | {row.p50:.1f} ms | {_ratios(rows, row, MODEL_PEERS)} |")
+    lines = [f"| Swin UNETR, ms | {' | '.join(MODELS)} |", f"|---|{'--:|' * len(MODELS)}"]
+    for (mode, shape), found in medians.items():
+        cells = (f"{found[name]:.1f}" if name in found else "–" for name in MODELS)
+        lines.append(f"| {mode}, {shape} | {' | '.join(cells)} |")
     return lines
 
 

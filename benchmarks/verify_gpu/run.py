@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import children, correctness, counters, models, operators, plan, probe, summary, sweeps
+from . import children, correctness, counters, decoder, models, operators, plan, probe, summary, sweeps
 from .children import ROOT, Child
 from .jobs import SPARED, Job, Measurement, Program, Queue, Workplace, together
 from .result import Result, Row, show
@@ -20,6 +21,9 @@ from .tasks import Task
 
 MOST_SMOKE = 8
 """Children at a time that check a kernel each."""
+
+MOST_COMPILING = 2
+"""Children at a time that compile beside the tests, each with threads of its own."""
 
 MOST_TIMING, LEAST_TIMING = 6.0, 0.2
 """Seconds of timing in one child."""
@@ -98,13 +102,10 @@ class Run:
             if len(lost) <= correctness.MOST_TRACED:
                 again.add(correctness.traced_test(self.place, self.tests, name, kind, self.test_limit))
 
-        jobs: list[Job] = [
-            *correctness.sanitizers(self.place, self.simulated, self._until_end),
-            correctness.tests(self.place, self.tests, self.test_limit, self._until_end, trace),
-        ]
+        tests = correctness.tests(self.place, self.tests, self.test_limit, self._until_end, trace)
         tasks = [*self._model_preparations(), *operators.warming_tasks(self.simulated)]
-        beside, most = [Measurement(self.place, task) for task in tasks], max(2, correctness.cores() // 4)
-        together(self.place, self.end, Queue(jobs, len(jobs)), again, Queue(beside, most, SPARED))
+        beside = [Measurement(self.place, task) for task in tasks]
+        together(self.place, self.end, Queue([tests]), again, Queue(beside, MOST_COMPILING, SPARED))
         self.compiled = tuple(
             (row.variant, row.measure.partition(", ")[2])
             for job in beside
@@ -159,11 +160,19 @@ class Run:
 
         return Program(self.place, row, command, read, self._until_end)
 
+    def decoder(self) -> None:
+        together(self.place, self.end, Queue(self._timed(decoder.tasks(self.simulated))))
+
+    def sanitizers(self) -> None:
+        jobs = correctness.sanitizers(self.place, self.simulated, self._until_end)
+        together(self.place, self.end, Queue(jobs, len(jobs) or 1))
+
     def sweeps(self) -> None:
+        together(self.place, self.end, Queue(self._timed(sweeps.tasks("cuda", self.simulated)), 1, SPARED))
         compilations = [Measurement(self.place, task) for task in sweeps.preparations(self.simulated)]
-        soon = time.monotonic() + self.left / 3
+        soon = time.monotonic() + self.left / 2
         together(self.place, soon, Queue(compilations, correctness.cores(), SPARED))
-        together(self.place, self.end, Queue(self._timed(sweeps.tasks(self.simulated)), 1, SPARED))
+        together(self.place, self.end, Queue(self._timed(sweeps.tasks("triton", self.simulated)), 1, SPARED))
         about = self.place.result.about
         if table := sweeps.tile_table(self.place.result.rows, about):
             self.place.result.keep("tiles.json", table.encode())
@@ -189,6 +198,7 @@ def run(given: argparse.Namespace, began: float) -> int:
     place = Workplace(result, given.silence, began)
     it = Run(place, given.simulated, given.tests or correctness.TESTS, given.test_limit, no_monai)
     stopped, part = "", chosen[0]
+    step_back()
     try:
         it.end = began + given.budget / 2
         it.describe()
@@ -204,6 +214,17 @@ def run(given: argparse.Namespace, began: float) -> int:
         place.close()
     show(summary.table(result, stopped))
     return 0 if result.sound and not stopped else 1
+
+
+def step_back() -> None:
+    """Leave the machine to others where they need it: it must go on answering, whatever the run asks of it.
+
+    Whoever starts the run may be lost with the machine, and all results with them; the run alone can be started again.
+    """
+    os.nice(5)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, correctness.cores() // 4)))
+    with contextlib.suppress(OSError):  # not Linux: the system chooses for itself whom it ends when memory runs out
+        Path("/proc/self/oom_score_adj").write_text("900")
 
 
 def import_monai(chosen: list[plan.Part]) -> str:
@@ -269,15 +290,12 @@ def _measured(tasks: list[Task], at_a_time: int = 1) -> tuple[int, int, float]:
 def _correctness_work(costs: plan.HostCosts) -> tuple[int, int, float]:
     workers = correctness.workers(None)
     tests = costs.collect + costs.tests * correctness.SECONDS_OF_TEST / workers
-    return (
-        len([*models.preparations(False), *operators.warming_tasks(False)]),
-        workers + len(counters.CHECKS),
-        max(tests, correctness.SECONDS_OF_SANITIZER),
-    )
+    return len([*models.preparations(False), *operators.warming_tasks(False)]), workers, tests
 
 
 def _sweeps_work(costs: plan.HostCosts) -> tuple[int, int, float]:
-    parts = (_measured(sweeps.preparations(False), correctness.cores()), _measured(sweeps.tasks(False)))
+    times = [*sweeps.tasks("cuda", False), *sweeps.tasks("triton", False)]
+    parts = (_measured(sweeps.preparations(False), correctness.cores()), _measured(times))
     return sum(children for children, _, _ in parts), 0, sum(work for _, _, work in parts)
 
 
@@ -289,7 +307,9 @@ WORK: dict[str, Callable[[plan.HostCosts], tuple[int, int, float]]] = {
     "correctness": _correctness_work,
     "model": lambda costs: _measured(models.tasks(False, ())),
     "operators": lambda costs: _measured(operators.timing_tasks(False)),
+    "decoder": lambda costs: _measured(decoder.tasks(False)),
     "counters": lambda costs: (0, 1, SECONDS_OF_COUNTERS),
+    "sanitizers": lambda costs: (0, len(counters.CHECKS), correctness.SECONDS_OF_SANITIZER),
     "sweeps": _sweeps_work,
     "rest": lambda costs: _measured(operators.other_tasks(False)),
 }

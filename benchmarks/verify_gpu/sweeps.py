@@ -99,20 +99,19 @@ def compile_tile(reporter: Reporter, row: dict, direction: str, tile: int) -> No
     torch.cuda.synchronize()
 
 
-def tasks(simulated: bool) -> list[Task]:
-    """The CUDA kernels' cuts, then Triton's tiles; stage 1 first."""
+def tasks(backend: str, simulated: bool) -> list[Task]:
+    """The candidates of a backend, those for stage 1 first."""
+    if backend == "triton" and simulated:
+        return []
+    # Stage 1 has most of the time, and Triton's tiles for it serve stages 2 and 3.
+    places = range(len(some(SHAPES, simulated))) if backend == "cuda" else (0,)
     found = []
-    for backend, place in itertools.product(
-        ("cuda",) if simulated else ("cuda", "triton"), range(len(some(SHAPES, simulated)))
-    ):
-        if backend == "triton" and place:  # stage 1 has most of the time, and its tiles serve stages 2 and 3
-            continue
-        for direction in DIRECTIONS:
-            count = len(_candidates(backend, direction, place))
-            for first in range(0, min(count, CHUNK) if simulated else count, CHUNK):
-                row = Row("sweeps", f"sweep {backend}, {direction}", f"{SHAPES[place]}, from {first}", DEFAULT)
-                arguments = {"backend": backend, "place": place, "direction": direction, "first": first}
-                found.append(Task("sweeps.sweep", {**arguments, "simulated": simulated}, row, 4, timed=True))
+    for place, direction in itertools.product(places, DIRECTIONS):
+        count = len(_candidates(backend, direction, place))
+        for first in range(0, min(count, CHUNK) if simulated else count, CHUNK):
+            row = Row("sweeps", f"sweep {backend}, {direction}", f"{SHAPES[place]}, from {first}", DEFAULT)
+            arguments = {"backend": backend, "place": place, "direction": direction, "first": first}
+            found.append(Task("sweeps.sweep", {**arguments, "simulated": simulated}, row, 4, timed=True))
     return found
 
 

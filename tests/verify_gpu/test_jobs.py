@@ -76,7 +76,7 @@ TOTAL, NO_SUMMARY = "1 error in all", "no summary: the check did not start, or w
 )
 def test_verdict_of_a_sanitizer(findings, why, ended, status):
     """What is found in PyTorch's kernels excuses neither a finding in ours nor a check that did not end."""
-    row = Row("correctness", "sanitizer initcheck", "every kernel", "ours")
+    row = Row("sanitizers", "sanitizer initcheck", "every kernel", "ours")
     found = correctness.verdict(row, findings, why, ended, ", at float32")
     assert found.status.startswith(status)
     assert found.faulty == (status != "ok")
