@@ -67,13 +67,13 @@ def _warm_up(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"argument --jobs: got {options.jobs}; accepted is at least 1")
     try:
-        blocks = warmup.blocks_of(
+        pieces = warmup.pieces_of(
             options.image, options.feature_size, options.window, options.batch, options.dtype, not options.inference
         )
     except ValueError as error:
         parser.error(f"argument --{error}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return 0 if warmup.show(warmup.warm_up(blocks, device, options.jobs), len(blocks)) else 1
+    return 0 if warmup.show(warmup.warm_up(pieces, device, options.jobs), len(pieces)) else 1
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The kernels of a Swin UNETR compiled and loaded before its first step: ``swin-kernels warmup``.
 
 A first step pays for Triton's compilations and the driver's of PTX, one after the other. Here the encoder's blocks run
-once, forward and backward, at their real extents, in processes beside each other: what they compile lies then in the
-caches on disk (Triton's, ``TRITON_CACHE_DIR``, and the driver's, ``CUDA_CACHE_PATH``) that every later process reads.
-Blocks that need the same kernels are run once. The decoder has nothing that is compiled when it runs.
+once, forward and backward, at their real extents, and the operators of each level of the decoder, in processes beside
+each other: what they compile lies then in the caches on disk (Triton's, ``TRITON_CACHE_DIR``, and the driver's,
+``CUDA_CACHE_PATH``) that every later process reads. Blocks that need the same kernels are run once.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,9 +24,12 @@ from typing import BinaryIO
 
 import torch
 
-from .backends import Call, select
+from .backends import Call, has_kernel, select
 from .geometry import WindowGrid
 from .modules import SwinTransformerBlock
+from .ops.convolution import convolution
+from .ops.instance_norm_act import instance_norm_act
+from .ops.layer_norm import autocast_layer_norm
 
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_JOBS = 16
@@ -52,11 +57,6 @@ class Block:
     dtype: str = "bfloat16"
     training: bool = True
 
-    @classmethod
-    def of(cls, values: dict) -> Block:
-        """From its fields as JSON has them."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
     @property
     def grid(self) -> WindowGrid:
         return WindowGrid.of(self.spatial, self.window, self.shift)
@@ -71,6 +71,69 @@ class Block:
         tokens, window = ("×".join(map(str, extents)) for extents in (self.spatial, self.grid.window))
         shifted = " shifted" if self.grid.is_shifted else ""
         return f"{tokens} tokens, {self.heads} heads of {self.channels // self.heads}, window {window}{shifted}"
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the decoder's blocks run at one resolution, and the norm of the features that come in there.
+
+    Attributes:
+        batch: volumes.
+        spatial: voxels of each axis.
+        channels: of the blocks.
+        image_channels: of the image, where this is its resolution; else 0.
+        dtype, training: as of `Block`.
+    """
+
+    batch: int
+    spatial: tuple[int, ...]
+    channels: int
+    image_channels: int = 0
+    dtype: str = "bfloat16"
+    training: bool = True
+
+    def __str__(self) -> str:
+        return f"{'×'.join(map(str, self.spatial))} voxels, {self.channels} channels"
+
+
+Piece = Block | Level
+
+
+def written(piece: Piece) -> dict:
+    """`piece` as JSON may hold it."""
+    return {"kind": type(piece).__name__, **asdict(piece)}
+
+
+def read(values: dict) -> Piece:
+    """The piece that `written` wrote."""
+    kind = {"Block": Block, "Level": Level}[values["kind"]]
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return kind(**{name: value for name, value in fields.items() if name != "kind"})
+
+
+def pieces_of(
+    image: Sequence[int],
+    feature_size: int = 48,
+    window_size: int = 7,
+    batch: int = 1,
+    dtype: str = "bfloat16",
+    training: bool = True,
+) -> list[Piece]:
+    """What runs all kernels of a Swin UNETR: `blocks_of` and `levels_of`."""
+    blocks = blocks_of(image, feature_size, window_size, batch, dtype, training)
+    return [*blocks, *levels_of(image, feature_size, batch, dtype, training)]
+
+
+def levels_of(
+    image: Sequence[int], feature_size: int = 48, batch: int = 1, dtype: str = "bfloat16", training: bool = True
+) -> list[Level]:
+    """The resolutions of a Swin UNETR from the image's to the deepest, for an image of one channel."""
+    found = []
+    for level, channels in enumerate((1, 1, 2, 4, 8, 16)):
+        spatial = tuple(extent // 2**level for extent in image)
+        if math.prod(spatial) > 1:  # no norm of a single voxel
+            found.append(Level(batch, spatial, channels * feature_size, int(level == 0), dtype, training))
+    return found
 
 
 def blocks_of(
@@ -114,8 +177,48 @@ def blocks_of(
     return list(found.values())
 
 
-def run(block: Block, device: str) -> str:
-    """Run `block` on `device` in this process; returns the backend of its attention."""
+def run(piece: Piece, device: str) -> str:
+    """Run `piece` on `device` in this process; returns the backend of its attention, or of its norms."""
+    backend = _run_level(piece, device) if isinstance(piece, Level) else _run_block(piece, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return backend
+
+
+def _run_level(level: Level, device: str) -> str:
+    dtype = getattr(torch, level.dtype)
+    low = dtype != torch.float32
+
+    def volume(channels: int) -> torch.Tensor:
+        rows = torch.randn(level.batch, *level.spatial, channels, device=device, dtype=dtype)
+        return rows.movedim(-1, 1).requires_grad_(level.training)  # (B, C, *S), channels last
+
+    x, skip = volume(level.channels), volume(level.channels)
+    sources = [(x, None), (x, skip)]
+    if level.image_channels:
+        sources.append((volume(level.image_channels).detach(), None))
+    results = []
+    with torch.set_grad_enabled(level.training), torch.autocast(device, dtype if low else None, enabled=low):
+        results += [
+            instance_norm_act(x),
+            instance_norm_act(x, skip),
+            instance_norm_act(x, skip, normalize_residual=True),
+        ]
+        results.append(autocast_layer_norm(x.movedim(1, -1)))
+        for (source, beside), kernel in itertools.product(sources, (3, 1)):
+            count = source.shape[1] + (0 if beside is None else beside.shape[1])
+            channels = (source.shape[1], count - source.shape[1], level.channels)
+            if has_kernel("convolution", device, dtype, (kernel,) * len(level.spatial), channels):
+                shape = (level.channels, count, *[kernel] * len(level.spatial))
+                weight = torch.randn(shape, device=device, requires_grad=level.training)
+                results.append(convolution(source, weight.to(dtype), beside))
+    if level.training:
+        for result in results:
+            result.float().sum().backward()
+    return select(Call("instance_norm_act", device, dtype, 0, ())).__name__.rpartition(".")[2]
+
+
+def _run_block(block: Block, device: str) -> str:
     dtype = getattr(torch, block.dtype)
     low = dtype != torch.float32
     module = SwinTransformerBlock(block.channels, block.heads, block.window, block.shift).to(device)
@@ -124,24 +227,22 @@ def run(block: Block, device: str) -> str:
         out = module(x)
     if block.training:
         out.float().sum().backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
     head_dim = block.channels // block.heads
     return select(Call("window_attention", device, dtype, head_dim, block.grid.window)).__name__.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a block: the backend of its attention and the seconds it took, or why it failed."""
+    """What became of a piece: the backend that `run` returned and the seconds it took, or why it failed."""
 
-    block: Block
+    piece: Piece
     backend: str = ""
     seconds: float = 0.0
     failure: str = ""
 
 
-def warm_up(blocks: Sequence[Block], device: str, jobs: int | None = None, limit: float = 600.0) -> Iterator[Outcome]:
-    """Run each block in a process of its own, which no other suffers from.
+def warm_up(pieces: Sequence[Piece], device: str, jobs: int | None = None, limit: float = 600.0) -> Iterator[Outcome]:
+    """Run each piece in a process of its own, which no other suffers from.
 
     Args:
         device: "cuda", the current device, or "cpu".
@@ -151,7 +252,7 @@ def warm_up(blocks: Sequence[Block], device: str, jobs: int | None = None, limit
     Yields:
         what became of each, as they end.
     """
-    waiting = deque(blocks)
+    waiting = deque(pieces)
     running: list[_Process] = []
     most = jobs or min(MOST_JOBS, len(os.sched_getaffinity(0)))
     try:
@@ -169,13 +270,13 @@ def warm_up(blocks: Sequence[Block], device: str, jobs: int | None = None, limit
 
 
 class _Process:
-    """A block in a fresh interpreter that leads a group: compilers that it started end with it."""
+    """A piece in a fresh interpreter that leads a group: compilers that it started end with it."""
 
-    def __init__(self, block: Block, device: str, limit: float) -> None:
-        self.block, self.limit, self.began = block, limit, time.monotonic()
+    def __init__(self, piece: Piece, device: str, limit: float) -> None:
+        self.piece, self.limit, self.began = piece, limit, time.monotonic()
         self.output, self.errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - as long as this
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, device, json.dumps(asdict(block))],
+            [sys.executable, "-m", __name__, device, json.dumps(written(piece))],
             stdout=self.output,
             stderr=self.errors,
             stdin=subprocess.DEVNULL,
@@ -191,11 +292,11 @@ class _Process:
             return None
         status = self.kill()
         if not ended:
-            return Outcome(self.block, failure=f"not done after {self.limit:g} s")
+            return Outcome(self.piece, failure=f"not done after {self.limit:g} s")
         if status == 0:
-            return Outcome(self.block, _last_line(self.output), seconds)
+            return Outcome(self.piece, _last_line(self.output), seconds)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return Outcome(self.block, failure=": ".join(filter(None, (how, _last_line(self.errors)))))
+        return Outcome(self.piece, failure=": ".join(filter(None, (how, _last_line(self.errors)))))
 
     def kill(self) -> int:
         """End it and all that it started; its exit status."""
@@ -215,15 +316,15 @@ def show(outcomes: Iterator[Outcome], count: int) -> bool:
     for outcome in outcomes:
         failed += bool(outcome.failure)
         ended = f"FAILED: {outcome.failure}" if outcome.failure else f"{outcome.seconds:6.1f} s  on {outcome.backend}"
-        print(f"{outcome.block!s:64}  {ended}", flush=True)
+        print(f"{outcome.piece!s:64}  {ended}", flush=True)
     said = f"{failed} of {count} FAILED" if failed else f"all {count} are warm"
     print(f"{said}, {time.monotonic() - began:.1f} s")
     return not failed
 
 
 def _main() -> None:
-    device, block = sys.argv[1], json.loads(sys.argv[2])
-    print(run(Block.of(block), device))
+    device, piece = sys.argv[1], json.loads(sys.argv[2])
+    print(run(read(piece), device))
 
 
 if __name__ == "__main__":

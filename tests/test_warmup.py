@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -47,10 +48,34 @@ def test_blocks_are_those_of_the_model(extent, window):
     assert len(blocks) == len(seen)
 
 
-def test_blocks_run_here():
-    """In this process, forward and backward; the backend is said."""
-    for block in warmup.blocks_of((32, 32), 12, dtype="float32"):
-        assert warmup.run(block, "cpu") in ("cpu", "reference")
+def test_levels_are_those_of_the_model():
+    """Shapes of what `instance_norm_act` normalizes in a real network, recorded on its way."""
+    from swin_kernels import convolution_blocks
+    from swin_unetr import SwinUNETR
+
+    seen = set()
+
+    def record(module, norm, x: torch.Tensor, *rest, **options) -> torch.Tensor:
+        seen.add((tuple(x.shape[2:]), x.shape[1]))
+        return x
+
+    network = SwinUNETR(1, 2, feature_size=12, window_size=2)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution_blocks, "_norm_act", record)
+        patch.setattr(convolution_blocks.ResidualBlock, "runs_fused", lambda self, x: True)
+        network(torch.zeros(1, 1, 64, 64, 32))
+    levels = warmup.levels_of((64, 64, 32), 12, dtype="float32", training=False)
+    assert {(level.spatial, level.channels) for level in levels} == seen
+    assert len(levels) == len(seen)
+
+
+@pytest.mark.parametrize("image", [(32, 32), (32, 32, 32)])
+def test_pieces_run_here(image):
+    """In this process, forward and backward; the backend is said. As JSON they are the same pieces."""
+    for piece in warmup.pieces_of(image, 12, dtype="float32"):
+        again = warmup.read(json.loads(json.dumps(warmup.written(piece))))
+        assert again == piece
+        assert warmup.run(again, "cpu") in ("cpu", "reference")
 
 
 def test_command_line():
@@ -58,14 +83,14 @@ def test_command_line():
         *("--image", "32", "32", "--window", "2", "--feature-size", "12", "--dtype", "float32", "--device", "cpu")
     )
     assert status == 0, output
-    blocks = warmup.blocks_of((32, 32), 12, window_size=2, dtype="float32")
-    assert [block.grid.is_shifted for block in blocks] == [False, True]
+    pieces = warmup.pieces_of((32, 32), 12, window_size=2, dtype="float32")
+    assert [piece.grid.is_shifted for piece in pieces if isinstance(piece, warmup.Block)] == [False, True]
     lines = output.splitlines()
-    assert len(lines) == len(blocks) + 1
-    for block in blocks:
-        [line] = [line for line in lines if line.startswith(f"{block}  ")]
+    assert len(lines) == len(pieces) + 1
+    for piece in pieces:
+        [line] = [line for line in lines if line.startswith(f"{piece}  ")]
         assert re.search(r"\d+\.\d s  on (cpu|reference)$", line)
-    assert lines[-1].startswith(f"all {len(blocks)} are warm")
+    assert lines[-1].startswith(f"all {len(pieces)} are warm")
 
 
 FAULTY = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -158,24 +158,24 @@ def warming_tasks(simulated: bool) -> list[Task]:
     return [
         Task(
             "operators.warm",
-            {"backend": backend, "block": asdict(block)},
-            Row("correctness", "warm-up", str(block), backend),
+            {"backend": backend, "piece": warmup.written(piece)},
+            Row("correctness", "warm-up", str(piece), backend),
             5,
         )
         for backend in backends_of(simulated)
-        for block in warmup.blocks_of(**settings)
+        for piece in (warmup.blocks_of if backend == "cuda" else warmup.pieces_of)(**settings)
     ]
 
 
-def warm(reporter: Reporter, row: dict, backend: str, block: dict) -> None:
-    """Run a block once: its kernels are in the caches afterwards."""
+def warm(reporter: Reporter, row: dict, backend: str, piece: dict) -> None:
+    """Run it once: its kernels are in the caches afterwards."""
     about = Row(**row)
     if not reporter.wants(about):
         return
     reporter.step(about, "run", limit=120)
     began = time.monotonic()
     with use_backend(backend):
-        warmup.run(warmup.Block.of(block), "cpu" if backend == "cpu" else "cuda")
+        warmup.run(warmup.read(piece), "cpu" if backend == "cpu" else "cuda")
     reporter.row(replace(about, value=time.monotonic() - began, unit="s"))
 
 
