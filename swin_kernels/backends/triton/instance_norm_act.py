@@ -409,7 +409,8 @@ def _run(x, residual, out, normalize_residual: bool, eps: float, slope: float) -
             normalize_small[grid](x, residual, out, statistics, voxels, channels, eps, slope, kind, **shape)
             return statistics
         found = x.new_empty((instances, cut.parts, 3 * pairs, channels), dtype=torch.float32)
-        measure[grid](x, residual, found, voxels, channels, cut.part_rows, cut.parts, kind, **shape)
+        measured = 2 if kind == 2 else 0  # a residual that is added as it is changes nothing here
+        measure[grid](x, residual, found, voxels, channels, cut.part_rows, cut.parts, measured, **shape)
         width = min(triton.next_power_of_2(channels), JOINED_CHANNELS)
         join[(triton.cdiv(channels, width), pairs, instances)](
             *(found, statistics, voxels, channels, cut.part_rows, cut.parts, eps),
