@@ -16,11 +16,15 @@ MODELS = (
 
 
 def goal_table(rows: list[Row]) -> list[str]:
-    """A table of the goals; one without its row is unmeasured."""
+    """A table of the goals that were measured, and how many were not."""
     lines = ["| goal | measured | |", "|---|--:|---|"]
+    unmeasured = 0
     for wording, figure, state in goals.states(rows):
-        lines.append(f"| {wording} | {figure} | {'**missed**' if state == 'missed' else state} |")
-    return lines
+        if state == "unmeasured":
+            unmeasured += 1
+        else:
+            lines.append(f"| {wording} | {figure} | {'**missed**' if state == 'missed' else state} |")
+    return [*lines, f"| {unmeasured} others | – | unmeasured |"] if unmeasured else lines
 
 
 def _ratios(rows: list[Row], ours: Row, peers: tuple[str, ...]) -> str:
@@ -71,14 +75,16 @@ def section(folder: Path) -> list[str]:
     if about["simulated"]:
         raise ValueError(f"{folder} is the result of a simulated device; accepted is one of a GPU")
     own = [row for row in rows if row.ours and not row.status.startswith("skipped: ")]
-    wrong = [row for row in own if row.faulty]
+    wrong = [row for row in own if row.faulty and not row.cut]
+    cut = sum(row.cut for row in own)
     names = ("driver", "torch", "cuda", "cudnn", "triton", "monai", "python", "commit")
     facts = ", ".join(f"{name} {about[name]}" for name in names if about.get(name) is not None)
     link = f"[{folder.name}](benchmarks/results/gpu/{folder.name}/gpu.json)"
     lines = [
         f"**{about.get('device') or 'a device that did not answer'}**: {facts}, {about['date'][:10]} ({link}).",
         "",
-        f"{len(wrong) or 'None'} of {len(own)} rows of ours has a fault{':' if wrong else '.'}",
+        f"{len(wrong) or 'None'} of {len(own)} rows of ours has a fault"
+        f"{f', {cut} were not done in time' if cut else ''}{':' if wrong else '.'}",
         *(f"- {row.measure}, {row.shape}, {row.variant}: {row.status}" for row in wrong),
         "",
         *goal_table(rows),

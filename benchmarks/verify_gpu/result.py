@@ -74,6 +74,11 @@ class Row:
         return self.variant not in PEERS
 
     @property
+    def cut(self) -> bool:
+        """Whether it was not done in time, which says nothing about the kernels."""
+        return self.status.startswith("cut: ")
+
+    @property
     def faulty(self) -> bool:
         """Whether something went wrong, or did not run for lack of time."""
         return self.status != "ok" and not self.status.startswith("skipped: ")
