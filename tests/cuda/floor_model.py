@@ -1,8 +1,8 @@
-"""What the compiled loops promise beside the floor, and beside Triton's loops: predictions, nothing here was measured.
+"""What the compiled loops promise beside the floor, what was measured of that, and the loops beside Triton's.
 
-``python -m tests.cuda.floor_model`` writes both into docs/cuda.md, from the committed tables of the two gates alone
-(``resources.csv``, ``launches.csv``, ``tests/triton/instruction_mix.csv``); `test_floor_model.py` holds the document to
-them.
+``python -m tests.cuda.floor_model`` writes it into docs/cuda.md, from the committed tables of the two gates
+(``resources.csv``, ``launches.csv``, ``tests/triton/instruction_mix.csv``) and the results in
+``benchmarks/results/gpu``; `test_floor_model.py` holds the document to them.
 
 A multiprocessor issues 4 warp instructions a clock, starts 16 exponentials, multiplies and adds 1,024 pairs of 16-bit
 values in its tensor cores, computes 128 lanes of float32 (64 in sm_80) and 64 of integers, and moves 32 words of shared
@@ -13,9 +13,13 @@ windows, rows and warps do not divide evenly, so that the busiest scheduler has 
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import dataclass
+
+from benchmarks.verify_gpu.goals import STAGE_1
+from benchmarks.verify_gpu.result import Row, newest
 
 from ..triton import compile_gate
 from . import builds, resource_gate
@@ -154,6 +158,31 @@ def predicted() -> list[str]:
     return lines
 
 
+def measured() -> list[str]:
+    """Markdown: clocks for 1,000 scores of stage 1 at 96³ as predicted for an H100 and as measured, run by run."""
+    lines = [
+        "| kernel | GPU | commit | predicted | measured | times as many |",
+        "|---|---|---|--:|--:|--:|",
+    ]
+    for file in sorted((builds.ROOT / "benchmarks" / "results" / "gpu").glob("*/gpu.json")):
+        result = json.loads(file.read_text())
+        about, rows = result["about"], newest([Row(**row) for row in result["rows"]])
+        for direction in KERNELS:
+            core = f"attention core, {direction}"
+            mine = [row for row in rows if (row.shape, row.variant) == (STAGE_1, "ours") and row.p50 is not None]
+            clock = next((row.clock_mhz for row in mine if row.measure == core), None)
+            times = {row.kernel: row.p50 for row in mine if row.measure == f"{core}, kernels"}
+            for one in predictions(direction, "sm_90a", 16):
+                if clock is None or one.kernel not in times:
+                    continue
+                clocks = times[one.kernel] * clock * 1e3 * about["multiprocessors"] / (SCORES / 1000)
+                lines.append(
+                    f"| `{one.kernel.split('<')[0]}` | {about['device']} | {about['commit']} | {one.taken:.0f} | "
+                    f"{clocks:.0f} | {clocks / one.taken:.1f} |"
+                )
+    return lines
+
+
 def beside_triton() -> list[str]:
     """Markdown: what the loops over scores execute per 1,000 scores in warp instructions, ours and Triton's."""
     _, ours = resource_gate.load(resource_gate.RESOURCES, Resources)
@@ -187,6 +216,10 @@ def section() -> str:
             "exponentials, from head_dim 32 on the products of the backward, at 64 also those of the forward.",
             "",
             *predicted(),
+            "",
+            "The same clocks as measured, on GPUs with the multiprocessors of an H100:",
+            "",
+            *measured(),
             "",
             "Warp instructions per 1,000 scores in the loops over scores, CUDA / Triton, all kernels of a direction:",
             "",
