@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from .backends import has_kernel
-from .ops.convolution import channels_of, convolution
+from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
 
 LEAST_VOXELS = 4096
@@ -119,17 +119,26 @@ def _slope(activation: nn.Module) -> float | None:
 
 def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
     """MONAI's `Convolution` of `x` beside `skip`; by the operator `convolution` where that is the same and faster."""
-    conv = getattr(module, "conv", None)
+    conv, dtype = getattr(module, "conv", None), _computed_dtype(x)
     if (
         x[0, 0].numel() >= LEAST_VOXELS
         and _is_plain_convolution(module, conv)
-        and (x.is_cuda or conv.weight.dtype == x.dtype == _computed_dtype(x))  # under autocast it casts on GPUs
-        and has_kernel(
-            "convolution", x.device.type, _computed_dtype(x), conv.kernel_size, channels_of(x, skip, conv.weight)
-        )
+        and (conv.weight.dtype == x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
+        and has_kernel("convolution", x.device.type, dtype, conv.kernel_size, _channels(conv, x, skip))
     ):
         return convolution(x, conv.weight, None if skip is None else skip.to(x.dtype))
     return module(_joined(x, skip))
+
+
+def _channels(conv: nn.Module, x: torch.Tensor, skip: torch.Tensor | None) -> tuple[int, ...]:
+    """`Call.channels` of `conv`."""
+    if skip is None:
+        first = conv.in_channels
+    elif x.shape[1] == conv.in_channels // 2:  # as in `UpBlock`; torch.compile may have a symbol for the extent of x
+        first = conv.in_channels // 2
+    else:
+        first = x.shape[1]
+    return first, conv.in_channels - first, conv.out_channels
 
 
 def _is_plain_convolution(module: nn.Sequential, conv: nn.Module | None) -> bool:

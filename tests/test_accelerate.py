@@ -14,7 +14,7 @@ from monai.networks.blocks import UnetrBasicBlock, UnetResBlock
 from monai.networks.nets import swin_unetr as monai
 
 import swin_unetr
-from swin_kernels import accelerate, convolution_blocks, modules, restore
+from swin_kernels import accelerate, convolution, convolution_blocks, modules, restore
 
 
 def monai_encoder(**options) -> monai.SwinTransformer:
@@ -327,3 +327,27 @@ def test_logits_are_contiguous_and_inputs_are_kept():
     with torch.no_grad():
         assert model(x).is_contiguous()
     assert torch.equal(x, before)
+
+
+def test_autocast_takes_the_operator_where_its_dtype_has_a_kernel(monkeypatch):
+    """The weight is float32 then; where there is no kernel, as on CPUs in bfloat16, PyTorch's convolution runs."""
+    torch.manual_seed(0)
+    module = nn.Sequential()
+    module.add_module("conv", nn.Conv3d(48, 16, 3, padding=1, bias=False))
+    x, skip = torch.randn(1, 32, 16, 16, 16), torch.randn(1, 16, 16, 16, 16)
+    asked, ran = [], []
+
+    def operator(*args):
+        ran.append(args)
+        return convolution(*args, backend="reference")
+
+    monkeypatch.setattr(convolution_blocks, "convolution", operator)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = convolution_blocks._convolve(module, x, skip)
+        assert not ran
+        monkeypatch.setattr(convolution_blocks, "has_kernel", lambda *call: asked.append(call) or True)
+        out = convolution_blocks._convolve(module, x, skip)
+    assert asked == [("convolution", "cpu", torch.bfloat16, (3, 3, 3), (32, 16, 16))]
+    assert len(ran) == 1
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)

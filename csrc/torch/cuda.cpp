@@ -215,6 +215,38 @@ Tensor window_reverse(Tensor windows, Ints window, Ints shift, Ints spatial) {
   return result;
 }
 
+// The weight as swin_cuda_convolution takes it.
+Tensor convolution_forward(Tensor x, std::optional<Tensor> skip, Tensor weight) {
+  const char* op = "convolution";
+  const int32_t device = x.get_device_index();
+  Ints sizes = shape(x);
+  require(sizes.size() == 5, op, "x has shape ", text(sizes), "; accepted is (B, D, H, W, C)");
+  require_dense(op, "x", x, device);
+  require(weight.dim() == 5, op, "weight has shape ", text(shape(weight)), "; accepted is (out, in, 27, 48, 48)");
+  SwinConvolution call{};
+  call.element = element_of(op, "x", x);
+  call.batch = sizes[0];
+  for (int axis = 0; axis < swin::kAxes; ++axis) call.spatial[axis] = sizes[static_cast<size_t>(axis) + 1];
+  call.channels = sizes.back();
+  call.out_channels = 48 * weight.size(0);
+  if (skip) {
+    call.skip_channels = skip->size(skip->dim() - 1);
+    Ints like = sizes;
+    like.back() = call.skip_channels;
+    require_like(op, "skip", *skip, like, x.scalar_type(), device);
+  }
+  const Ints packed{weight.size(0), (call.channels + call.skip_channels) / 48, 27, 48, 48};
+  require_like(op, "weight", weight, packed, x.scalar_type(), device);
+  const DeviceGuard guard(device);
+  x = aligned(x), weight = aligned(weight);
+  if (skip) skip = aligned(*skip);
+  sizes.back() = call.out_channels;
+  Tensor out = torch::stable::new_empty(x, sizes);
+  require_launched(op, swin_cuda_convolution(&call, x.const_data_ptr(), skip ? skip->const_data_ptr() : nullptr,
+                                             weight.const_data_ptr(), out.mutable_data_ptr(), current_stream(device)));
+  return out;
+}
+
 // A call of unknown extents, but for its windows. `element` is a SwinElement.
 SwinAttention call_of(const char* op, int64_t element, const Ints& spatial, const Ints& nominal, const Ints& window,
                       const Ints& shift) {
@@ -290,6 +322,7 @@ STABLE_TORCH_LIBRARY(swin_kernels_cuda, m) {
       "Tensor lse, int[] nominal, int[] window, int[] shift, float scale) -> (Tensor, Tensor, Tensor)");
   m.def("window_partition(Tensor x, int[] window, int[] shift) -> Tensor");
   m.def("window_reverse(Tensor windows, int[] window, int[] shift, int[] spatial) -> Tensor");
+  m.def("convolution_forward(Tensor x, Tensor? skip, Tensor weight) -> Tensor");
   m.def("attention_declines(int element, int head_dim, int[] window, bool backward) -> str");
   m.def(
       "attention_cut(int element, int batch, int heads, int head_dim, int[] spatial, int[] nominal, int[] window, "
@@ -303,6 +336,7 @@ STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cuda, CUDA, m) {
   m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
   m.impl("window_partition", TORCH_BOX(&window_partition));
   m.impl("window_reverse", TORCH_BOX(&window_reverse));
+  m.impl("convolution_forward", TORCH_BOX(&convolution_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cuda, CompositeExplicitAutograd, m) {

@@ -81,3 +81,13 @@ def window_reverse(
     """``(B·nW, n, C)`` to ``(B, *S, C)``."""
     batch = windows.shape[0] // WindowGrid.of(spatial, window, shift).num_windows
     return _move("reverse", windows, (batch, *spatial, windows.shape[-1]), spatial, window, shift, batch)
+
+
+def convolution(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """``(B, *S, C1)`` and ``(B, *S, C2)`` with the weight as the kernel reads it to ``(B, *S, N)``."""
+    batch, *spatial, channels = x.shape
+    skip_channels = 0 if skip is None else skip.shape[-1]
+    out = x.new_full((batch, *spatial, 48 * weight.shape[0]), float("nan"))
+    call = load().Convolution(ELEMENTS[x.dtype], batch, spatial, channels, skip_channels, out.shape[-1])
+    load().convolve(call, *map(_array, (x, skip, weight, out)))
+    return out

@@ -96,3 +96,15 @@ def test_scores_stay_on_chip(found):
         assert one.stored == 0, one
         if "Float16" in one.kernel:
             assert one.tensor > 0, one
+
+
+def test_three_blocks_of_the_convolution_share_a_multiprocessor(found):
+    """One loads while two compute (an A100 has memory for two)."""
+    module = builds.load("plain")
+    call = module.Convolution(1, 1, [96, 96, 96], 48, 48, 48)
+    ((_, grid, threads, shared_bytes),) = module.plan_convolution(call)
+    assert grid == [24 * 24 * 6, 1, 1]
+    for device in resource_gate.DEVICES:
+        if one := found.get(("convolve<BFloat16>", device.architecture)):
+            assert threads == one.max_threads
+            assert device.blocks(one.registers, threads, shared_bytes) == (2 if device.compute_capability == 80 else 3)

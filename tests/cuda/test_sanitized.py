@@ -11,7 +11,13 @@ import sys
 
 from . import builds
 
-TESTS = ("test_contract", "test_forward_in_little_shared_memory", "test_partition_and_back", "test_empty_batch")
+TESTS = (
+    "test_contract[",
+    "test_forward_in_little_shared_memory",
+    "test_partition_and_back",
+    "test_empty_batch",
+    "test_convolution[",
+)
 """Each way in which a kernel can reach beyond a tensor; the plain build has further shapes, devices and orders."""
 
 
@@ -19,8 +25,8 @@ def test_contract():
     builds.build("sanitized")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=no"]
-        + [f"tests/cuda/test_window_{name}.py" for name in ("attention", "partition")]
-        + ["-k", " or ".join(f"{name}[" if name == "test_contract" else name for name in TESTS)],
+        + [f"tests/cuda/test_{name}.py" for name in ("window_attention", "window_partition", "convolution")]
+        + ["-k", " or ".join(TESTS)],
         env=builds.sanitizer_environment(),
         cwd=builds.ROOT,
         capture_output=True,
@@ -28,5 +34,6 @@ def test_contract():
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed >= 56, done.stdout  # 13 cases in three dtypes or two, 6 cuts of the forward, partition of 12 grids
+    # 13 cases in three dtypes or two, 6 cuts of the forward, partition of 12 grids, 12 convolutions
+    assert passed >= 68, done.stdout
     assert "skipped" not in done.stdout

@@ -18,6 +18,7 @@ from swin_kernels import (
     window_reverse,
 )
 from swin_kernels.backends import Call, decline_reason, load
+from tests.ops import test_convolution as convolutions
 from tests.ops import test_instance_norm_act, test_layer_norm
 from tests.ops.cases import Case, cases, check_forward_backward, gradients, make_inputs, run
 
@@ -249,37 +250,6 @@ def test_instance_norms_of_production_shapes(norms, shape, residual):
     assert torch.equal(inplace, value[0])
 
 
-CONVOLUTIONS = [
-    pytest.param((1, 1, 96, 96, 96), 0, 48, id="the first"),
-    pytest.param((2, 4, 20, 13, 30), 0, 48, id="four channels"),
-    pytest.param((1, 48, 96, 96, 96), 0, 48, id="48 channels"),
-    pytest.param((2, 48, 20, 13, 30), 48, 48, id="a concatenation"),
-    pytest.param((1, 96, 24, 24, 24), 96, 64, id="a wide concatenation"),
-]
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("shape", "beside", "channels"), CONVOLUTIONS)
-def test_convolution(backend, shape, beside, channels, dtype, kernel):
-    """Against PyTorch's in float64, and twice the same."""
-    call = Call("convolution", "cuda", dtype, 0, (kernel,) * 3, channels=(shape[1], beside, channels))
-    if reason := decline_reason(backend, call):
-        pytest.skip(f"backend {backend}: {reason}")
-
-    def volume(channels: int) -> torch.Tensor:
-        values = torch.randn(shape[0], channels, *shape[2:], device="cuda", dtype=dtype)
-        return values.contiguous(memory_format=torch.channels_last_3d)
-
-    x, skip = volume(shape[1]), volume(beside) if beside else None
-    weight = torch.randn(channels, shape[1] + beside, *[kernel] * 3, device="cuda", dtype=dtype)
-    both = x if skip is None else torch.cat([x, skip], 1)
-    truth = torch.nn.functional.conv3d(both.double(), weight.double(), padding=kernel // 2)
-    value = convolution(x, weight, skip, backend=backend)
-    assert (value.double() - truth).norm() <= (1e-2 if dtype == torch.bfloat16 else 2e-3) * truth.norm()
-    assert torch.equal(value, convolution(x, weight, skip, backend=backend))
-
-
 def test_instance_norm_beyond_32_bits(norms):
     """The last voxels of a volume of more than 2^31 elements."""
     if torch.cuda.mem_get_info()[0] < 24 << 30:
@@ -293,6 +263,45 @@ def test_instance_norm_beyond_32_bits(norms):
         instance_norm_act(x, inplace=True, negative_slope=1.0)
     assert (x[0, 47] - expected).abs().max() <= 1e-2 * expected.abs().max()
     assert (x[0, 0] - x[0, 47]).abs().max() == 0
+
+
+CONVOLUTIONS = (
+    convolutions.Case("the first", (96, 96, 96), 1, out=48),
+    convolutions.Case("four channels", (20, 13, 30), 4, out=48, batch=2),
+    convolutions.Case("48 channels", (96, 96, 96), 48, out=48),
+    convolutions.Case("a concatenation", (20, 13, 30), 48, skip=48, out=48, batch=2),
+    convolutions.Case("a wide concatenation", (24, 24, 24), 96, skip=96, out=64),
+    convolutions.Case("1×1×1 of a concatenation", (20, 13, 30), 48, skip=48, out=48, kernel=1, batch=2),
+    convolutions.Case("1×1×1 of the first", (96, 96, 96), 1, out=48, kernel=1),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
+def test_convolution(backend, case, dtype):
+    """Against PyTorch's in float64; twice the same; captured in a CUDA graph; gradients where the backend has them."""
+    call = Call("convolution", "cuda", dtype, 0, (case.kernel,) * 3, channels=(case.channels, case.skip, case.out))
+    if reason := decline_reason(backend, call):
+        pytest.skip(f"backend {backend}: {reason}")
+    backward = decline_reason(backend, replace(call, backward=True)) is None
+    leaves, grad_out = convolutions.make_inputs(case, dtype)
+    leaves, grad_out = [leaf.detach().cuda().requires_grad_(backward) for leaf in leaves], grad_out.cuda()
+
+    def compute(run, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        out = run(*inputs)
+        found = torch.autograd.grad(out, inputs, grad_out.to(out.dtype)) if backward else ()
+        return [out.detach(), *found]
+
+    truth = compute(convolutions.plain, [leaf.detach().double().requires_grad_(backward) for leaf in leaves])
+    value, again = compute(convolution, leaves), compute(convolution, leaves)
+    for v, t in zip(value, truth, strict=True):
+        assert (v.double() - t).norm() <= 1e-2 * t.norm()
+    assert all(torch.equal(a, b) for a, b in zip(value, again, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = compute(convolution, leaves)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(value, captured, strict=True))
 
 
 def test_offsets_beyond_32_bits():

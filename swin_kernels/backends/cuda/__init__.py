@@ -7,11 +7,11 @@ import functools
 import torch
 
 from .. import Call
-from . import window_attention, window_partition
+from . import convolution, window_attention, window_partition
 from .library import LIBRARY, OLDEST, capability, unavailable
 from .preference import faster_elsewhere
 
-__all__ = ["LIBRARY", "supports", "unavailable", "window_attention", "window_partition"]
+__all__ = ["LIBRARY", "convolution", "supports", "unavailable", "window_attention", "window_partition"]
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """dtypes of `window_attention`, and their numbers in csrc/cuda/launchers.h."""
@@ -23,6 +23,8 @@ def supports(call: Call) -> str | None:
     device = torch.cuda.current_device()
     if capability(device) < OLDEST:
         return f"compute capability {capability(device)} is below {OLDEST}"
+    if call.operator == "convolution":
+        return convolution.declines(call)
     if call.operator != "window_attention":
         return None
     if call.dtype not in ELEMENTS:

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <functional>
@@ -114,6 +115,14 @@ void move(const SwinPartition& call, py::array from, py::array to) {
   finish(launcher(&call, in.data(), made.data(), nullptr), in, made);
 }
 
+void convolve(const SwinConvolution& call, py::array x, std::optional<py::array> skip, py::array weight,
+              py::array out) {
+  Tensor in[] = {{"x", x, Tensor::kInput}, {"skip", skip, Tensor::kInput}, {"weight", weight, Tensor::kInput}};
+  Tensor made("out", out, Tensor::kOutput);
+  finish(swin_cuda_convolution(&call, in[0].data(), in[1].data(), in[2].data(), made.data(), nullptr), in[0], in[1],
+         in[2], made);
+}
+
 void planted(const std::string& kernel, const std::string& fault, py::array input, py::array output) {
   Tensor in("the input", input, Tensor::kInput), made("the output", output, Tensor::kOutput);
   finish(run_planted(kernel, fault, in.data(), made.data()), in, made);
@@ -188,6 +197,13 @@ PYBIND11_MODULE(MODULE_NAME, m) {
                        const Extents& nominal, const Extents& window, const Extents& shift) {
         return SwinPartition{element_bytes, batch, channels, make_grid(spatial, nominal, window, shift)};
       }));
+  py::class_<SwinConvolution>(m, "Convolution")
+      .def(py::init([](int element, int64_t batch, const Extents& spatial, int64_t channels, int64_t skip_channels,
+                       int64_t out_channels) {
+        SwinConvolution call{static_cast<SwinElement>(element), batch, {}, channels, skip_channels, out_channels};
+        std::copy(spatial.begin(), spatial.end(), call.spatial);
+        return call;
+      }));
   py::class_<emulation::Device>(m, "Device")
       .def_readwrite("compute_capability", &emulation::Device::compute_capability)
       .def_readwrite("multiprocessors", &emulation::Device::multiprocessors)
@@ -228,6 +244,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   });
   m.def("plan_reverse", [](const SwinPartition& call) {
     return plan([&](void* p) { return swin_cuda_window_reverse(&call, p, p, nullptr); });
+  });
+  m.def("convolve", &convolve);
+  m.def("plan_convolution", [](const SwinConvolution& call) {
+    return plan([&](void* p) { return swin_cuda_convolution(&call, p, p, p, p, nullptr); });
   });
   m.def("planted", &planted);
   m.def("to_bfloat16", py::vectorize([](float x) { return swin::from_float<swin::BFloat16>(x).bits; }));
