@@ -152,14 +152,14 @@ def smoke_partition(reporter: Reporter, row: dict, backend: str, simulated: bool
 # Warming up
 
 
-def warming_tasks(simulated: bool) -> list[Task]:
+def warming_tasks(part: str, simulated: bool) -> list[Task]:
     """What `swin-kernels warmup` runs for a Swin UNETR at 96³, on every backend."""
     settings = {"image": (32, 32), "feature_size": 12, "dtype": "float32"} if simulated else {"image": (96, 96, 96)}
     return [
         Task(
             "operators.warm",
             {"backend": backend, "piece": warmup.written(piece)},
-            Row("correctness", "warm-up", str(piece), backend),
+            Row(part, "warm-up", str(piece), backend),
             5,
         )
         for backend in backends_of(simulated)

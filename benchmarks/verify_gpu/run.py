@@ -42,6 +42,7 @@ class Run:
         tests: what pytest runs.
         no_monai: why there are no models, "" if there are.
         compiled: variant and mode of the models that `torch.compile` was done with.
+        warm: whether what our kernels compile when they first run lies in the caches.
     """
 
     place: Workplace
@@ -51,6 +52,7 @@ class Run:
     no_monai: str = ""
     end: float = 0.0
     compiled: tuple[tuple[str, str], ...] = ()
+    warm: bool = False
 
     @property
     def left(self) -> float:
@@ -103,8 +105,7 @@ class Run:
                 again.add(correctness.traced_test(self.place, self.tests, name, kind, self.test_limit))
 
         tests = correctness.tests(self.place, self.tests, self.test_limit, self._until_end, trace)
-        tasks = [*self._model_preparations(), *operators.warming_tasks(self.simulated)]
-        beside = [Measurement(self.place, task) for task in tasks]
+        beside = [Measurement(self.place, task) for task in self._model_preparations()] + self._warming("correctness")
         together(self.place, self.end, Queue([tests]), again, Queue(beside, MOST_COMPILING, SPARED))
         self.compiled = tuple(
             (row.variant, row.measure.partition(", ")[2])
@@ -112,6 +113,12 @@ class Run:
             for row in job.found
             if row.measure.startswith("compile, ") and row.variant in models.COMPILED and row.status == "ok"
         )
+
+    def _warming(self, part: str) -> list[Job]:
+        """What compiles our kernels, once a run; no jobs where it was done."""
+        tasks = [] if self.warm else operators.warming_tasks(part, self.simulated)
+        self.warm = True
+        return [Measurement(self.place, task) for task in tasks]
 
     def _model_preparations(self) -> list[Task]:
         return [] if self.no_monai or self.simulated else models.preparations(self.simulated)
@@ -122,6 +129,9 @@ class Run:
             for task in tasks:
                 self.place.add(replace(task.row, status=f"skipped: {self.no_monai}"))
             return
+        # A network would compile its kernels one after the other, and that is a third of a short part.
+        soon = time.monotonic() + self.left / 3
+        together(self.place, soon, Queue(self._warming("model"), max(2, correctness.cores() // 2), SPARED))
         together(self.place, self.end, Queue(self._timed(tasks)))
         for row in models.not_compiled(self.simulated, self.compiled):
             self.place.add(row)
@@ -290,7 +300,7 @@ def _measured(tasks: list[Task], at_a_time: int = 1) -> tuple[int, int, float]:
 def _correctness_work(costs: plan.HostCosts) -> tuple[int, int, float]:
     workers = correctness.workers(None)
     tests = costs.collect + costs.tests * correctness.SECONDS_OF_TEST / workers
-    return len([*models.preparations(False), *operators.warming_tasks(False)]), workers, tests
+    return len([*models.preparations(False), *operators.warming_tasks("correctness", False)]), workers, tests
 
 
 def _sweeps_work(costs: plan.HostCosts) -> tuple[int, int, float]:
