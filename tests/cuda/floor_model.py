@@ -161,8 +161,8 @@ def predicted() -> list[str]:
 def measured() -> list[str]:
     """Markdown: clocks for 1,000 scores of stage 1 at 96³ as predicted for an H100 and as measured, run by run."""
     lines = [
-        "| kernel | GPU | commit | predicted | measured | times as many |",
-        "|---|---|---|--:|--:|--:|",
+        "| kernel | GPU | commit | predicted | measured | times as many | all units in turn |",
+        "|---|---|---|--:|--:|--:|--:|",
     ]
     for file in sorted((builds.ROOT / "benchmarks" / "results" / "gpu").glob("*/gpu.json")):
         result = json.loads(file.read_text())
@@ -176,9 +176,10 @@ def measured() -> list[str]:
                 if clock is None or one.kernel not in times:
                     continue
                 clocks = times[one.kernel] * clock * 1e3 * about["multiprocessors"] / (SCORES / 1000)
+                in_turn = sum(one.clocks.values()) * one.unevenness
                 lines.append(
                     f"| `{one.kernel.split('<')[0]}` | {about['device']} | {about['commit']} | {one.taken:.0f} | "
-                    f"{clocks:.0f} | {clocks / one.taken:.1f} |"
+                    f"{clocks:.0f} | {clocks / one.taken:.1f} | {in_turn:.0f} |"
                 )
     return lines
 
@@ -217,7 +218,8 @@ def section() -> str:
             "",
             *predicted(),
             "",
-            "The same clocks as measured, on GPUs with the multiprocessors of an H100:",
+            "The same clocks as measured, on GPUs with the multiprocessors of an H100, and what they would be if only",
+            "one of the units above worked at a time:",
             "",
             *measured(),
             "",
