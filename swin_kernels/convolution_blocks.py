@@ -30,6 +30,8 @@ class ResidualBlock:
         if not self.runs_fused(x):
             return super().forward(_joined(x, skip))
         x, skip = channels_last(x), None if skip is None else channels_last(skip)
+        if skip is not None and not _has_operator(self.conv1, x, skip):  # then joined once, for both convolutions of it
+            x, skip = _joined(x, skip), None
         slope = _slope(self.lrelu)
         out = _norm_act(self.conv1, self.norm1, _convolve(self.conv1, x, skip), slope)
         if slope is None:
@@ -119,15 +121,20 @@ def _slope(activation: nn.Module) -> float | None:
 
 def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
     """MONAI's `Convolution` of `x` beside `skip`; by the operator `convolution` where that is the same and faster."""
+    if _has_operator(module, x, skip):
+        return convolution(x, module.conv.weight, None if skip is None else skip.to(x.dtype))
+    return module(_joined(x, skip))
+
+
+def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None) -> bool:
+    """Whether the operator `convolution` computes the same as `module`, by a kernel of ours."""
     conv, dtype = getattr(module, "conv", None), _computed_dtype(x)
-    if (
+    return (
         x[0, 0].numel() >= LEAST_VOXELS
         and _is_plain_convolution(module, conv)
         and (conv.weight.dtype == x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
         and has_kernel("convolution", x.device.type, dtype, conv.kernel_size, _channels(conv, x, skip))
-    ):
-        return convolution(x, conv.weight, None if skip is None else skip.to(x.dtype))
-    return module(_joined(x, skip))
+    )
 
 
 def _channels(conv: nn.Module, x: torch.Tensor, skip: torch.Tensor | None) -> tuple[int, ...]:

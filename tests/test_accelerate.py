@@ -351,3 +351,20 @@ def test_autocast_takes_the_operator_where_its_dtype_has_a_kernel(monkeypatch):
     assert len(ran) == 1
     assert out.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected)
+
+
+def test_without_a_kernel_a_concatenation_is_written_once(monkeypatch):
+    """In float64 the norms have a kernel and the convolutions have none: two of them read what was joined."""
+    torch.manual_seed(0)
+    block = swin_unetr.model.DecoderBlock(3, 16, 8, "instance").double()
+    x, skip = torch.randn(1, 16, 8, 8, 8).double(), torch.randn(1, 8, 16, 16, 16).double()
+    joined, join = [], convolution_blocks._joined
+
+    def record(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+        joined.append(skip is not None)
+        return join(x, skip)
+
+    monkeypatch.setattr(convolution_blocks, "_joined", record)
+    with torch.no_grad():
+        block(x, skip)
+    assert sum(joined) == 1
