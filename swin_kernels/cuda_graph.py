@@ -1,7 +1,7 @@
 """`graphed`: a network whose inference is one launch of a CUDA graph.
 
-A Swin UNETR starts some 400 kernels a volume, and the processor takes longer to start them than a fast GPU to run them.
-A CUDA graph records them once and starts them all together.
+A Swin UNETR starts hundreds of kernels a volume, and the processor may need longer to start them than a GPU to run
+them. A CUDA graph records them once and starts them all together.
 """
 
 from __future__ import annotations
