@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import numbers
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,8 +75,7 @@ def runs_definition(operator: str, backend: str | None) -> bool:
     Raises:
         RuntimeError: a backend other than the reference is forced under a transform; ONNX has no such operator.
     """
-    exporter = sys.modules.get("torch.onnx")
-    if exporter is not None and not torch.compiler.is_dynamo_compiling() and exporter.is_in_onnx_export():
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             f"{operator}: ONNX has no such operator; call swin_kernels.restore(model) before torch.onnx.export, or "
             "export the trained model with `swin-unetr export --formats onnx`"
