@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from .backends import has_kernel
-from .ops._library import is_transformed
+from .ops._library import autocast_is_on, is_transformed
 from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
 from .plain import is_plain, is_untouched
@@ -99,7 +99,7 @@ def _joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
 
 def _computed_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that convolutions of `x` return."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast_is_on(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -129,7 +129,7 @@ def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | N
     return (
         x[0, 0].numel() >= LEAST_VOXELS
         and _is_plain_convolution(module, conv)
-        and (conv.weight.dtype == x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
+        and (conv.weight.dtype == x.dtype == dtype or autocast_is_on(x.device))
         and has_kernel("convolution", x.device.type, dtype, conv.kernel_size, _channels(conv, x, skip))
     )
 
