@@ -1,4 +1,4 @@
-"""Runs a subject's cases in a process of their own: an error, a crash, a hang or a leak is found, and can be repeated."""
+"""Runs cases in a process of their own: what fails, crashes, hangs or leaks is found, and can be repeated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -57,7 +58,8 @@ class Finding:
     def signature(self) -> tuple[str, ...]:
         """What findings of one cause have in common: kind, error, and the line that it came from."""
         where = [line.strip() for line in self.details.splitlines() if line.strip().startswith("File ")]
-        return self.subject, self.kind, self.says.partition(":")[0], *where[-1:]
+        told = re.sub(r"[0-9]+", "0", self.says)[:80] if self.says.startswith("Fault") else self.says.partition(":")[0]
+        return self.subject, self.kind, told, *where[-1:]
 
 
 @dataclass
@@ -155,14 +157,13 @@ def _status(code: int) -> str:
 
 def _last_words(output: Path) -> str:
     """What a worker's faulthandler wrote, and what it printed before."""
-    text = output.read_text(errors="replace") if output.exists() else ""
-    notes, _, rest = text.rpartition("=== case ")[2].partition("\n")
-    lines = [line for line in rest.splitlines() if line.strip()]
-    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), max(0, len(lines) - 20))
+    text = output.read_bytes().replace(b"\0", b"").decode(errors="replace") if output.exists() else ""
+    before, _, after = text.partition("Fatal Python error: ")
+    first_thread = after.rpartition("Current thread")[2].partition("\nThread")[0]
+    frames = [line.strip() for line in first_thread.splitlines() if line.startswith("  File")]
+    notes = [line[:200] for line in before.splitlines() if line.strip()]
     # Most recent call first: turned round, as in a traceback.
-    return "\n".join(
-        [*lines[:fatal][-5:], lines[fatal], *reversed(lines[fatal + 1 : fatal + 25])] if lines else [notes]
-    )
+    return "\n".join([*notes[-12:], after.partition("\n")[0], *reversed(frames[:12])])
 
 
 def _leaks(report: Report, samples: list[list[int]]) -> list[Finding]:
@@ -188,7 +189,7 @@ def _leaks(report: Report, samples: list[list[int]]) -> list[Finding]:
 
 def _work(sender, subject: str, seed: int, indices: range, folder: Path, output: Path) -> None:
     os.setpgid(0, 0)
-    file = output.open("w", buffering=1)
+    file = output.open("w", buffering=1, encoding="utf-8", errors="backslashreplace")
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
@@ -201,10 +202,11 @@ def _work(sender, subject: str, seed: int, indices: range, folder: Path, output:
     every = max(1, len(indices) // SAMPLES)
     for number, index in enumerate(indices):
         sender.send(("begin", index))
-        draw, place = Draw(subject, seed, index), folder / f"{subject}-{index}"
+        draw = Draw(subject, seed, index, tell=lambda note: file.write(f"- {note[:200]}\n"))
+        place = folder / f"{subject}-{index}"
         place.mkdir()
-        os.truncate(file.fileno(), 0)
         file.seek(0)
+        file.truncate()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -304,7 +304,8 @@ def _mutant_series(draw: Draw, place: Path, bases: list) -> Path:
     files = list(draw.choice(bases))
     change = one_of(draw, ((5, _dicom_element), (4, mutate_bytes), (0.3, lambda draw, data: data)))
     for index in draw.sample(range(_SLICES), draw.choice((1, 1, 1, _SLICES))):
-        draw.notes += [f"slice {index}:"] if change.__name__ != "<lambda>" else []
+        if change.__name__ != "<lambda>":
+            draw.note(f"slice {index}:")
         files[index] = change(draw, files[index])
     if draw.chance(0.05):
         dropped = draw.randrange(_SLICES)

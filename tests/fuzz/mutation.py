@@ -47,14 +47,21 @@ class Fault(AssertionError):
 
 
 class Draw(random.Random):
-    """Random numbers of one case, and notes on what was made of them."""
+    """Random numbers of one case, and notes on what was made of them.
 
-    def __init__(self, *seed: object) -> None:
+    Args:
+        seed: what decides the numbers.
+        tell: called with each note, so that a crash does not take them along.
+    """
+
+    def __init__(self, *seed: object, tell: Callable[[str], object] = lambda text: None) -> None:
         super().__init__("/".join(map(str, seed)))  # of a text: the same in every process
         self.notes: list[str] = []
+        self.tell = tell
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+        self.tell(text)
 
     def chance(self, probability: float) -> bool:
         return self.random() < probability
