@@ -46,7 +46,8 @@ def described(report: driver.Report) -> str:
         lines.append(f"\n  {len(group)} × {finding.kind}: {finding.says}")
         if finding.index is not None:
             where = f"--seed {report.seed} --first {finding.index} --count 1"
-            lines.append(f"    python -m tests.fuzz {report.subject} {where}")
+            others = ", ".join(str(other.index) for other in group[1:10])
+            lines.append(f"    python -m tests.fuzz {report.subject} {where}{f'; also {others}' if others else ''}")
         lines += [f"    {line}" for line in finding.details.splitlines()]
     return "\n".join(lines)
 

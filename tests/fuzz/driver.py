@@ -19,16 +19,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .mutation import Draw
+from .mutation import Draw, Fault
 
 MIB = 2**20
 PRELOADED = ("torch.utils.tensorboard", "monai.transforms", "pydicom", "SimpleITK", "swin_unetr", "jsonargparse")
 """What takes seconds to import is imported once; workers are forked from there, before anything runs on threads."""
 
-SLOWEST = 60.0
+SLOWEST = 20.0
 """Seconds after which a case hangs; a subject may say otherwise by its `LIMIT`."""
-MEMORY = 1024 * MIB
-"""Address space that a worker may take beyond what it has once it is prepared."""
+PREPARED = 300.0
+"""Seconds for importing and preparing, on a machine that has other things to do."""
+MEMORY = 512 * MIB
+"""Memory that a case may take; files and tensors here have some kB."""
+ADDRESSES = 8192 * MIB
+"""Address space for a worker beyond what it has once it is prepared: what a length of 32 bits may ask for, unused."""
 GROWTH = 24 * MIB
 """Memory from the second quarter of a run to the last that is no leak: allocators keep and cut what they are given."""
 DESCRIPTORS = 8
@@ -107,8 +111,7 @@ def _run_worker(report: Report, indices: range, folder: Path, limit: float) -> i
     index, samples, ended = None, [], False
     hung = False
     while not ended:
-        # Importing and preparing take as long as they take on a busy machine.
-        if not receiver.poll(limit if index is not None else 10 * SLOWEST):
+        if not receiver.poll(limit if index is not None else PREPARED):
             hung = True
             _end(worker)
         try:
@@ -198,7 +201,7 @@ def _work(sender, subject: str, seed: int, indices: range, folder: Path, output:
 
     torch.set_num_threads(1)
     case = importlib.import_module(module_name(subject)).prepare(folder)
-    _limit_memory()
+    _limit_addresses()
     every = max(1, len(indices) // SAMPLES)
     for number, index in enumerate(indices):
         sender.send(("begin", index))
@@ -207,10 +210,14 @@ def _work(sender, subject: str, seed: int, indices: range, folder: Path, output:
         place.mkdir()
         file.seek(0)
         file.truncate()
+        _peak(forget=True)
+        before = _resident()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 outcome = case(draw, place)
+            if (taken := _peak(forget=False) - before) > MEMORY:
+                raise Fault(f"the case took {taken / MIB:.0f} MiB of memory")
         except BaseException as error:  # SystemExit and KeyboardInterrupt are findings too
             sender.send(("error", f"{type(error).__name__}: {str(error)[:500]}", _told(error, draw)))
             outcome = "finding"
@@ -230,11 +237,19 @@ def _told(error: BaseException, draw: Draw) -> str:
     return "\n".join([*(f"- {note[:200]}" for note in draw.notes), *ways])
 
 
-def _limit_memory() -> None:
-    """Let this process take `MEMORY` and no more: beyond it an allocation fails instead of filling the machine."""
+def _limit_addresses() -> None:
+    """Let this process have `ADDRESSES` and no more: beyond them an allocation fails before it fills the machine."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES, hard))
+
+
+def _peak(forget: bool) -> int:
+    """Most bytes of this process that were in memory since the peak was last forgotten."""
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(peak) * 1024
 
 
 def _resident() -> int:

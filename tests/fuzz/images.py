@@ -72,7 +72,8 @@ def prepare(folder: Path) -> Callable[[Draw, Path], str]:
                 raise
             outcome = "refused"
             _check_named(error, path)
-        if outcome == "refused" and not draw.notes:
+        # Not every image here is a label map.
+        if outcome == "refused" and not draw.notes and read is _read_image:
             raise Fault(f"{path.name}: was refused, and is as it was written")
         return outcome
 
@@ -132,7 +133,7 @@ def _check_volume(volume: imaging.Volume) -> None:
 def _read_labels(path: Path, draw: Draw) -> str:
     """As `evaluate` does."""
     label = label_maps.read(path)
-    if label.values.ndim not in (2, 3) or label.values.dtype.kind not in "iu":
+    if label.values.ndim not in (2, 3) or label.values.dtype.kind not in "iu" or not label.values.size:
         raise Fault(f"a label map is read as {label.values.dtype} of shape {label.values.shape}")
     if (label.values == STRANGER).all():
         raise Fault("the voxels are those of a file outside of the label map's folder")

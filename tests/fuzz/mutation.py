@@ -189,8 +189,8 @@ def _text_known_line(draw: Draw, text: str, lines: Sequence[str]) -> str:
     if not lines:
         return _text_insert(draw, text, lines)
     rows, line = text.splitlines(keepends=True), draw.choice(lines)
-    key = re.match(r"[\w ]+", line)[0]
-    same = [i for i, row in enumerate(rows) if row.startswith(key)]
+    key = re.match(r"[\w ]*", line)[0]
+    same = [i for i, row in enumerate(rows) if key and row.startswith(key)]
     draw.note(f"a line {line!r}")
     if same and draw.chance(0.7):
         rows[same[0]] = line + "\n"
