@@ -154,8 +154,13 @@ def _replace_match(pattern: str, values: Sequence[object], draw: Draw, text: str
     return text[: match.start()] + value + text[match.end() :]
 
 
-def _text_number(draw: Draw, text: str, lines: Sequence[str]) -> str:
+def mutate_number(draw: Draw, text: str) -> str:
+    """`text` with another number in place of one of its own."""
     return _replace_match(r"-?\d+(\.\d+)?", NUMBERS, draw, text)
+
+
+def _text_number(draw: Draw, text: str, lines: Sequence[str]) -> str:
+    return mutate_number(draw, text)
 
 
 def _text_word(draw: Draw, text: str, lines: Sequence[str]) -> str:
