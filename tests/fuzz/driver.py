@@ -87,6 +87,7 @@ def run(subject: str, count: int, seed: int, folder: Path, first: int = 0) -> Re
         folder: for the files of cases; each case's are deleted once it has ended, unless there is a finding.
     """
     report, started = Report(subject, seed), time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
     limit = getattr(importlib.import_module(module_name(subject)), "LIMIT", SLOWEST)
     index = first
     while index < first + count:
@@ -166,7 +167,7 @@ def _last_words(output: Path) -> str:
     frames = [line.strip() for line in first_thread.splitlines() if line.startswith("  File")]
     notes = [line[:200] for line in before.splitlines() if line.strip()]
     # Most recent call first: turned round, as in a traceback.
-    return "\n".join([*notes[-12:], after.partition("\n")[0], *reversed(frames[:12])])
+    return "\n".join([*notes[-12:], *after.splitlines()[:1], *reversed(frames[:12])])
 
 
 def _leaks(report: Report, samples: list[list[int]]) -> list[Finding]:
@@ -196,12 +197,14 @@ def _work(sender, subject: str, seed: int, indices: range, folder: Path, output:
     sys.stdout.flush()
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
+    sys.stdout = sys.stderr = file
     faulthandler.enable(file)
     import torch
 
     torch.set_num_threads(1)
     case = importlib.import_module(module_name(subject)).prepare(folder)
     _limit_addresses()
+    gc.freeze()  # all modules: looked through at every sample, they would take longer than the cases
     every = max(1, len(indices) // SAMPLES)
     for number, index in enumerate(indices):
         sender.send(("begin", index))
