@@ -13,26 +13,23 @@ from . import __main__ as command
 from . import driver, mutation, operators
 
 BRIEF = {
-    "operators": 150,
-    "images": 400,
-    "checkpoints": 150,
-    "datalists": 300,
-    "configurations": 50,
-    "kills": 8,
+    "operators": (150, {"right", "refused"}),
+    "images": (400, {"read", "refused"}),
+    "checkpoints": (150, {"read", "passed over", "loaded", "refused", "gone on"}),
+    "datalists": (300, {"read", "refused"}),
+    "configurations": (50, {"taken", "refused"}),
+    "kills": (10, {"gone on"}),
 }
-"""Cases of each subject here: some ten seconds on two cores that have other things to do. `make fuzz` runs 10,000."""
+"""Cases of each subject here, and what has to come of some of them: a few seconds each. `make fuzz` runs 10,000."""
 
 
 @pytest.mark.parametrize("subject", command.SUBJECTS)
 def test_nothing_is_found(tmp_path, subject):
-    report = driver.run(subject, BRIEF[subject], 0, tmp_path)
-    assert report.cases == BRIEF[subject]
+    count, outcomes = BRIEF[subject]
+    report = driver.run(subject, count, 0, tmp_path)
+    assert report.cases == count
     assert not report.findings, command.described(report)
-    assert len(report.outcomes) > 1, f"all cases have one outcome: {report.outcomes}"
-
-
-def test_every_subject_is_tried_here():
-    assert set(BRIEF) == set(command.SUBJECTS)
+    assert outcomes <= set(report.outcomes)
 
 
 # --- planted faults ---
