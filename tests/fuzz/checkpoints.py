@@ -7,7 +7,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from swin_unetr.preprocessing import Preprocessing
 from swin_unetr.pretrained import load_pretrained
 from swin_unetr.trained import Trained
 from swin_unetr.training import log, resume
+from swin_unetr.training.options import Schedule
 
+from ..stack import toy
 from .mutation import NUMBERS, WORDS, Draw, Fault, mutate_bytes, mutate_text, mutate_tree, one_of
-
-CONFIG = {"out": "out", "schedule": {"steps": 12}, "seed": 5}
 
 
 def prepare(folder: Path) -> Callable[[Draw, Path], str]:
     runs = {
-        _damaged_checkpoint: _bytes_of_checkpoints(folder),
+        _damaged_checkpoint: _checkpoints_of_a_run(folder),
         _crafted_checkpoint: _described(),
         _damaged_weights: _bytes_of_weights(),
         _crafted_weights: _layouts(),
@@ -52,37 +52,34 @@ def prepare(folder: Path) -> Callable[[Draw, Path], str]:
 # --- a run's checkpoints ---
 
 
-def _bytes_of_checkpoints(folder: Path) -> list[bytes]:
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint of a run: its file's bytes, and the checksum of what they say."""
+
+    data: bytes
+    checksum: str
+
+
+def _checkpoints_of_a_run(folder: Path) -> list[Written]:
     """Of steps 1 and 2."""
-    written = []
-    for step in (1, 2):
-        content = {
-            "kind": "train",
-            "config": CONFIG,
-            "model": {"weight": torch.full((3, 5), float(step)), "count": torch.tensor(step)},
-            "progress": {"step": step, "best": None},
-            "training": {"optimizer": {"state": {}, "groups": [{"lr": 0.1}]}, "random": [torch.arange(9)]},
-        }
-        checkpoints.write(folder / checkpoints.name(step), content)
-        written.append((folder / checkpoints.name(step)).read_bytes())
-        (folder / checkpoints.name(step)).unlink()
-    return written
+    toy.loop(folder / "toy", schedule=Schedule(steps=2, validate_every=2, checkpoint_every=1)).run()
+    paths = checkpoints.series(folder / "toy" / resume.CHECKPOINTS)
+    return [Written(path.read_bytes(), checkpoints.checksum(checkpoints.read(path))) for path in paths]
 
 
-def _damaged_checkpoint(draw: Draw, place: Path, written: list[bytes]) -> str:
+def _damaged_checkpoint(draw: Draw, place: Path, written: list[Written]) -> str:
     """The newest is not what was written: the one before it is gone on from."""
-    older, newest = written
     run = place / resume.CHECKPOINTS
     run.mkdir()
-    (run / checkpoints.name(1)).write_bytes(older)
-    (run / checkpoints.name(2)).write_bytes(_mutant_of_zip(draw, newest, older))
+    (run / checkpoints.name(1)).write_bytes(written[0].data)
+    (run / checkpoints.name(2)).write_bytes(_mutant_of_zip(draw, written[1].data, written[0].data))
     path, content, damaged = checkpoints.newest(run)
-    found = resume.find(place, "train", CONFIG, fresh=False)
+    found = resume.find(place, "train", {}, fresh=False)
     if found is None or found.path != path:
         raise Fault(f"newest gives {path}, and resume goes on from {found}")
     step = content["progress"]["step"]
-    if path != run / checkpoints.name(step) or not torch.equal(content["model"]["count"], torch.tensor(step)):
-        raise Fault(f"{path.name} was read as the checkpoint of step {step}")
+    if path != run / checkpoints.name(step) or checkpoints.checksum(content) != written[step - 1].checksum:
+        raise Fault(f"{path.name} is read as something else than was written")
     if step == 2:
         return "read"
     if not any(str(run / checkpoints.name(2)) in str(error) for error in damaged):
@@ -254,9 +251,8 @@ def _crafted_weights(draw: Draw, place: Path, layouts: list[dict[str, Any]]) -> 
         elif kind == "drop":
             inner.pop(key, None)
         elif kind == "rename" and key in inner:
-            inner[draw.choice((f"module.{key}", "model", "state_dict", 5, key.replace("swinViT.", "")))] = inner.pop(
-                key
-            )
+            name = draw.choice((f"module.{key}", "model", "state_dict", 5, str(key).replace("swinViT.", "")))
+            inner[name] = inner.pop(key)
         else:
             inner[draw.choice(("model", "state_dict", "format", "ema", "x", 5))] = new
     path = place / "weights.pt"

@@ -14,7 +14,7 @@ import pydicom
 import SimpleITK as sitk
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import CTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from swin_unetr import imaging
 from swin_unetr.datasets.datalist import Case
@@ -263,7 +263,6 @@ _SYNTAXES = (
     (ExplicitVRLittleEndian, False),
     (ImplicitVRLittleEndian, True),
     (ExplicitVRBigEndian, True),
-    (RLELossless, True),
 )
 _SLICES = 4
 
@@ -275,7 +274,7 @@ def _series(syntax, preamble: bool) -> list[bytes]:
 def _slice(index: int, syntax, preamble: bool) -> bytes:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, f"1.2.3.{index + 1}"
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == RLELossless else syntax
+    meta.TransferSyntaxUID = syntax
     header = FileDataset("", {}, file_meta=meta, preamble=bytes(128) if preamble else None)
     header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, f"1.2.3.{index + 1}"
     header.StudyInstanceUID, header.SeriesInstanceUID, header.Modality = "1.2.3", "1.2.4", "CT"
@@ -290,8 +289,6 @@ def _slice(index: int, syntax, preamble: bool) -> bytes:
     order = ">i2" if syntax == ExplicitVRBigEndian else "<i2"
     header.PixelData = (np.arange(30).reshape(SHAPE[:2]) + index).astype(order).tobytes()
     header["PixelData"].VR = "OW"
-    if syntax == RLELossless:
-        header.compress(RLELossless)
     return _encoded(header)
 
 

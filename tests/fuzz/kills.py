@@ -114,7 +114,8 @@ def _killed_training(draw: Draw, place: Path, undisturbed: Undisturbed) -> str:
 def _left(out: Path) -> dict[str, object]:
     """What has to be alike."""
     _, content, damaged = checkpoints.newest(out / "checkpoints")
-    lines = [{name: value for name, value in line.items() if name not in CLOCKED} for line in log.read(out)]
+    done = [line for line in log.read(out) if line["event"] in ("train", "validation")]  # not each time it began
+    lines = [{name: value for name, value in line.items() if name not in CLOCKED} for line in done]
     return {
         "the last checkpoint": checkpoints.checksum({**content, "config": None}),
         "damaged checkpoints": [str(error) for error in damaged],
