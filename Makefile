@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench lint format wheel install asan verify-gpu clean
+.PHONY: demo test bench lint format wheel install asan fuzz verify-gpu clean
 
 # The demo needs what this machine can run; everything else builds whatever it can (setup.py).
 demo: export SWIN_KERNELS_CUDA ?= device
@@ -55,6 +55,13 @@ asan: $(STAMP)
 	cd build/asan && SWIN_KERNELS_SANITIZE=address $(CURDIR)/$(BIN)/python setup.py -q build_cpp --inplace
 	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARIES) ASAN_OPTIONS=$(ASAN_OPTIONS) \
 		$(CURDIR)/$(BIN)/python -m pytest --quiet --capture=no tests/ops tests/test_bad_input.py
+
+# Random calls, mutated files and random kills, COUNT of each, which `make test` tries briefly; tests/fuzz/__init__.py says what
+# they are held to. `make fuzz SUBJECT=images`; another SEED draws others; KEEP=dir keeps the files of what is found.
+COUNT ?= 10000
+SEED ?= 0
+fuzz: install
+	$(BIN)/python -m tests.fuzz $(SUBJECT) --count $(COUNT) --seed $(SEED) $(KEEP:%=--keep "%")
 
 # Proves, times and tunes the GPU kernels within BUDGET seconds; docs/cuda.md says what PYTHON needs and what to send back.
 # `make verify-gpu OUT=dir`; PART=model runs that part alone, COMMIT=... names the sources where git does not.

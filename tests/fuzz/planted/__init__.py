@@ -1,0 +1,1 @@
+"""Subjects with faults that the fuzzer has to find: one a module."""

@@ -1,0 +1,12 @@
+"""A parser that raises what it does not say it raises, of one case in four."""
+
+
+def prepare(folder):
+    def case(draw, place):
+        value = draw.choice("1234")
+        draw.note(f"parse {value}")
+        if value == "4":
+            {}[value]
+        return "parsed"
+
+    return case
