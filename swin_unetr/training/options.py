@@ -29,8 +29,8 @@ class Optimization:
         weight_decay: of AdamW.
         accumulation: batches of a step, whose gradients are averaged.
         clip: longest gradient, as the norm over all parameters; null does not clip.
-        precision: what convolutions and attention compute in; weights and optimizer are float32 always. fp16 scales the
-            loss.
+        precision: what convolutions and attention compute in; weights and optimizer are float32 always. auto is bf16 on
+            GPUs and processors with instructions for it, else fp32. fp16 scales the loss.
         ema: decay a step of a moving average of the weights, such as 0.999; it is what is validated and used for
             prediction. null keeps none.
         parallel: with several ranks, data parallel training with a whole network a rank (ddp) or with weights,
@@ -41,7 +41,7 @@ class Optimization:
     weight_decay: float = 1e-5
     accumulation: int = 1
     clip: float | None = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     ema: float | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
@@ -56,14 +56,16 @@ class Optimization:
             )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; accepted is a norm above 0, or null")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision is {self.precision!r}; accepted are 'fp32', 'bf16' and 'fp16'")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"precision is {self.precision!r}; accepted are 'auto', 'fp32', 'bf16' and 'fp16'")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema is {self.ema}; accepted is 0 < decay < 1, or null")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel is {self.parallel!r}; accepted are 'ddp' and 'fsdp'")
         if self.parallel == "fsdp" and self.precision == "fp16":
-            raise ValueError("precision is 'fp16' and parallel 'fsdp'; accepted beside fsdp are 'bf16' and 'fp32'")
+            raise ValueError(
+                "precision is 'fp16' and parallel 'fsdp'; accepted beside fsdp are 'auto', 'bf16' and 'fp32'"
+            )
 
 
 @dataclass(frozen=True)
