@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from .. import distributed
 from ..imaging.nifti import read_nifti
 from ..labels import Labels
 from ..preprocessing import Preprocessing
-from . import cache, datalist, transforms
+from . import archives, cache, datalist, transforms
 from .datalist import Case
 from .images import BadCase, ReadCase
 from .options import Data
@@ -200,6 +201,9 @@ def open_dataset(
     if classes & set(data.background):
         raise ValueError(f"background is {data.background}; accepted are values of no class")
     values = None if labels is None else {0, *data.background, *classes}
+    if archives.is_archive(data.datalist):
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True) if console else str
+        data = replace(data, datalist=distributed.first(partial(archives.datalist_in, data.datalist, say)))
     cases = datalist.read(data, labels is not None, channels)
     if labels is not None:
         distributed.first(lambda: _check_labelled(cases, labels, data))
