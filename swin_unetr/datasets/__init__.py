@@ -1,6 +1,13 @@
 """Training data: cases of a datalist, preprocessed and kept, and the batches drawn from them."""
 
-from .dataset import Dataset, ValidationCase, open_dataset
+from typing import TYPE_CHECKING
+
+from .. import lazily
 from .options import Augmentation, Data
 
+if TYPE_CHECKING:
+    from .dataset import Dataset, ValidationCase, open_dataset
+
 __all__ = ["Augmentation", "Data", "Dataset", "ValidationCase", "open_dataset"]
+
+__getattr__ = lazily.names(__name__, {"Dataset": "dataset", "ValidationCase": "dataset", "open_dataset": "dataset"})
