@@ -15,6 +15,8 @@ FREE = frozenset(
     | {f"data.{name}" for name in ("root", "trusted", "largest", "cache_folder", "workers", "prefetch")}
 )
 """Options that may differ when a run goes on: none of them changes what is computed."""
+NEEDED = ("config", "provenance", "model", "progress", "training")
+"""What a checkpoint must hold for a run to go on from it."""
 _ABSENT = "not set"
 
 
@@ -35,6 +37,8 @@ class Found(NamedTuple):
 def find(out: Path, kind: str, config: Mapping[str, Any], *, fresh: bool) -> Found | None:
     """The newest whole checkpoint in the folder `out` of a run; None if there is none.
 
+    Newer ones, which are damaged, get the ending ".damaged": they must not count among those that stay.
+
     Args:
         kind: what the checkpoint has to be of: "train" or "pretrain".
         config: the options of this run, as `plain` gives them.
@@ -46,7 +50,7 @@ def find(out: Path, kind: str, config: Mapping[str, Any], *, fresh: bool) -> Fou
     """
     if fresh and checkpoints.series(out / CHECKPOINTS):
         raise ValueError(f"resume is 'never' and {out} holds checkpoints; accepted is another out, or resume: auto")
-    found = checkpoints.newest(out / CHECKPOINTS)
+    found = checkpoints.newest(out / CHECKPOINTS, lambda content: _lacks(content, kind))
     if found is None:
         return None
     path, content, damaged = found
@@ -57,7 +61,15 @@ def find(out: Path, kind: str, config: Mapping[str, Any], *, fresh: bool) -> Fou
             f"out: {path} was made with other options: {'; '.join(changed)}; go on with the same ones, or choose "
             "another out"
         )
+    for error in damaged:
+        error.path.rename(error.path.with_name(f"{error.path.name}.damaged"))
     return Found(path, content, [str(error) for error in damaged])
+
+
+def _lacks(content: Mapping[str, Any], kind: str) -> str:
+    """What a checkpoint of this kind does not have for a run to go on from it."""
+    lacking = [name for name in NEEDED if name not in content] if content.get("kind") == kind else []
+    return f"has no {', '.join(lacking)}: weights alone are for prediction, or for initial" if lacking else ""
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

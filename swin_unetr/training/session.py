@@ -17,7 +17,7 @@ from rich.console import Console
 
 import swin_kernels
 
-from .. import distributed
+from .. import distributed, files
 from ..pretrained import load_pretrained
 from . import resume, state
 from .interruption import Interruption
@@ -82,7 +82,7 @@ def _run(
     config = resume.plain(options)
     found = distributed.first(lambda: _prepare(command, options, config))
     for error in found.damaged if found else ():
-        console.print(f"passed over: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"passed over, and renamed to .damaged: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     state.seed(options.seed)  # the same weights on every rank
     with closing(open_dataset(console)) as dataset:
         task = make_task(dataset)
@@ -116,6 +116,8 @@ def _prepare(command: str, options: Options, config: dict[str, Any]) -> resume.F
     """The checkpoint to go on from; else a folder for this run, with its options in a file."""
     # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
     fresh = options.resume == "never" and int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
+    for folder in (options.out, options.out / resume.CHECKPOINTS):
+        files.remove_leftovers(folder)
     found = resume.find(options.out, command, config, fresh=fresh)
     if found is None:
         # Before the data, which may take long to read.
@@ -136,8 +138,8 @@ def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] 
         return None
     try:
         report = load_pretrained(task.core, path, verbose=False)
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"initial: {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"initial: {str(error).removeprefix('load_pretrained: ')}") from error
     _say(console, str(report))
     return {
         "source": report.source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -149,6 +150,20 @@ def test_the_newest_checkpoint_is_damaged(tmp_path, uninterrupted):
     assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(uninterrupted[Toy][0])
 
 
+def test_a_damaged_checkpoint_does_not_cost_one_that_is_whole(tmp_path):
+    """Only the newest stays; the damaged one of a later step is not it."""
+    schedule = Schedule(steps=8, validate_every=8, checkpoint_every=2, keep=1)
+    with pytest.raises(Crash):
+        loop(tmp_path, None, crash_at(2), schedule).run()
+    later = tmp_path / resume.CHECKPOINTS / checkpoints.name(6)
+    later.write_bytes(b"damaged")
+    assert "step-00000006.pt" in resume.find(tmp_path, "train", {}, fresh=False).damaged[0]
+    with pytest.raises(Crash):
+        resumed(tmp_path, None, crash_at(4), schedule).run()
+    assert final(tmp_path)["progress"]["step"] == 4
+    assert later.with_name("step-00000006.pt.damaged").read_bytes() == b"damaged"
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     save = torch.save
 
@@ -162,13 +177,27 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert final(tmp_path)["progress"]["step"] == 3
 
 
-def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, uninterrupted):
-    with pytest.raises(Crash):
-        loop(tmp_path, None, crash_at(13), **EVERYTHING).run()
-    with (tmp_path / log.LINES).open("a") as file:
-        file.write('{"event": "train", "st')
-    assert resumed(tmp_path, **EVERYTHING).run()
-    assert timeless(log.read(tmp_path)) == timeless(uninterrupted[Toy][1])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(b'{"event": "train", "st', id="cut off"),
+        b"17",
+        b"null",
+        b"{}",
+        b'"text"',
+        pytest.param(b"\xff\xfe", id="not UTF-8"),
+        pytest.param(b'{"event": "train", "step": "3"}', id="a step that is text"),
+        pytest.param(b'{"event": "train", "step": true}', id="a step that is true"),
+        pytest.param(b"[" * 100_000, id="brackets"),
+    ],
+)
+def test_a_line_that_is_none_is_dropped(tmp_path, damage):
+    path = tmp_path / log.LINES
+    lines = [{"event": "train", "step": step, "loss": 0.5} for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join([damage, *(json.dumps(line).encode() for line in lines), damage]))
+    assert log.read(tmp_path) == lines
+    log.Log(tmp_path, 2).close()
+    assert [json.loads(text) for text in path.read_text().splitlines()] == lines[:2]
 
 
 def test_only_so_many_checkpoints_stay(tmp_path):
