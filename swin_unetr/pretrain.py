@@ -77,7 +77,7 @@ class Options:
 
 def run(options: Options, console: Console | None = None) -> int:
     """Pretrain; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
-    interrupted.
+    interrupted, 130 interrupted from the keyboard; then all is saved.
 
     Raises:
         ValueError: data or options do not fit, or `options.out` holds another run.

@@ -78,7 +78,8 @@ class Options:
 
 
 def run(options: Options, console: Console | None = None) -> int:
-    """Train; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75 interrupted.
+    """Train; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
+    interrupted, 130 interrupted from the keyboard; then all is saved.
 
     Raises:
         ValueError: data or options do not fit, or `options.out` holds another run.

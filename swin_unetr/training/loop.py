@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import checkpoints, distributed
+from ..interruption import Interrupted, Interruption
 from . import state
-from .interruption import Interruption
 from .learning_rate import warm_up_and_cosine
 from .log import Log
 from .options import Optimization, Schedule
@@ -115,20 +115,23 @@ class Loop:
             self.network.train()
             if isinstance(self.network, DistributedDataParallel):
                 stream = self._settle(stream)
-            while True:
+            asked = False
+            while not asked:
                 if self.position.validated < self.position.step and self._is_due(self.schedule.validate_every):
-                    self._validate(log, line)
+                    if not self._validate(interruption, log, line):
+                        break
                     saved = -1  # what a checkpoint of this step says about the best has changed
                 if saved < self.position.step and self._is_due(self.schedule.checkpoint_every):
                     self.save()
                     saved = self.position.step
                 if self.finished:
                     return True
-                if self._step(stream, interruption, log, line):
-                    # Validation may take longer than there is time; the run that goes on begins with it.
-                    self.save()
-                    line.say(f"interrupted; step {self.position.step} is saved", style="yellow")
-                    return False
+                asked = self._step(stream, interruption, log, line)
+            # A validation that is due is left to the run that goes on, which begins with it.
+            if saved < self.position.step:
+                self.save()
+            line.say(f"interrupted; step {self.position.step} is saved", style="yellow")
+            return False
 
     def _is_due(self, every: int) -> bool:
         return self.position.step % every == 0 or self.finished
@@ -164,25 +167,29 @@ class Loop:
             return self.task.losses(self.network, batch, random)
 
     def _step(self, stream: Iterator, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
-        """One step of the optimizer; returns whether a rank was asked to stop."""
-        started, waited, voxels = time.perf_counter(), 0.0, 0
-        parts: dict[str, float] = {}
+        """One step of the optimizer; returns whether a rank was asked to stop.
+
+        Asked to stop, a step that takes long is left as if it had not begun. Among several ranks none is, since the
+        others would wait for this one.
+        """
+        started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in range(self.optimization.accumulation):
-            asked_for = time.perf_counter()
-            batch = self._next(stream)
-            waited += time.perf_counter() - asked_for
-            voxels += batch["image"].numel() // batch["image"].shape[1]
-            with self._synchronized(micro + 1 == self.optimization.accumulation):
-                losses = self._losses(batch, micro)
-                self.scaler.scale(losses["loss"] / self.optimization.accumulation).backward()
-            for name, value in losses.items():
-                parts[name] = parts.get(name, 0.0) + value.item() / self.optimization.accumulation
+        if distributed.ranks() > 1:
+            parts, waited, voxels = self._gradients(stream)
+        else:
+            before = state.random_state(self.device)
+            try:
+                with interruption.breaking(at_once=False):
+                    parts, waited, voxels = self._gradients(stream)
+            except Interrupted:
+                interruption.hold()
+                state.set_random_state(before, self.device)
+                return True
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
 
         finite = math.isfinite(parts["loss"]) and (math.isfinite(norm) or self.scaler.is_enabled())
-        *sums, bad, asked = distributed.sums([*parts.values(), not finite, interruption.asked], self.device)
+        *sums, bad, asked = distributed.sums([*parts.values(), not finite, interruption.asked is not None], self.device)
         if bad:
             self._raise_not_finite(parts, norm, finite)
         self.scaler.step(self.optimizer)
@@ -205,6 +212,22 @@ class Loop:
             values |= {"data_fraction": waited / seconds, "voxels_per_second": speed, "memory_gib": memory}
             log.write("train", self.position.step, values)
         return bool(asked)
+
+    def _gradients(self, stream: Iterator) -> tuple[dict[str, float], float, int]:
+        """Those of a step; returns its losses by name, the seconds that were spent on waiting for data, and voxels."""
+        waited, voxels = 0.0, 0
+        parts: dict[str, float] = {}
+        for micro in range(self.optimization.accumulation):
+            asked_for = time.perf_counter()
+            batch = self._next(stream)
+            waited += time.perf_counter() - asked_for
+            voxels += batch["image"].numel() // batch["image"].shape[1]
+            with self._synchronized(micro + 1 == self.optimization.accumulation):
+                losses = self._losses(batch, micro)
+                self.scaler.scale(losses["loss"] / self.optimization.accumulation).backward()
+            for name, value in losses.items():
+                parts[name] = parts.get(name, 0.0) + value.item() / self.optimization.accumulation
+        return parts, waited, voxels
 
     @contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:
@@ -240,19 +263,30 @@ class Loop:
 
     # --- validation ---
 
-    def _validate(self, log: Log | None, line: ProgressLine) -> None:
-        """Validate, and keep the weights if they are the best so far."""
+    def _validate(self, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
+        """Validate, and keep the weights if they are the best so far; returns whether no rank broke it off."""
         started = time.perf_counter()
         network = self._judged()
         network.eval()
+        scores = None
         with torch.no_grad(), self._autocast(), state.apart(self.device):
-            figures = self.task.validate(network)
+            try:
+                with interruption.breaking(at_once=True):
+                    scores = self.task.scores(network)
+                whole = True
+            except Interrupted:
+                interruption.hold()
+                whole = False
         self.network.train()
+        everywhere = distributed.gather((whole, scores))
+        if not all(whole for whole, _ in everywhere):
+            return False
+        figures = self.task.figures([scores for _, scores in everywhere])
         self.position.validated = self.position.step
         if not figures:
             if self.finished:
                 self._save_best()
-            return
+            return True
         value = figures[self.task.figure]
         if better := self._is_better(value):
             self.position.best, self.position.stale = {"step": self.position.step, self.task.figure: value}, 0
@@ -267,6 +301,7 @@ class Loop:
         )
         if log is not None:
             log.write("validation", self.position.step, figures | {"seconds": seconds})
+        return True
 
     def _judged(self) -> nn.Module:
         """The weights that prediction will use, in a network that a rank can call by itself."""

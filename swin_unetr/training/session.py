@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -18,15 +19,13 @@ from rich.console import Console
 import swin_kernels
 
 from .. import distributed, files
+from ..interruption import Interruption, status
 from ..pretrained import load_pretrained
 from . import resume, state
-from .interruption import Interruption
 from .loop import Loop
 from .options import Optimization, Schedule
 from .task import Batches, Task
 
-INTERRUPTED = 75
-"""Exit status after a signal to stop: all is saved, the same command goes on."""
 CONFIG = "config.yaml"
 
 
@@ -57,6 +56,8 @@ def run(
 ) -> int:
     """Train as `options` say, or go on; returns the exit status of the command.
 
+    Once it trains, a signal to stop leaves a checkpoint; before, it does what the caller has it do.
+
     Args:
         command: "train" or "pretrain", which is what `make_task` makes.
         open_dataset, make_task: called once it is clear that there is something to train.
@@ -82,7 +83,7 @@ def _run(
     config = resume.plain(options)
     found = distributed.first(lambda: _prepare(command, options, config))
     for error in found.damaged if found else ():
-        console.print(f"passed over, and renamed to .damaged: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"passed over, and renamed to .damaged: {error}", style="yellow")
     state.seed(options.seed)  # the same weights on every rank
     with closing(open_dataset(console)) as dataset:
         task = make_task(dataset)
@@ -103,9 +104,10 @@ def _run(
         if found is not None:
             loop.restore(found.content)
             _say(console, f"goes on from {found.path}")
-        ended = loop.run(until_said.enter_context(Interruption()))
+        interruption = until_said.enter_context(Interruption())
+        ended = loop.run(interruption)
     if not ended:
-        return INTERRUPTED
+        return status(interruption.asked or signal.SIGTERM)  # or another rank was asked
     best = loop.position.best
     says = f", best {task.figure} {best[task.figure]:.4f} at step {best['step']}" if best else ""
     _say(console, f"done after {loop.position.step} steps{says}; in {options.out}: best.pt, checkpoints, log.jsonl")
@@ -161,5 +163,5 @@ def _provenance(initial: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

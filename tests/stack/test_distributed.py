@@ -250,15 +250,13 @@ def _gradients(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def test_validation_does_not_depend_on_how_cases_are_shared(monkeypatch):
     """Each case counts once and alike: three cases by one rank, or by two of which one has two."""
     task = segmentation()
-    alone = task.validate(task.core.eval())
+    core = task.core.eval()
+    alone = task.figures([task.scores(core)])
     shares = []
     for indices in ([0, 2], [1]):
         monkeypatch.setattr(distributed, "share", lambda items, indices=indices: indices)
-        monkeypatch.setattr(distributed, "gather", lambda value: shares.append(value) or [value])
-        task.validate(task.core)
-    monkeypatch.setattr(distributed, "share", lambda items: [])
-    monkeypatch.setattr(distributed, "gather", lambda value: shares)
-    assert task.validate(task.core) == alone
+        shares.append(task.scores(core))
+    assert task.figures(shares) == alone
 
 
 # --- under torchrun ---

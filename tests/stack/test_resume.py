@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
 
-from swin_unetr import checkpoints
+from swin_unetr import checkpoints, interruption
 from swin_unetr.training import log, resume
 from swin_unetr.training.options import Schedule
 
@@ -79,8 +80,18 @@ def test_a_crashed_run_goes_on_as_if_nothing_had_been(tmp_path, uninterrupted, b
     assert timeless(log.read(tmp_path)) == timeless(lines)
 
 
-@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("batch", [0, 10, 18, 35])
+@pytest.mark.parametrize(
+    ("which", "batch"),
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGTERM, 10),
+        (signal.SIGTERM, 18),
+        (signal.SIGTERM, 35),
+        (signal.SIGUSR1, 10),
+        (signal.SIGINT, 10),
+        (signal.SIGHUP, 10),
+    ],
+)
 def test_a_signal_saves_after_the_step_it_came_in(tmp_path, uninterrupted, batch, which):
     before = signal.getsignal(which)
     task = Toy()
@@ -93,6 +104,77 @@ def test_a_signal_saves_after_the_step_it_came_in(tmp_path, uninterrupted, batch
     expected, lines, _ = uninterrupted[Toy]
     assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
     assert timeless(log.read(tmp_path)) == timeless(lines)
+
+
+class Slow(Toy):
+    """Its step number 5, or its validations, get a signal and then take a minute."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.steps = where, 0
+
+    def losses(self, network, batch, random):
+        losses = super().losses(network, batch, random)
+        self.steps += 1
+        if self.where == "step" and self.steps == 3 * 5:
+            self._take_long()
+        return losses
+
+    def scores(self, core):
+        if self.where == "validation":
+            torch.rand(7)
+            self._take_long()
+        return super().scores(core)
+
+    def _take_long(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # as under torchrun
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("where", ["step", "validation"])
+def test_what_takes_long_is_broken_off(tmp_path, uninterrupted, monkeypatch, where):
+    """It is saved within seconds, and what goes on is as if nothing had been."""
+    monkeypatch.setattr(interruption, "PATIENCE", 0.3)
+    started = time.monotonic()
+    assert not loop(tmp_path, Slow(where), **EVERYTHING).run()
+    assert time.monotonic() - started < 20
+    assert final(tmp_path)["progress"]["step"] == 4
+    assert resumed(tmp_path, **EVERYTHING).run()
+    expected, lines, best = uninterrupted[Toy]
+    assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
+    assert checkpoints.checksum(checkpoints.read(tmp_path / "best.pt")) == checkpoints.checksum(best)
+    assert timeless(log.read(tmp_path)) == timeless(lines)
+
+
+def test_signals_while_a_checkpoint_is_written_do_not_cost_it(tmp_path, monkeypatch):
+    save = torch.save
+
+    def interrupted(whole, file):
+        for which in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), which)
+        save(whole, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert not loop(tmp_path, None, signal_at(2, signal.SIGINT)).run()
+    assert final(tmp_path)["progress"]["step"] == 3
+
+
+def test_nothing_is_saved_of_no_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "PATIENCE", 0.3)
+    task = Slow("step")
+    task.steps = 14
+    assert not loop(tmp_path, task, **EVERYTHING).run()
+    assert checkpoints.newest(tmp_path / "checkpoints") is None
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert loop(tmp_path, None, signal_at(2, signal.SIGHUP)).run()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_chain_of_short_runs(tmp_path, uninterrupted):

@@ -296,9 +296,9 @@ def test_a_figure_that_is_not_a_number_is_no_best(tmp_path):
 
 def test_the_average_is_what_is_validated(tmp_path):
     class Seen(Toy):
-        def validate(self, core):
+        def scores(self, core):
             self.seen = {name: value.clone() for name, value in core.state_dict().items()}
-            return super().validate(core)
+            return super().scores(core)
 
     task = Seen()
     assert loop(tmp_path, task, schedule=Schedule(steps=3), ema=0.5).run()
@@ -331,7 +331,7 @@ def test_dice_of_whole_cases():
     task = Segmentation(
         options.architecture, options.labels, options.preprocessing, (64, 64, 32), Loss(), Validation(), cases
     )
-    figures = task.validate(Reads())
+    figures = task.figures([task.scores(Reads())])
     assert figures["dice of organ"] == pytest.approx((2 / 3 + 0) / 2)
     assert figures["dice of tumour"] == pytest.approx(1.0)  # the other case has none of it
     assert figures["dice"] == pytest.approx((1 / 3 + 1) / 2)
