@@ -49,17 +49,17 @@ def _acquire(path: Path, out: Path) -> int:
         try:
             # Not `flock`, whose lock the workers of a killed run would hold on to until they notice.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = False
+            taken, hint = False, ""
         except (BlockingIOError, PermissionError):
-            taken = True
+            taken, hint = True, ""
         except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: this file system has no locks
-            taken = _is_alive(_owner(descriptor))
+            taken, hint = _is_alive(_owner(descriptor)), f"; if it has, delete {path}"
         if taken:
             says = _describe(_owner(descriptor))
             os.close(descriptor)
             raise InUse(
                 f"out: {out} is in use by another training{says}; accepted is another out, or this one once that has "
-                f"ended (if it has: delete {path})"
+                f"ended{hint}"
             )
         # Its last owner may have deleted the file between our opening and locking it.
         with contextlib.suppress(FileNotFoundError):

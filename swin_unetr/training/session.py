@@ -18,10 +18,10 @@ from rich.console import Console
 
 import swin_kernels
 
-from .. import distributed, files
+from .. import checkpoints, distributed, files
 from ..interruption import Interruption, status
 from ..pretrained import load_pretrained
-from . import resume, state
+from . import lock, resume, state
 from .loop import Loop
 from .options import Optimization, Schedule
 from .task import Batches, Task
@@ -65,7 +65,6 @@ def run(
     Raises:
         ValueError, OSError: options or input are bad, or the disk is full; on every rank.
     """
-    # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
     with ExitStack() as until_said:
         try:
             with distributed.job(options.device) as device:
@@ -81,7 +80,7 @@ def _run(
     command, options, open_dataset, make_task, device: torch.device, console: Console, until_said: ExitStack
 ) -> int:
     config = resume.plain(options)
-    found = distributed.first(lambda: _prepare(command, options, config))
+    found = distributed.first(lambda: _prepare(command, options, config, until_said))
     for error in found.damaged if found else ():
         _say(console, f"passed over, and renamed to .damaged: {error}", style="yellow")
     state.seed(options.seed)  # the same weights on every rank
@@ -104,6 +103,7 @@ def _run(
         if found is not None:
             loop.restore(found.content)
             _say(console, f"goes on from {found.path}")
+        # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
         interruption = until_said.enter_context(Interruption())
         ended = loop.run(interruption)
     if not ended:
@@ -114,18 +114,22 @@ def _run(
     return 0
 
 
-def _prepare(command: str, options: Options, config: dict[str, Any]) -> resume.Found | None:
-    """The checkpoint to go on from; else a folder for this run, with its options in a file."""
-    # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
-    fresh = options.resume == "never" and int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
+def _prepare(command: str, options: Options, config: dict[str, Any], until_said: ExitStack) -> resume.Found | None:
+    """Own the folder of this run, by a context of `until_said`; returns the checkpoint to go on from.
+
+    If there is none, the options are there in a file.
+    """
+    begins = not checkpoints.series(options.out / resume.CHECKPOINTS)
+    # Before the data, which may take long to read.
+    if begins and options.initial is not None and not options.initial.is_file():
+        raise ValueError(f"initial: there is no file {options.initial}")
+    until_said.enter_context(lock.owned(options.out))
     for folder in (options.out, options.out / resume.CHECKPOINTS):
         files.remove_leftovers(folder)
+    # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
+    fresh = options.resume == "never" and int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
     found = resume.find(options.out, command, config, fresh=fresh)
     if found is None:
-        # Before the data, which may take long to read.
-        if options.initial is not None and not options.initial.is_file():
-            raise ValueError(f"initial: there is no file {options.initial}")
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return found
 
