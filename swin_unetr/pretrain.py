@@ -9,7 +9,7 @@ from typing import Literal
 from rich.console import Console
 
 from .architecture import Architecture
-from .datasets import Data, open_dataset
+from .datasets import Data, identify, open_dataset
 from .preprocessing import Preprocessing
 from .pretraining.self_supervision import SelfSupervision
 from .pretraining.task import Tasks
@@ -106,4 +106,5 @@ def run(options: Options, console: Console | None = None) -> int:
             options.seed,
         ),
         console,
+        lambda: identify(options.data, labelled=False, channels=options.architecture.in_channels),
     )

@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from .architecture import Architecture
-from .datasets import Data, open_dataset
+from .datasets import Data, identify, open_dataset
 from .labels import Labels
 from .preprocessing import Preprocessing
 from .training import session
@@ -107,4 +107,5 @@ def run(options: Options, console: Console | None = None) -> int:
             dataset.validation,
         ),
         console,
+        lambda: identify(options.data, labelled=True, channels=options.architecture.in_channels),
     )

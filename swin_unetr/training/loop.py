@@ -332,7 +332,6 @@ class Loop:
             "training": {
                 "heads": heads,
                 "optimizer": state.optimizer_state(self.task.network, self.optimizer),
-                "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "averaged": None if self.ema is None else int(self.ema.n_averaged),
                 "random": distributed.gather(state.random_state(self.device)),
@@ -351,13 +350,16 @@ class Loop:
         training = content["training"]
         state.set_optimizer_state(self.task.network, self.optimizer, training["optimizer"])
         state.set_core_and_heads(self.task.network, self.task.core, content["model"], training["heads"])
-        self.scheduler.load_state_dict(training["scheduler"])
         self.scaler.load_state_dict(training["scaler"])
         if self.ema is not None:
             state.set_weights(self.ema.module, content["ema"])
             self.ema.n_averaged.fill_(training["averaged"])
         progress = {name: value for name, value in content["progress"].items() if name != "epoch"}
         self.position = state.Position(**progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimization.learning_rate
+        done = self.position.step - self.position.skipped
+        self.scheduler = warm_up_and_cosine(self.optimizer, self.steps, self.schedule.warm_up, done)
         self.facts["provenance"] = content["provenance"]
         if len(training["random"]) == distributed.ranks():
             state.set_random_state(training["random"][distributed.rank()], self.device)

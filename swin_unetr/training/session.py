@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import platform
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from os import environ
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,7 @@ def run(
     open_dataset: Callable[[Console], Dataset],
     make_task: Callable[[Dataset], Task],
     console: Console | None = None,
+    identify: Callable[[], dict[str, dict[str, str]]] = dict,
 ) -> int:
     """Train as `options` say, or go on; returns the exit status of the command.
 
@@ -61,6 +63,7 @@ def run(
     Args:
         command: "train" or "pretrain", which is what `make_task` makes.
         open_dataset, make_task: called once it is clear that there is something to train.
+        identify: the cases by content, as `datasets.identify` gives them; called before all else.
 
     Raises:
         ValueError, OSError: options or input are bad, or the disk is full; on every rank.
@@ -70,23 +73,28 @@ def run(
             with distributed.job(options.device) as device:
                 if not distributed.is_first():
                     console = Console(quiet=True)
-                return _run(command, options, open_dataset, make_task, device, console or Console(), until_said)
+                return _run(
+                    command, options, open_dataset, make_task, identify, device, console or Console(), until_said
+                )
         except (FloatingPointError, distributed.RankLost) as error:
             print(f"swin-unetr {command}: {error}", file=sys.stderr)
             return 1
 
 
 def _run(
-    command, options, open_dataset, make_task, device: torch.device, console: Console, until_said: ExitStack
+    command, options, open_dataset, make_task, identify, device: torch.device, console: Console, until_said: ExitStack
 ) -> int:
     config = resume.plain(options)
-    found = distributed.first(lambda: _prepare(command, options, config, until_said))
+    data = identify()
+    found, recorded = distributed.first(lambda: _prepare(command, options, config, data, until_said))
+    if recorded != CONFIG:
+        _say(console, f"{options.out / CONFIG} says other options and stays as it is; those of this run: {recorded}")
     for error in found.damaged if found else ():
         _say(console, f"passed over, and renamed to .damaged: {error}", style="yellow")
     state.seed(options.seed)  # the same weights on every rank
     with closing(open_dataset(console)) as dataset:
         task = make_task(dataset)
-        facts = {"config": config, "provenance": {}}
+        facts = {"config": config, "data": data, "provenance": {}}
         if found is None:
             facts["provenance"] = _provenance(_initial(task, options.initial, console))
         loop = Loop(
@@ -103,6 +111,8 @@ def _run(
         if found is not None:
             loop.restore(found.content)
             _say(console, f"goes on from {found.path}")
+            for change in _changes_of_schedule(found.content["config"], config):
+                _say(console, f"{change}; the learning rate goes on as if it had been so from the start")
         # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
         interruption = until_said.enter_context(Interruption())
         ended = loop.run(interruption)
@@ -114,10 +124,17 @@ def _run(
     return 0
 
 
-def _prepare(command: str, options: Options, config: dict[str, Any], until_said: ExitStack) -> resume.Found | None:
-    """Own the folder of this run, by a context of `until_said`; returns the checkpoint to go on from.
+def _prepare(
+    command: str,
+    options: Options,
+    config: dict[str, Any],
+    data: dict[str, dict[str, str]],
+    until_said: ExitStack,
+) -> tuple[resume.Found | None, str]:
+    """Own the folder of this run, by a context of `until_said`, and write its options there.
 
-    If there is none, the options are there in a file.
+    Returns:
+        The checkpoint to go on from, if there is one; the name of the file of options.
     """
     begins = not checkpoints.series(options.out / resume.CHECKPOINTS)
     # Before the data, which may take long to read.
@@ -127,11 +144,38 @@ def _prepare(command: str, options: Options, config: dict[str, Any], until_said:
     for folder in (options.out, options.out / resume.CHECKPOINTS):
         files.remove_leftovers(folder)
     # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
-    fresh = options.resume == "never" and int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
-    found = resume.find(options.out, command, config, fresh=fresh)
-    if found is None:
-        (options.out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    return found
+    fresh = options.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
+    found = resume.find(options.out, command, config, fresh=fresh, data=data)
+    return found, _record(options.out, config)
+
+
+def _record(out: Path, config: dict[str, Any]) -> str:
+    """Have the options of this run in a file, whose name is returned; one that says others stays.
+
+    It may be the user's own, from which these options come: of another form, with comments.
+    """
+    for number in itertools.count():
+        name = f"{Path(CONFIG).stem}-{number}.yaml" if number else CONFIG
+        if not os.path.lexists(out / name):
+            with files.replacing(out / name) as file:
+                file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+            return name
+        if _says(out / name, config):
+            return name
+
+
+def _says(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a file holds these options."""
+    try:
+        return path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) == config
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return False
+
+
+def _changes_of_schedule(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of the length of the training differs."""
+    parts = ({"schedule": {name: c["schedule"].get(name) for name in ("steps", "epochs")}} for c in (then, now))
+    return resume.differences(*parts, free=frozenset())
 
 
 def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] | None:

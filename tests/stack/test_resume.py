@@ -177,6 +177,21 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_longer_schedule_goes_on_as_if_it_had_been_so_from_the_start(tmp_path):
+    """Warm-up and the fall of the learning rate depend on how long a run is; the weights follow theirs from here on."""
+    short, long = (Schedule(steps=steps, validate_every=4, checkpoint_every=4) for steps in (4, 12))
+    assert loop(tmp_path, schedule=short).run()
+    assert resumed(tmp_path, schedule=long).run()
+    assert loop(tmp_path / "long", schedule=long).run()
+    rates, of_long = (
+        [line["learning_rate"] for line in log.read(out) if line["event"] == "train"]
+        for out in (tmp_path, tmp_path / "long")
+    )
+    assert rates[4:] == of_long[4:]
+    assert rates[3] < of_long[3]
+    assert resumed(tmp_path, schedule=short).finished
+
+
 def test_a_chain_of_short_runs(tmp_path, uninterrupted):
     """As under Slurm with a short time limit: every run does two steps."""
     assert not loop(tmp_path, None, signal_at(5, signal.SIGTERM), **EVERYTHING).run()
