@@ -25,6 +25,7 @@ def identify(data: Data, labelled: bool, channels: int | None = None) -> dict[st
 
 
 def digest(paths: tuple[Path, ...]) -> str:
+    """Of the content of these files, wherever they lie."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -20,6 +20,8 @@ BY_CONTENT = frozenset(f"data.{name}" for name in ("datalist", "sections", "fold
 """Options that may differ as long as the cases are the same ones."""
 CACHE = frozenset(f"data.{name}" for name in ("cache", "smart_cases", "smart_replaced"))
 """Options that may differ as long as the cache is not smart: it alone decides what is drawn."""
+OF_A_RANK = frozenset({"device"} | {f"data.{n}" for n in ("datalist", "root", "trusted", "cache_folder", "workers")})
+"""Options that ranks of one job may have different: where things lie on their machine."""
 NEEDED = ("config", "provenance", "model", "progress", "training")
 """What a checkpoint must hold for a run to go on from it."""
 _ABSENT = "not set"
@@ -46,6 +48,7 @@ def find(
     *,
     fresh: bool,
     data: Mapping[str, Mapping[str, str]] | None = None,
+    initial: str | None = None,
 ) -> Found | None:
     """The newest whole checkpoint in the folder `out` of a run; None if there is none.
 
@@ -56,6 +59,7 @@ def find(
         config: the options of this run, as `plain` gives them.
         fresh: whether this run must not go on from anything.
         data: the cases of this run by content, as `datasets.identify` gives them; None where there are none.
+        initial: digest of the weights to start from; None where there are none.
 
     Raises:
         ValueError: the checkpoint is of another kind, configuration or data, or there is one and `fresh`.
@@ -70,7 +74,10 @@ def find(
     if content.get("kind") != kind:
         raise ValueError(f"out: {path} is a checkpoint of {content.get('kind')!r}; accepted is one of {kind!r}")
     cases = content.get("data")  # which checkpoints of earlier versions do not have
-    changed = differences(content["config"], config, FREE | (BY_CONTENT if cases and data else frozenset()))
+    free = FREE | (BY_CONTENT if cases and data else frozenset())
+    if initial is not None and initial == (content["provenance"].get("initial") or {}).get("digest"):
+        free |= {"initial"}
+    changed = differences(content["config"], config, free)
     if cases and data:
         changed += other_cases(cases, data)
     if changed:

@@ -20,6 +20,7 @@ from rich.console import Console
 import swin_kernels
 
 from .. import checkpoints, distributed, files
+from ..datasets.identity import digest
 from ..interruption import Interruption, status
 from ..pretrained import load_pretrained
 from . import lock, resume, state
@@ -85,8 +86,9 @@ def _run(
     command, options, open_dataset, make_task, identify, device: torch.device, console: Console, until_said: ExitStack
 ) -> int:
     config = resume.plain(options)
-    data = identify()
-    found, recorded = distributed.first(lambda: _prepare(command, options, config, data, until_said))
+    initial = digest((options.initial,)) if options.initial is not None and options.initial.is_file() else None
+    data = _agreed(config, initial, identify)
+    found, recorded = distributed.first(lambda: _prepare(command, options, config, data, initial, until_said))
     if recorded != CONFIG:
         _say(console, f"{options.out / CONFIG} says other options and stays as it is; those of this run: {recorded}")
     for error in found.damaged if found else ():
@@ -96,7 +98,7 @@ def _run(
         task = make_task(dataset)
         facts = {"config": config, "data": data, "provenance": {}}
         if found is None:
-            facts["provenance"] = _provenance(_initial(task, options.initial, console))
+            facts["provenance"] = _provenance(_initial(task, options.initial, initial, console))
         loop = Loop(
             task,
             dataset,
@@ -124,11 +126,50 @@ def _run(
     return 0
 
 
+def _agreed(
+    config: dict[str, Any], initial: str | None, identify: Callable[[], dict[str, dict[str, str]]]
+) -> dict[str, dict[str, str]]:
+    """What `identify` tells, once it is clear that all ranks do the same; else they would wait for each other for ever.
+
+    Args:
+        initial: digest of the weights to start from.
+
+    Raises:
+        ValueError: on every rank, what is different on which, or why one cannot read its data.
+    """
+    data, failed = {}, None
+    try:
+        data = identify()
+    except (OSError, ValueError) as error:
+        failed = error
+    versions = {"swin_kernels": swin_kernels.__version__, "torch": str(torch.__version__)}
+    told = distributed.gather(
+        ({**config, "versions": versions, "weights of initial": initial}, data, failed and str(failed))
+    )
+    if failed is not None:
+        raise failed
+    if differ := [text for rank in range(distributed.ranks()) for text in _differences(rank, told[0], told[rank])]:
+        more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ValueError(f"the ranks of this job differ: {'; '.join(differ[:5])}{more}; accepted are the same on all")
+    return data
+
+
+def _differences(rank: int, first: tuple, other: tuple) -> list[str]:
+    """What one rank told otherwise than rank 0; of data that one of them cannot read, why."""
+    if other[2] is not None:
+        return [f"on rank {rank} {other[2]}"]
+    says = f"{{name}} is {{then}} on rank 0 and {{now}} on rank {rank}"
+    options = resume.differences(first[0], other[0], resume.OF_A_RANK, says)
+    cases = resume.other_cases(first[1], other[1]) if first[2] is None else []
+    return options + [f"on rank {rank}, compared with rank 0, {text}" for text in cases]
+
+
 def _prepare(
     command: str,
     options: Options,
     config: dict[str, Any],
     data: dict[str, dict[str, str]],
+    initial: str | None,
     until_said: ExitStack,
 ) -> tuple[resume.Found | None, str]:
     """Own the folder of this run, by a context of `until_said`, and write its options there.
@@ -138,14 +179,14 @@ def _prepare(
     """
     begins = not checkpoints.series(options.out / resume.CHECKPOINTS)
     # Before the data, which may take long to read.
-    if begins and options.initial is not None and not options.initial.is_file():
+    if begins and options.initial is not None and initial is None:
         raise ValueError(f"initial: there is no file {options.initial}")
     until_said.enter_context(lock.owned(options.out))
     for folder in (options.out, options.out / resume.CHECKPOINTS):
         files.remove_leftovers(folder)
     # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
     fresh = options.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
-    found = resume.find(options.out, command, config, fresh=fresh, data=data)
+    found = resume.find(options.out, command, config, fresh=fresh, data=data, initial=initial)
     return found, _record(options.out, config)
 
 
@@ -178,7 +219,7 @@ def _changes_of_schedule(then: dict[str, Any], now: dict[str, Any]) -> list[str]
     return resume.differences(*parts, free=frozenset())
 
 
-def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] | None:
+def _initial(task: Task, path: Path | None, content: str | None, console: Console) -> dict[str, Any] | None:
     """Load weights from a file into the task's core; returns what matched.
 
     Raises:
@@ -193,6 +234,7 @@ def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] 
     _say(console, str(report))
     return {
         "source": report.source,
+        "digest": content,
         "loaded": list(report.loaded),
         "missing": list(report.missing),
         "unexpected": list(report.unexpected),

@@ -91,11 +91,13 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
         patch.setattr(Segmentation, "losses", interrupted)
         assert cli.main(command) == 75
     assert "swinViT (" in capsys.readouterr().out  # what of the pretrained weights matched
-    assert cli.main(command) == 0
+    (tmp_path / "pretrained.pt").rename(tmp_path / "moved.pt")
+    assert cli.main([*command, f"--initial={tmp_path / 'moved.pt'}"]) == 0
     said = capsys.readouterr().out
     assert "goes on from" in said
     assert "step-00000003.pt" in said
 
+    (tmp_path / "moved.pt").rename(tmp_path / "pretrained.pt")
     best, last = checkpoints.read(tmp_path / "run" / "best.pt"), final(tmp_path / "run")
     assert cli.main(arguments(datalist, tmp_path / "whole", **options)) == 0
     whole = final(tmp_path / "whole")
