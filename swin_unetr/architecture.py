@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from . import lazily
 
-from .model import SwinUNETR
+torch = lazily.Module("torch")
+model = lazily.Module("swin_unetr.model")
+
+LARGEST_FEATURE_SIZE = 1536
+LARGEST = {"in_channels": 1024, "out_channels": 1024, "window_size": 64}
+"""Beyond these nothing fits into a machine's memory."""
+MOST_BLOCKS = 64
+"""Of a stage."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +51,41 @@ class Architecture:
     attn_drop_rate: float = 0.0
     dropout_path_rate: float = 0.0
 
-    def build(self) -> SwinUNETR:
+    def __post_init__(self) -> None:
+        for name, largest in LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted are 1 to {largest}")
+        if not 12 <= self.feature_size <= LARGEST_FEATURE_SIZE or self.feature_size % 12:
+            raise ValueError(
+                f"feature_size is {self.feature_size}; accepted are multiples of 12 up to {LARGEST_FEATURE_SIZE}"
+            )
+        if len(self.depths) != 4 or not all(1 <= blocks <= MOST_BLOCKS for blocks in self.depths):
+            raise ValueError(
+                f"depths is {tuple(self.depths)}; accepted are 4 numbers of blocks from 1 to {MOST_BLOCKS}, one a stage"
+            )
+        channels = [self.feature_size * 2**stage for stage in range(4)]
+        if len(self.num_heads) != 4 or any(
+            heads < 1 or dim % heads for dim, heads in zip(channels, self.num_heads, strict=True)
+        ):
+            raise ValueError(
+                f"num_heads is {tuple(self.num_heads)}; accepted are 4 numbers ≥ 1, one a stage, that divide the "
+                f"stages' channels {tuple(channels)}"
+            )
+        if self.spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims is {self.spatial_dims}; accepted are 2 and 3")
+        if self.downsample not in ("merging", "mergingv2", "merging_legacy"):
+            raise ValueError(
+                f"downsample is {self.downsample!r}; accepted are 'merging', 'mergingv2' and 'merging_legacy'"
+            )
+        for name in ("drop_rate", "attn_drop_rate", "dropout_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is a probability from 0, below 1")
+
+    def build(self) -> model.SwinUNETR:
         """A network with fresh weights, drawn from PyTorch's generator.
 
         Its weights are in channels-last order, in which convolutions of few channels run faster.
         """
-        network = SwinUNETR(**self.__dict__)
+        network = model.SwinUNETR(**self.__dict__)
         order = {2: torch.channels_last, 3: torch.channels_last_3d}[self.spatial_dims]
         return network.to(memory_format=order)

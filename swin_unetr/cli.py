@@ -7,17 +7,15 @@ SIGTERM, SIGUSR1 or SIGHUP, to be started again; 130 interrupted from the keyboa
 from __future__ import annotations
 
 import importlib
-import json
+import re
 import signal
 import sys
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import get_type_hints
 
-from . import interruption, terminal
+from . import command_line, interruption, terminal
 
 COMMANDS = {
     "pretrain": "train the encoder on volumes without labels",
@@ -54,36 +52,64 @@ def _run(argv: Sequence[str] | None) -> int:
     except (ValueError, OSError) as error:
         print(f"swin-unetr {command}: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        print(
+            f"swin-unetr {command}: out of memory ({reason.splitlines()[0]}); smaller roi, batches, windows or "
+            "architecture take less",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as error:
         print(f"\nswin-unetr {command}: {str(error) or 'interrupted'}", file=sys.stderr)
         return interruption.status(getattr(error, "number", signal.SIGINT))
 
 
 def parse(kind: type, command: str, argv: Sequence[str]):
-    """`kind`, a dataclass of options, as `argv` and the YAML files named there say; the last word counts."""
-    from jsonargparse import ArgumentParser
+    """`kind`, a dataclass of options, as `argv` and the YAML files named there say; the last word counts.
 
-    parser = ArgumentParser(prog=f"swin-unetr {command}", description=_summary(kind), print_config="--print_config")
+    Raises:
+        ValueError: an option is unknown, or its value not accepted.
+    """
+    parser = command_line.Parser(
+        kind, prog=f"swin-unetr {command}", description=_summary(kind), print_config="--print_config"
+    )
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these options")
-    # Listed here for --help; `_expand` has made a --config of it.
-    parser.add_argument("--preset", metavar="NAME", help=f"options that come with the package: {', '.join(presets())}")
+    if offered := presets(kind):
+        # Listed here for --help; `_expand` has made a --config of it.
+        parser.add_argument(
+            "--preset", metavar="NAME", help=f"options that come with the package: {', '.join(offered)}"
+        )
     parser.add_class_arguments(kind, fail_untyped=True)
-    lists = [f"--{name}" for name, of in get_type_hints(kind).items() if of == list[Path]]
-    parsed = parser.instantiate(parser.parse_args(_bracketed(_expand(argv), lists)))
-    return kind(**{field.name: parsed[field.name] for field in fields(kind) if field.init})
+    return command_line.made(kind, parser.parse_args(parser.typed(_expand(argv, command, offered))))
 
 
-def presets() -> list[str]:
-    """Names of the YAML files that ship with the package, as ``--preset`` takes them."""
+def presets(kind: type | None = None) -> list[str]:
+    """Names of the YAML files that ship with the package, as ``--preset`` takes them.
+
+    Args:
+        kind: a command's options: those for that command.
+    """
     root = Path(str(PRESETS))
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+    paths = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    if kind is None:
+        return list(paths)
+    options = {field.name for field in fields(kind)}
+    return [name for name, path in paths.items() if _sections(path) <= options]
 
 
-def _expand(argv: Sequence[str]) -> list[str]:
+def _sections(preset: Path) -> set[str]:
+    """The options and groups of options that a preset sets."""
+    return set(re.findall(r"^(\w+):", preset.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def _expand(argv: Sequence[str], command: str, offered: Collection[str]) -> list[str]:
     """`argv` with each ``--preset NAME`` as ``--config FILE``.
 
     Raises:
-        ValueError: there is no such preset.
+        ValueError: the command is offered no such preset.
     """
     expanded: list[str] = []
     words = iter(argv)
@@ -92,25 +118,19 @@ def _expand(argv: Sequence[str]) -> list[str]:
             expanded.append(word)
             continue
         name = word.partition("=")[2] if "=" in word else next(words, "")
-        if name not in presets():
-            raise ValueError(f"preset: got {name!r}; accepted are {', '.join(presets())}")
+        if not offered:
+            raise ValueError(f"preset is {name!r}; {command} has none: presets are for train and pretrain")
+        if name not in offered:
+            raise ValueError(f"preset is {name!r}; accepted by {command} are {', '.join(offered)}")
         expanded += ["--config", str(PRESETS / f"{name}.yaml")]
     return expanded
 
 
-def _bracketed(argv: Sequence[str], options: Collection[str]) -> list[str]:
-    """`argv` with the paths after each of `options`, of which a shell's pattern gives several, as one word: a list."""
-    bracketed: list[str] = []
-    words = deque(argv)
-    while words:
-        word = words.popleft()
-        bracketed.append(word)
-        if word in options and words and not words[0].startswith(("--", "[")):
-            listed = []
-            while words and not words[0].startswith("--"):
-                listed.append(words.popleft())
-            bracketed.append(json.dumps(listed))
-    return bracketed
+def _is_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether there was too little memory, of which PyTorch has no type of its own on a CPU."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
+    )
 
 
 def _summary(kind: type) -> str:

@@ -80,9 +80,11 @@ def _is_of_communication(error: RuntimeError) -> bool:
 
 def _device(name: str | None, ranks: int) -> torch.device:
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
         if device.type == "cuda" and device.index is None and ranks > 1:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device is {name!r}; accepted are cpu, cuda and cuda:N")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device: cannot use {name!r}: {str(error).splitlines()[0]}") from error

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .evaluation import label_maps, report, statistics
 from .evaluation.scores import METRICS, Score, by_case, scores
+from .labels import by_name
 
 FORMAT = "swin-unetr evaluation 1"
 
@@ -29,7 +30,7 @@ class Options:
         predictions: folder of predicted label maps (NIfTI, NRRD, MetaImage).
         labels: folder of labels; a prediction belongs to the label of the same name, or of that name before "_...".
         out: folder for the results; those of an earlier evaluation in it are overwritten.
-        classes: label values by class name, such as {liver: [1, 2], cancer: [2]}; classes may overlap. By default every
+        classes: label values by class name, such as {liver: [1, 2], cancer: 2}; classes may overlap. By default every
             value above 0 that the labels have is a class.
         tolerance: mm up to which surfaces agree, for NSD.
         resamples: draws of the bootstrap.
@@ -41,7 +42,7 @@ class Options:
     predictions: Path
     labels: Path
     out: Path = Path("evaluation")
-    classes: dict[str, list[int]] | None = None
+    classes: dict[str, list[int] | int] | None = None
     tolerance: float = 2.0
     resamples: int = 9999
     confidence: float = 0.95
@@ -51,6 +52,8 @@ class Options:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(f"tolerance is {self.tolerance}; accepted is a distance in mm above 0")
+        if self.classes is not None:
+            self.classes = by_name(self.classes)
         if self.classes is not None and not (self.classes and all(self.classes.values())):
             raise ValueError(f"classes is {self.classes}; accepted is at least one class, each with a label value")
         if self.classes is not None and statistics.MEAN in self.classes:

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+from . import lazily
+
+torch = lazily.Module("torch")
+
+
+def by_name(classes: Mapping[str, Sequence[int] | int]) -> dict[str, list[int]]:
+    """Label values by class name; of a class that has one, it may stand alone.
+
+    Raises:
+        ValueError: a class has no name.
+    """
+    if any(not str(name).strip() for name in classes):
+        raise ValueError(f"classes is {dict(classes)}; accepted are classes with a name each")
+    return {str(name): [values] if isinstance(values, int) else list(values) for name, values in classes.items()}
 
 
 @dataclass(frozen=True)
@@ -13,17 +26,18 @@ class Labels:
     """Classes of a label map, and how a network's output becomes one.
 
     Args:
-        classes: label values by class name, such as {spleen: [1], liver: [2]}; the background's value is 0 and it is
+        classes: label values by class name, such as {spleen: 1, liver: [2, 3]}; the background's value is 0 and it is
             not listed. Overlapping classes are listed from the outermost in: {whole tumour: [1, 2, 4], tumour core:
             [1, 4], enhancing tumour: [4]}.
         overlapping: the channels are the classes, each with a sigmoid of its own; otherwise they are background and
             classes under one softmax.
     """
 
-    classes: Mapping[str, Sequence[int]]
+    classes: Mapping[str, Sequence[int] | int]
     overlapping: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", by_name(self.classes))
         values = [value for group in self.classes.values() for value in group]
         if not self.classes or not all(self.classes.values()) or any(not 0 < value < 256 for value in values):
             raise ValueError(f"classes is {dict(self.classes)}; accepted is one value from 1 to 255 or more a class")

@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from monai import transforms
+from . import lazily
+
+np = lazily.Module("numpy")
+transforms = lazily.Module("monai.transforms")
+
+FINEST, COARSEST = 1e-4, 1e3
+"""Extents of a voxel in mm, from microscopy to beyond any scanner."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,20 @@ class Preprocessing:
     crop_foreground: bool = True
 
     def __post_init__(self) -> None:
-        if self.spacing is not None and not all(math.isfinite(extent) and extent > 0 for extent in self.spacing):
-            raise ValueError(f"spacing is {tuple(self.spacing)}; accepted are three extents in mm above 0")
+        if self.spacing is not None and not (
+            len(self.spacing) == 3 and all(FINEST <= extent <= COARSEST for extent in self.spacing)
+        ):
+            raise ValueError(
+                f"spacing is {tuple(self.spacing)}; accepted are three extents in mm above 0, from {FINEST} to "
+                f"{COARSEST}"
+            )
         axes = {frozenset("RL"), frozenset("AP"), frozenset("SI")}
         if self.orientation is not None and (
             len(self.orientation) != 3 or {pair for pair in axes if pair & set(self.orientation)} != axes
         ):
             raise ValueError(f"orientation is {self.orientation!r}; accepted are three letters such as RAS or LPS")
-        if not self.window[0] < self.window[1]:
-            raise ValueError(f"window is {tuple(self.window)}; accepted is lowest < highest")
+        if len(self.window) != 2 or not -math.inf < self.window[0] < self.window[1] < math.inf:
+            raise ValueError(f"window is {tuple(self.window)}; accepted is lowest < highest, both finite")
         if self.intensity not in ("window", "zscore"):
             raise ValueError(f"intensity is {self.intensity!r}; accepted are 'window' and 'zscore'")
 

@@ -8,13 +8,18 @@ from typing import Literal
 
 from rich.console import Console
 
+from . import lazily
 from .architecture import Architecture
-from .datasets import Data, identify, open_dataset
+from .datasets import Data
 from .preprocessing import Preprocessing
-from .pretraining.self_supervision import SelfSupervision
-from .pretraining.task import Tasks
-from .training import session
-from .training.options import Optimization, Schedule
+from .pretraining.options import Tasks
+from .training.options import Optimization, Schedule, check_run
+
+datasets = lazily.Module("swin_unetr.datasets")
+self_supervision = lazily.Module("swin_unetr.pretraining.self_supervision")
+session = lazily.Module("swin_unetr.training.session")
+MOST = 65536
+"""Beyond it no machine has the memory."""
 
 
 @dataclass
@@ -60,8 +65,7 @@ class Options:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self.roi) != self.architecture.spatial_dims:
-            raise ValueError(f"roi is {tuple(self.roi)}; accepted are {self.architecture.spatial_dims} extents")
+        check_run(self.architecture.spatial_dims, self.roi, self.seed, self.resume)
         self.tasks.check(self.roi)
         if self.preprocessing.intensity != "window":
             raise ValueError(
@@ -69,10 +73,8 @@ class Options:
                 "filled with noise in 0..1"
             )
         for name in ("embedding", "validation_crops"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted is a number ≥ 1")
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"resume is {self.resume!r}; accepted are 'auto' and 'never'")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is a number ≥ 1, up to {MOST}")
 
 
 def run(options: Options, console: Console | None = None) -> int:
@@ -86,7 +88,7 @@ def run(options: Options, console: Console | None = None) -> int:
     return session.run(
         "pretrain",
         options,
-        lambda console: open_dataset(
+        lambda console: datasets.open_dataset(
             options.data,
             options.preprocessing,
             options.roi,
@@ -95,7 +97,7 @@ def run(options: Options, console: Console | None = None) -> int:
             channels=options.architecture.in_channels,
             console=console,
         ),
-        lambda dataset: SelfSupervision(
+        lambda dataset: self_supervision.SelfSupervision(
             options.architecture,
             options.preprocessing,
             options.roi,
@@ -106,5 +108,5 @@ def run(options: Options, console: Console | None = None) -> int:
             options.seed,
         ),
         console,
-        lambda: identify(options.data, labelled=False, channels=options.architecture.in_channels),
+        lambda: datasets.identify(options.data, labelled=False, channels=options.architecture.in_channels),
     )

@@ -9,13 +9,16 @@ from typing import Literal
 
 from rich.console import Console
 
+from . import lazily
 from .architecture import Architecture
-from .datasets import Data, identify, open_dataset
+from .datasets import Data
 from .labels import Labels
 from .preprocessing import Preprocessing
-from .training import session
-from .training.options import Optimization, Schedule
-from .training.segmentation import Loss, Segmentation, Validation
+from .training.options import Loss, Optimization, Schedule, Validation, check_run
+
+datasets = lazily.Module("swin_unetr.datasets")
+segmentation = lazily.Module("swin_unetr.training.segmentation")
+session = lazily.Module("swin_unetr.training.session")
 
 
 @dataclass
@@ -58,10 +61,10 @@ class Options:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        dims = self.architecture.spatial_dims
-        if len(self.roi) != dims or any(extent < 32 or extent % 32 for extent in self.roi):
-            raise ValueError(f"roi is {tuple(self.roi)}; accepted are {dims} multiples of 32")
-        if math.prod(self.roi) == 32**dims:
+        check_run(self.architecture.spatial_dims, self.roi, self.seed, self.resume)
+        if any(extent < 32 or extent % 32 for extent in self.roi):
+            raise ValueError(f"roi is {tuple(self.roi)}; accepted are 3 multiples of 32")
+        if math.prod(self.roi) == 32**3:
             raise ValueError(
                 f"roi is {tuple(self.roi)}, whose deepest feature map is a single voxel, of which instance norm makes "
                 "zero; accepted is a roi with at least one axis of 64 or more"
@@ -73,8 +76,6 @@ class Options:
                 f"architecture.out_channels is {self.architecture.out_channels}; accepted is {channels}: "
                 f"{', '.join(self.labels.names)}{background}"
             )
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"resume is {self.resume!r}; accepted are 'auto' and 'never'")
 
 
 def run(options: Options, console: Console | None = None) -> int:
@@ -88,7 +89,7 @@ def run(options: Options, console: Console | None = None) -> int:
     return session.run(
         "train",
         options,
-        lambda console: open_dataset(
+        lambda console: datasets.open_dataset(
             options.data,
             options.preprocessing,
             options.roi,
@@ -97,7 +98,7 @@ def run(options: Options, console: Console | None = None) -> int:
             channels=options.architecture.in_channels,
             console=console,
         ),
-        lambda dataset: Segmentation(
+        lambda dataset: segmentation.Segmentation(
             options.architecture,
             options.labels,
             options.preprocessing,
@@ -107,5 +108,5 @@ def run(options: Options, console: Console | None = None) -> int:
             dataset.validation,
         ),
         console,
-        lambda: identify(options.data, labelled=True, channels=options.architecture.in_channels),
+        lambda: datasets.identify(options.data, labelled=True, channels=options.architecture.in_channels),
     )

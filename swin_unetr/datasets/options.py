@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+MOST = {"workers": 256, "prefetch": 256, "batch_size": 4096, "crops_per_volume": 4096}
+"""Beyond these no machine has the processes or the memory."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Augmentation:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is a probability from 0 to 1")
         for name in ("intensity_scale", "intensity_shift", "noise_std"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is 0 or more")
         if not 0 <= self.degrees <= 180:
             raise ValueError(f"degrees is {self.degrees}; accepted is 0 to 180")
@@ -112,6 +116,14 @@ class Data:
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is {lowest} or more")
+        for name, highest in MOST.items():
+            if getattr(self, name) > highest:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted is {highest} or fewer")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"split_seed is {self.split_seed}; accepted are 0 to {2**32 - 1}")
+        strange = [value for value in self.background if not 0 <= value <= 255]
+        if strange:
+            raise ValueError(f"background is {tuple(self.background)}; accepted are label values from 0 to 255")
         if self.fold is not None and self.fold < 0:
             raise ValueError(f"fold is {self.fold}; accepted is 0 or more")
         if not self.sections:
@@ -126,9 +138,9 @@ class Data:
             raise ValueError("cache_folder is missing; cache 'disk' needs a folder")
         if self.crop not in ("labelled", "anywhere"):
             raise ValueError(f"crop is {self.crop!r}; accepted are 'labelled' and 'anywhere'")
-        if not (self.positive >= 0 and self.negative >= 0 and self.positive + self.negative > 0):
+        if not (self.positive >= 0 and self.negative >= 0 and 0 < self.positive + self.negative < math.inf):
             raise ValueError(
                 f"positive and negative are {self.positive} and {self.negative}; accepted are 0 or more, not both 0"
             )
-        if not self.image_threshold >= 0:
+        if not 0 <= self.image_threshold < math.inf:
             raise ValueError(f"image_threshold is {self.image_threshold}; accepted is 0 or more")

@@ -7,18 +7,16 @@ https://arxiv.org/abs/2111.14791, and the code published with it.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from monai.networks.layers.factories import Conv, Norm
 
+from .options import check_extents
 from .views import QUARTER_TURNS
 
 DEEPEST = 16  # channels of the deepest map over the encoder's first
-STRIDE = 32  # voxels of the image in one token of the deepest map, an axis
 
 
 class Answers(NamedTuple):
@@ -70,17 +68,6 @@ class PretrainingNetwork(nn.Module):
             turns=self.rotation_head(tokens[..., 0]),  # (B, 4)
             embedding=self.contrastive_head(tokens[..., 1]),  # (B, E)
             image=self.reconstruction_head(deepest),  # (B, C, *S)
-        )
-
-
-def check_extents(extents: Sequence[int]) -> None:
-    """Raise `ValueError` unless a crop of `extents` voxels can be pretrained on."""
-    if any(extent % STRIDE or extent < STRIDE for extent in extents):
-        raise ValueError(f"roi is {tuple(extents)}; accepted are multiples of {STRIDE} on every axis")
-    if math.prod(extents) == STRIDE ** len(extents):
-        raise ValueError(
-            f"roi is {tuple(extents)}, whose deepest feature map is a single voxel: instance norm makes zero of it and "
-            f"contrast has no token of its own; accepted is a roi with at least one axis of {2 * STRIDE} or more"
         )
 
 

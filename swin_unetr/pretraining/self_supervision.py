@@ -12,7 +12,7 @@ from monai.transforms import RandWeightedCrop, SpatialPad
 
 from .. import distributed
 from ..architecture import Architecture
-from ..datasets import ValidationCase
+from ..datasets.dataset import ValidationCase
 from ..preprocessing import Preprocessing
 from .network import PretrainingNetwork
 from .task import CaseAnswers, Tasks, answer, step_losses, validation_losses

@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 from . import losses
-from .network import Answers, check_extents
-from .views import Cutout, View, check_rotation, view
-
-TASKS = ("rotation", "contrast", "reconstruction")
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """The tasks of pretraining and what each counts.
-
-    Args:
-        rotation: weight of the rotation's cross-entropy.
-        contrast: weight of NT-Xent.
-        reconstruction: weight of the L1 distance.
-        region: where the distance is measured: in the whole view, or where it was cut out.
-        temperature: of NT-Xent.
-        rotation_axes: the two spatial axes that span the plane of rotation; crops are as long on one as on the other.
-        cutout: what is cut out of a view.
-    """
-
-    rotation: float = 1.0
-    contrast: float = 1.0
-    reconstruction: float = 1.0
-    region: Literal["whole", "masked"] = "whole"
-    temperature: float = 0.5
-    rotation_axes: tuple[int, int] = (1, 2)
-    cutout: Cutout = field(default_factory=Cutout)
-
-    def __post_init__(self) -> None:
-        weights = [getattr(self, name) for name in TASKS]
-        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-            raise ValueError(
-                f"weights of {', '.join(TASKS)} are {weights}; accepted are numbers ≥ 0, not all of them 0"
-            )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; accepted is a number above 0")
-        if self.region not in ("whole", "masked"):
-            raise ValueError(f"region is {self.region!r}; accepted are 'whole' and 'masked'")
-        if self.region == "masked" and self.reconstruction and not self.cutout.max_fraction:
-            raise ValueError("region is 'masked' and cutout.max_fraction 0; accepted is a fraction above 0")
-
-    def check(self, roi: Sequence[int]) -> None:
-        """Raise `ValueError` unless crops of `roi` voxels can be pretrained on."""
-        check_extents(roi)
-        check_rotation(roi, self.rotation_axes)
+from .network import Answers
+from .options import TASKS, Tasks
+from .views import View, view
 
 
 def two_views(crops: torch.Tensor, tasks: Tasks, random: np.random.Generator) -> View:

@@ -12,32 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .options import Cutout, check_rotation
+
 QUARTER_TURNS = 4
 """Classes of the rotation task: 0°, 90°, 180° and 270°."""
-
-
-@dataclass(frozen=True)
-class Cutout:
-    """How much of a view is cut out, and in which pieces.
-
-    Attributes:
-        max_fraction: a view loses a part of its voxels drawn between 0 and this.
-        block: smallest and largest extent of a block, as parts of the view's extent, drawn for each axis.
-        noise: probability that a block is filled with noise; otherwise with what another crop of the batch has
-            at its place. A batch of one crop knows noise alone.
-    """
-
-    max_fraction: float = 0.3
-    block: tuple[float, float] = (0.05, 0.25)
-    noise: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_fraction < 1:
-            raise ValueError(f"Cutout: max_fraction is {self.max_fraction}; accepted is 0 ≤ max_fraction < 1")
-        if not 0 < self.block[0] <= self.block[1] <= 1:
-            raise ValueError(f"Cutout: block is {tuple(self.block)}; accepted is 0 < smallest ≤ largest ≤ 1")
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"Cutout: noise is {self.noise}; accepted is a probability from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -73,21 +51,6 @@ def view(crops: torch.Tensor, cutout: Cutout, rotation_axes: Sequence[int], rand
     whole = torch.stack([crop.rot90(int(k), planes) for crop, k in zip(crops, turns, strict=True)])  # (B, C, *S)
     image, cut = cut_out(whole, cutout, random)
     return View(image, whole, cut, torch.from_numpy(turns).to(crops.device))
-
-
-def check_rotation(extents: Sequence[int], rotation_axes: Sequence[int]) -> None:
-    """Raise `ValueError` unless a quarter turn in the plane of `rotation_axes` keeps `extents`."""
-    accepted = range(len(extents))
-    if len(rotation_axes) != 2 or len(set(rotation_axes)) != 2 or not set(rotation_axes) <= set(accepted):
-        raise ValueError(
-            f"rotation_axes is {tuple(rotation_axes)}; accepted are two different axes of {tuple(accepted)}"
-        )
-    first, second = (extents[axis] for axis in rotation_axes)
-    if first != second:
-        raise ValueError(
-            f"rotation_axes is {tuple(rotation_axes)}, along which crops of {tuple(extents)} voxels have {first} and "
-            f"{second}; a quarter turn needs them equal"
-        )
 
 
 def cut_out(whole: torch.Tensor, cutout: Cutout, random: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,7 @@ import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
 from ..model import OutBlock, SwinUNETR
-
-DECODERS = ("decoder2", "decoder3", "decoder4", "decoder5")
-"""Blocks of `SwinUNETR` whose outputs have 1/2, 1/4, 1/8 and 1/16 of the image's extents."""
+from .options import DECODERS
 
 
 class DeeplySupervised(nn.Module):

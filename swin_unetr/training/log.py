@@ -48,6 +48,15 @@ class Log:
             if value is not None:
                 self._scalars.add_scalar(f"{event}/{name}", value, step)
 
+    def say(self, event: str, step: int, texts: Mapping[str, str]) -> None:
+        """One line, which nothing is plotted of.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        self._lines.write(json.dumps({"event": event, "step": step, **texts}) + "\n")
+        self._lines.flush()
+
     def close(self) -> None:
         self._lines.close()
         self._scalars.close()

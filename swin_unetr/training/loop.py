@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import checkpoints, distributed
 from ..interruption import Interrupted, Interruption
-from . import state
+from . import precision, state
 from .learning_rate import warm_up_and_cosine
 from .log import Log
 from .options import Optimization, Schedule
@@ -80,7 +80,15 @@ class Loop:
             fused=device.type in ("cpu", "cuda"),  # one pass over weights, gradients and moments instead of ten
         )
         self.scheduler = warm_up_and_cosine(self.optimizer, self.steps, schedule.warm_up)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=optimization.precision == "fp16")
+        self.precision = precision.chosen(optimization.precision, device)
+        if optimization.precision == "auto":
+            self.console.print(
+                f"precision: {self.precision} ({precision.reason(device)})",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         state.seed(seed, distributed.rank())
 
     @property
@@ -110,6 +118,8 @@ class Loop:
             log = None
             if distributed.is_first():
                 log = stack.enter_context(closing(Log(self.out, self.position.step)))
+                if self.position.step == 0:
+                    log.say("start", 0, {"precision": self.precision})
             line = stack.enter_context(ProgressLine(self.console, self.position.step, self.steps))
             stream = stack.enter_context(closing(self._stream()))
             self.network.train()
@@ -242,10 +252,9 @@ class Loop:
             yield
 
     def _autocast(self) -> AbstractContextManager:
-        precision = self.optimization.precision
-        if precision == "fp32":
+        if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
 
     def _clip(self) -> float:
         """Clip the gradients; returns the norm they had, the same on every rank."""

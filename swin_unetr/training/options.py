@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from .. import lazily
+
+nn = lazily.Module("torch.nn")
+losses = lazily.Module("swin_unetr.training.losses")
+
+DECODERS = ("decoder2", "decoder3", "decoder4", "decoder5")
+"""Blocks of `SwinUNETR` whose outputs have 1/2, 1/4, 1/8 and 1/16 of the image's extents."""
+MOST_STEPS = 10**9
+MOST_WINDOWS = 4096
+MOST_VOXELS = 2**31
+"""Of a crop: beyond that no machine has the memory."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +29,8 @@ class Optimization:
         weight_decay: of AdamW.
         accumulation: batches of a step, whose gradients are averaged.
         clip: longest gradient, as the norm over all parameters; null does not clip.
-        precision: what convolutions and attention compute in; weights and optimizer are float32 always. fp16 scales the
-            loss.
+        precision: what convolutions and attention compute in; weights and optimizer are float32 always. auto is bf16 on
+            GPUs and processors with instructions for it, else fp32. fp16 scales the loss.
         ema: decay a step of a moving average of the weights, such as 0.999; it is what is validated and used for
             prediction. null keeps none.
         parallel: with several ranks, data parallel training with a whole network a rank (ddp) or with weights,
@@ -28,7 +41,7 @@ class Optimization:
     weight_decay: float = 1e-5
     accumulation: int = 1
     clip: float | None = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     ema: float | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
@@ -37,18 +50,22 @@ class Optimization:
             raise ValueError(f"learning_rate is {self.learning_rate}; accepted is a number above 0")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay is {self.weight_decay}; accepted is a number ≥ 0")
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation is {self.accumulation}; accepted is a number of batches ≥ 1")
+        if not 1 <= self.accumulation <= MOST_STEPS:
+            raise ValueError(
+                f"accumulation is {self.accumulation}; accepted is a number of batches ≥ 1, up to {MOST_STEPS}"
+            )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; accepted is a norm above 0, or null")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision is {self.precision!r}; accepted are 'fp32', 'bf16' and 'fp16'")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"precision is {self.precision!r}; accepted are 'auto', 'fp32', 'bf16' and 'fp16'")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema is {self.ema}; accepted is 0 < decay < 1, or null")
         if self.parallel not in ("ddp", "fsdp"):
             raise ValueError(f"parallel is {self.parallel!r}; accepted are 'ddp' and 'fsdp'")
         if self.parallel == "fsdp" and self.precision == "fp16":
-            raise ValueError("precision is 'fp16' and parallel 'fsdp'; accepted beside fsdp are 'bf16' and 'fp32'")
+            raise ValueError(
+                "precision is 'fp16' and parallel 'fsdp'; accepted beside fsdp are 'auto', 'bf16' and 'fp32'"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,8 +93,8 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "validate_every", "patience", "checkpoint_every", "keep"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; accepted is a number ≥ 1")
+            if value is not None and not 1 <= value <= MOST_STEPS:
+                raise ValueError(f"{name} is {value}; accepted is a number ≥ 1, up to {MOST_STEPS}")
         if not 0 <= self.warm_up < 1:
             raise ValueError(f"warm_up is {self.warm_up}; accepted is a part of the steps, 0 ≤ warm_up < 1")
 
@@ -86,3 +103,66 @@ class Schedule:
         if self.epochs is None:
             return self.steps
         return math.ceil(self.epochs * batches_per_epoch / accumulation)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised: of overlapping classes with a sigmoid each, of others with one softmax.
+
+    Args:
+        kind: Dice alone, or Dice plus cross-entropy or focal loss.
+        include_background: whether Dice counts the background's channel, which overlapping classes have none of.
+        squared: square predictions and labels in Dice's denominator.
+        gamma: of the focal loss.
+        deep_supervision: coarser maps of the decoder, 0 to 4, that are supervised too, each counting half of the next
+            finer one; their heads serve training alone.
+    """
+
+    kind: Literal["dice", "dice_ce", "dice_focal"] = "dice_ce"
+    include_background: bool = True
+    squared: bool = False
+    gamma: float = 2.0
+    deep_supervision: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("dice", "dice_ce", "dice_focal"):
+            raise ValueError(f"kind is {self.kind!r}; accepted are 'dice', 'dice_ce' and 'dice_focal'")
+        if not (math.isfinite(self.gamma) and self.gamma >= 0):
+            raise ValueError(f"gamma is {self.gamma}; accepted is a number ≥ 0")
+        if not 0 <= self.deep_supervision <= len(DECODERS):
+            raise ValueError(f"deep_supervision is {self.deep_supervision}; accepted are 0 to {len(DECODERS)}")
+
+    def parts(self, overlapping: bool) -> dict[str, nn.Module]:
+        """Losses by name, to be added; each of logits ``(B, channels, *S)`` and `Labels.target`, as float."""
+        return losses.parts(self, overlapping)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Sliding window over whole cases.
+
+    Args:
+        overlap: of neighbouring windows, as a part of their extents.
+        windows: how many go through the network at once.
+    """
+
+    overlap: float = 0.5
+    windows: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap is {self.overlap}; accepted is 0 ≤ overlap < 1")
+        if not 1 <= self.windows <= MOST_WINDOWS:
+            raise ValueError(f"windows is {self.windows}; accepted is a number ≥ 1, up to {MOST_WINDOWS}")
+
+
+def check_run(spatial_dims: int, roi: Sequence[int], seed: int, resume: str) -> None:
+    """Raise `ValueError`, by the option's name, unless a command that trains can run with these of its options."""
+    if spatial_dims != 3:
+        raise ValueError(f"architecture.spatial_dims is {spatial_dims}; accepted is 3: training is on volumes")
+    if len(roi) != 3 or not 0 < math.prod(roi) <= MOST_VOXELS:
+        raise ValueError(f"roi is {tuple(roi)}; accepted are 3 multiples of 32, together up to {MOST_VOXELS} voxels")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; accepted is a whole number from 0 to {2**63 - 1}")
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume is {resume!r}; accepted are 'auto' and 'never'")

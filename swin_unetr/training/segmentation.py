@@ -4,93 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from dataclasses import asdict
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
-from monai.losses import DeepSupervisionLoss, DiceLoss, FocalLoss
+from monai.losses import DeepSupervisionLoss
 from monai.metrics import DiceMetric
 
 from .. import distributed
 from ..architecture import Architecture
 from ..labels import Labels
 from ..preprocessing import Preprocessing
-from .deep_supervision import DECODERS, DeeplySupervised
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What is minimised: of overlapping classes with a sigmoid each, of others with one softmax.
-
-    Args:
-        kind: Dice alone, or Dice plus cross-entropy or focal loss.
-        include_background: whether Dice counts the background's channel, which overlapping classes have none of.
-        squared: square predictions and labels in Dice's denominator.
-        gamma: of the focal loss.
-        deep_supervision: coarser maps of the decoder, 0 to 4, that are supervised too, each counting half of the next
-            finer one; their heads serve training alone.
-    """
-
-    kind: Literal["dice", "dice_ce", "dice_focal"] = "dice_ce"
-    include_background: bool = True
-    squared: bool = False
-    gamma: float = 2.0
-    deep_supervision: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("dice", "dice_ce", "dice_focal"):
-            raise ValueError(f"kind is {self.kind!r}; accepted are 'dice', 'dice_ce' and 'dice_focal'")
-        if not (math.isfinite(self.gamma) and self.gamma >= 0):
-            raise ValueError(f"gamma is {self.gamma}; accepted is a number ≥ 0")
-        if not 0 <= self.deep_supervision <= len(DECODERS):
-            raise ValueError(f"deep_supervision is {self.deep_supervision}; accepted are 0 to {len(DECODERS)}")
-
-    def parts(self, overlapping: bool) -> dict[str, nn.Module]:
-        """Losses by name, to be added; each of logits ``(B, channels, *S)`` and `Labels.target`, as float."""
-        parts: dict[str, nn.Module] = {
-            "dice": DiceLoss(
-                include_background=self.include_background or overlapping,
-                sigmoid=overlapping,
-                softmax=not overlapping,
-                to_onehot_y=not overlapping,
-                squared_pred=self.squared,
-            )
-        }
-        if self.kind == "dice_ce":
-            parts["cross_entropy"] = nn.BCEWithLogitsLoss() if overlapping else _CrossEntropy()
-        if self.kind == "dice_focal":
-            parts["focal"] = FocalLoss(gamma=self.gamma, use_softmax=not overlapping, to_onehot_y=not overlapping)
-        return parts
-
-
-class _CrossEntropy(nn.Module):
-    """Of logits ``(B, channels, *S)`` and indices ``(B, 1, *S)``, which come as floats."""
-
-    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, index[:, 0].long())
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Sliding window over whole cases.
-
-    Args:
-        overlap: of neighbouring windows, as a part of their extents.
-        windows: how many go through the network at once.
-    """
-
-    overlap: float = 0.5
-    windows: int = 4
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap is {self.overlap}; accepted is 0 ≤ overlap < 1")
-        if self.windows < 1:
-            raise ValueError(f"windows is {self.windows}; accepted is a number ≥ 1")
+from .deep_supervision import DeeplySupervised
+from .options import Loss, Validation
 
 
 class Case(Protocol):

@@ -92,7 +92,7 @@ def loop(out: Path, task=None, batches=None, schedule=None, **optimization) -> L
     return Loop(
         task or Toy(),
         batches or ToyBatches(),
-        Optimization(**{"learning_rate": 1e-2, "weight_decay": 0.1} | optimization),
+        Optimization(**{"learning_rate": 1e-2, "weight_decay": 0.1, "precision": "fp32"} | optimization),
         schedule or Schedule(steps=12, warm_up=0.25, validate_every=4, checkpoint_every=3),
         out=out,
         device=CPU,

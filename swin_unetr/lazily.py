@@ -1,0 +1,33 @@
+"""What takes seconds to import, imported by its first use: a command's options and their help should not wait for it.
+
+Blocks under ``typing.TYPE_CHECKING`` would not do: the parser of options runs them to know the types.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+
+
+class Module:
+    """Stands for a module until an attribute of it is asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> object:
+        # What looks at every name of a module to know its kind, as a parser does, is no use of this one.
+        if attribute.startswith("_"):
+            raise AttributeError(f"{self._name} is not imported yet; it has no {attribute}")
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+def names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """The `__getattr__` of `package`, by which each name in `homes` is taken from the module named there."""
+
+    def attribute(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+
+    return attribute

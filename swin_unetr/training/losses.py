@@ -1,0 +1,35 @@
+"""What a segmentation network minimises, from its options."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.losses import DiceLoss, FocalLoss
+
+from .options import Loss
+
+
+def parts(loss: Loss, overlapping: bool) -> dict[str, nn.Module]:
+    """Losses by name, to be added; each of logits ``(B, channels, *S)`` and `Labels.target`, as float."""
+    parts: dict[str, nn.Module] = {
+        "dice": DiceLoss(
+            include_background=loss.include_background or overlapping,
+            sigmoid=overlapping,
+            softmax=not overlapping,
+            to_onehot_y=not overlapping,
+            squared_pred=loss.squared,
+        )
+    }
+    if loss.kind == "dice_ce":
+        parts["cross_entropy"] = nn.BCEWithLogitsLoss() if overlapping else CrossEntropy()
+    if loss.kind == "dice_focal":
+        parts["focal"] = FocalLoss(gamma=loss.gamma, use_softmax=not overlapping, to_onehot_y=not overlapping)
+    return parts
+
+
+class CrossEntropy(nn.Module):
+    """Of logits ``(B, channels, *S)`` and indices ``(B, 1, *S)``, which come as floats."""
+
+    def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, index[:, 0].long())
