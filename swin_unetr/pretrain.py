@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from . import lazily
+from . import interruption, lazily
 from .architecture import Architecture
 from .datasets import Data
 from .preprocessing import Preprocessing
@@ -85,6 +85,8 @@ def run(options: Options, console: Console | None = None) -> int:
         ValueError: data or options do not fit, or `options.out` holds another run.
         OSError: `options.out` cannot be written to.
     """
+    with interruption.exiting():
+        lazily.load(session, self_supervision)
     return session.run(
         "pretrain",
         options,

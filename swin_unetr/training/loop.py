@@ -341,6 +341,7 @@ class Loop:
             "training": {
                 "heads": heads,
                 "optimizer": state.optimizer_state(self.task.network, self.optimizer),
+                "precision": self.precision,
                 "scaler": self.scaler.state_dict(),
                 "averaged": None if self.ema is None else int(self.ema.n_averaged),
                 "random": distributed.gather(state.random_state(self.device)),
@@ -355,8 +356,18 @@ class Loop:
         distributed.first(write)
 
     def restore(self, content: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's `content`, which every rank has."""
+        """Go on from a checkpoint's `content`, which every rank has.
+
+        Raises:
+            ValueError: it is of another precision than the one of here.
+        """
         training = content["training"]
+        precision_then = training.get("precision", self.precision)  # earlier versions were asked for one by its name
+        if precision_then != self.precision:
+            raise ValueError(
+                f"optimization.precision was {precision_then} and is {self.precision} here (asked for: "
+                f"{self.optimization.precision}); accepted is {precision_then}, or another out"
+            )
         state.set_optimizer_state(self.task.network, self.optimizer, training["optimizer"])
         state.set_core_and_heads(self.task.network, self.task.core, content["model"], training["heads"])
         self.scaler.load_state_dict(training["scaler"])

@@ -77,6 +77,8 @@ def find(
     free = FREE | (BY_CONTENT if cases and data else frozenset())
     if initial is not None and initial == (content["provenance"].get("initial") or {}).get("digest"):
         free |= {"initial"}
+    if "precision" in content.get("training", {}):
+        free |= {"optimization.precision"}  # which auto is another name of; the loop compares the one that it chose
     changed = differences(content["config"], config, free)
     if cases and data:
         changed += other_cases(cases, data)

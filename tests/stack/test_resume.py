@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from swin_unetr import checkpoints, interruption
-from swin_unetr.training import log, resume
+from swin_unetr.training import log, precision, resume
 from swin_unetr.training.options import Schedule
 
 from .toy import Toy, ToyBatches, WithHead, final, loop, resumed
@@ -177,6 +177,21 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_another_precision_does_not_go_on(tmp_path, monkeypatch):
+    """Another machine may choose another one."""
+    short = Schedule(steps=1)
+    assert loop(tmp_path, schedule=short, precision="bf16").run()
+    with pytest.raises(ValueError, match=r"precision was bf16 and is fp32 here \(asked for: fp32\); accepted is bf16"):
+        resumed(tmp_path, schedule=short, precision="fp32")
+    for has_bf16 in (False, True):
+        monkeypatch.setattr(precision, "has_bf16", lambda device, has=has_bf16: has)
+        if has_bf16:
+            resumed(tmp_path, schedule=short, precision="auto")
+        else:
+            with pytest.raises(ValueError, match=r"is fp32 here \(asked for: auto\)"):
+                resumed(tmp_path, schedule=short, precision="auto")
+
+
 def test_a_longer_schedule_goes_on_as_if_it_had_been_so_from_the_start(tmp_path):
     """Warm-up and the fall of the learning rate depend on how long a run is; the weights follow theirs from here on."""
     short, long = (Schedule(steps=steps, validate_every=4, checkpoint_every=4) for steps in (4, 12))
@@ -201,15 +216,15 @@ def test_a_chain_of_short_runs(tmp_path, uninterrupted):
     assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(uninterrupted[Toy][0])
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_scaler_and_autocast_go_on_too(tmp_path, precision):
-    options = {"precision": precision, "ema": 0.9}
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_scaler_and_autocast_go_on_too(tmp_path, name):
+    options = {"precision": name, "ema": 0.9}
     assert loop(tmp_path / "whole", **options).run()
     with pytest.raises(Crash):
         loop(tmp_path / "parts", None, crash_at(7), **options).run()
     assert resumed(tmp_path / "parts", **options).run()
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
-    assert (whole["training"]["scaler"] != {}) == (precision == "fp16")
+    assert (whole["training"]["scaler"] != {}) == (name == "fp16")
     assert checkpoints.checksum(whole) == checkpoints.checksum(parts)
 
 
