@@ -391,6 +391,10 @@ class Loop:
                 style="yellow",
             )
 
+    def forget_best(self) -> None:
+        """Take the next validation for the first; where none will come, the last step's."""
+        self.position.best, self.position.stale, self.position.validated = None, 0, 0
+
     def _save_best(self) -> None:
         content = self._content(state.weights(self.task.core))
         distributed.first(lambda: checkpoints.write(self.out / BEST, content))

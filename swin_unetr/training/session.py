@@ -24,7 +24,7 @@ from ..datasets.identity import digest
 from ..interruption import Interruption, status
 from ..pretrained import load_pretrained
 from . import lock, resume, state
-from .loop import Loop
+from .loop import BEST, Loop
 from .options import Optimization, Schedule
 from .task import Batches, Task
 
@@ -113,6 +113,9 @@ def _run(
         if found is not None:
             loop.restore(found.content)
             _say(console, f"goes on from {found.path}")
+            if lost := distributed.first(lambda: _lost_best(options.out / BEST, loop)):
+                _say(console, f"{lost}; the next validation writes it anew", style="yellow")
+                loop.forget_best()
             for change in _changes_of_schedule(found.content["config"], config):
                 _say(console, f"{change}; the learning rate goes on as if it had been so from the start")
         # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
@@ -211,6 +214,19 @@ def _says(path: Path, config: dict[str, Any]) -> bool:
         return path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) == config
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return False
+
+
+def _lost_best(path: Path, loop: Loop) -> str:
+    """Why the best weights that this run has had by now are not in a file; "" if they are, or there are none yet."""
+    if loop.position.best is None and not loop.finished:
+        return ""
+    try:
+        checkpoints.read(path)
+    except FileNotFoundError:
+        return f"{path}: is gone"
+    except checkpoints.Damaged as error:
+        return str(error)
+    return ""
 
 
 def _changes_of_schedule(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

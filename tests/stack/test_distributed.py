@@ -73,6 +73,24 @@ def signal_on_one_rank(out: Path) -> None:
     assert final(out / "signalled")["progress"]["step"] == 4
 
 
+def signal_in_validation_of_one_rank(out: Path) -> None:
+    """Rank 1 breaks it off, rank 0 does not; what goes on repeats it."""
+
+    class Signalled(Toy):
+        def scores(self, core):
+            if distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            return super().scores(core)
+
+    assert not loop(out / "validation", Signalled(noisy=False), schedule=SHORT, **TRAINED["ddp"]).run()
+    distributed.barrier()
+    assert final(out / "validation")["progress"]["step"] == 3
+    assert final(out / "validation")["progress"]["validated"] == 0
+    assert resumed(out / "validation", Toy(noisy=False), schedule=SHORT, **TRAINED["ddp"]).run()
+    assert final(out / "validation")["progress"]["validated"] == 6
+
+
 def not_finite_on_one_rank(out: Path) -> None:
     class Bad(Toy):
         def losses(self, network, batch, random):
@@ -112,7 +130,17 @@ def do_the_job(out: Path) -> None:
 
 
 SCENARIOS = {
-    2: (do_the_job, train, resume_across, resume_noisy, signal_on_one_rank, not_finite_on_one_rank, full_disk, segment),
+    2: (
+        do_the_job,
+        train,
+        resume_across,
+        resume_noisy,
+        signal_on_one_rank,
+        signal_in_validation_of_one_rank,
+        not_finite_on_one_rank,
+        full_disk,
+        segment,
+    ),
     3: (train, resume_noisy),
 }
 

@@ -137,6 +137,11 @@ def test_another_configuration_does_not_go_on(datalist, tmp_path, capsys):
     assert cli.main(arguments(datalist, tmp_path, **one_step, resume="never")) == 2
     assert "resume is 'never' and" in capsys.readouterr().err
     assert cli.main(arguments(datalist, tmp_path, **one_step, **{"data.workers": 1, "schedule.keep": 1})) == 0
+    assert "best.pt: is gone" not in capsys.readouterr().out
+    (tmp_path / "best.pt").unlink()
+    assert cli.main(arguments(datalist, tmp_path, **one_step)) == 0
+    assert "best.pt: is gone; the next validation writes it anew" in capsys.readouterr().out
+    assert checkpoints.read(tmp_path / "best.pt")["progress"]["step"] == 1
 
 
 def test_the_same_data_elsewhere_go_on(datalist, tmp_path, capsys):
