@@ -120,7 +120,20 @@ def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None 
     """MONAI's `Convolution` of `x` beside `skip`; by the operator `convolution` where that is the same and faster."""
     if _has_operator(module, x, skip):
         return convolution(x, module.conv.weight, None if skip is None else skip.to(x.dtype))
-    return module(_joined(x, skip))
+    x = _joined(x, skip)
+    if _is_thin(x) and _computed_dtype(x) == torch.bfloat16 != module.conv.weight.dtype:
+        with torch.autocast("cpu", enabled=False):
+            out = module(x.float())
+        return out.to(torch.bfloat16)
+    return module(x)
+
+
+def _is_thin(x: torch.Tensor) -> bool:
+    """Whether PyTorch's gradient of the weight may hold memory that nobody wrote, in bfloat16 on a CPU.
+
+    See the reference of `convolution`.
+    """
+    return x.device.type == "cpu" and min(x.shape[2:]) < 3
 
 
 def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None) -> bool:

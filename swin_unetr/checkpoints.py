@@ -6,24 +6,37 @@ A checkpoint is a dictionary of tensors and plain values (numbers, text, None, l
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import pickle
 import re
-import tempfile
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import files
 
 FORMAT = "swin-unetr checkpoint 1"
 _NAME = re.compile(r"^step-(\d+)\.pt$")
 
 
 class Damaged(ValueError):
-    """A file is no checkpoint, or not what was written."""
+    """A file is no checkpoint, or not what was written.
+
+    Attributes:
+        path: of the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 class NotSaved(OSError):
@@ -42,24 +55,55 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """
     whole = {"format": FORMAT, **content}
     whole["checksum"] = checksum(whole)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with files.replacing(path) as file:
             torch.save(whole, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
     # RuntimeError: what torch's zip writer makes of a failed write.
     except (OSError, RuntimeError) as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
         raise NotSaved(
             f"{path}: cannot be written: {_first_line(error)}; what was there before is untouched"
         ) from error
+
+
+def load(path: Path) -> Any:
+    """What `torch.save` wrote into a file, its tensors on the CPU; no code in it runs.
+
+    Raises:
+        Damaged: whatever is wrong with the file.
+        FileNotFoundError, PermissionError: there is no such file, or none that may be read.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Damaged(path, "cannot be read: it is no regular file")  # a pipe would be waited for
+    try:
+        _check_members(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise Damaged(
+            path,
+            "does not load with weights_only=True, that is, without running code from it: it is no file of torch.save, "
+            "is damaged, or holds more than tensors",
+        ) from error
+    # A damaged file is a program for the unpickler, which fails in whatever way the damage has it fail.
+    except Exception as error:
+        raise Damaged(path, f"cannot be read: {_first_line(error)}") from error
+
+
+def _check_members(path: Path) -> None:
+    """Compare the checksums in a zip file with its content, which `torch.load` does not.
+
+    Raises:
+        ValueError: one differs.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # of PyTorch before 1.6
+    with zipfile.ZipFile(path) as file:
+        for member in file.infolist():
+            if member.CRC:  # 0 where torch.serialization.set_crc32_options(False) left them out
+                with file.open(member) as content:
+                    while content.read(1 << 20):  # raises BadZipFile at the end
+                        pass
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,22 +111,35 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: the file is truncated, altered, holds code, or is no checkpoint of ours.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, PermissionError: there is no such file, or none that may be read.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise Damaged(f"{path}: does not load with weights_only=True, that is, without running code from it") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise Damaged(f"{path}: cannot be read: {_first_line(error)}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = load(path)
+    if not is_ours(content):
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise Damaged(f"{path}: is no checkpoint of swin-unetr: format is {found!r}; accepted is {FORMAT!r}")
-    if content.pop("checksum", None) != checksum(content):
-        raise Damaged(f"{path}: its content is not what was written: the checksum differs")
+        raise Damaged(path, f"is no checkpoint of swin-unetr: format is {found!r}; accepted is {FORMAT!r}")
+    verify(path, content)
     return content
+
+
+def is_ours(content: object) -> bool:
+    """Whether `content`, as `load` gives it, says that it is a checkpoint of this format."""
+    return isinstance(content, Mapping) and str(content.get("format")) == FORMAT
+
+
+def verify(path: Path, content: dict[str, Any]) -> None:
+    """Take the checksum out of `content`, which is that of the file `path`.
+
+    Raises:
+        Damaged: it is of another content.
+    """
+    written = content.pop("checksum", None)
+    try:
+        whole = written == checksum(content)
+    # Of what is no tensor or plain value, or holds itself.
+    except Exception as error:
+        raise Damaged(path, f"its content is not what was written: {_first_line(error)}") from error
+    if not whole:
+        raise Damaged(path, "its content is not what was written: the checksum differs")
 
 
 def name(step: int) -> str:
@@ -90,10 +147,15 @@ def name(step: int) -> str:
     return f"step-{step:08d}.pt"
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any], list[Damaged]] | None:
+def newest(
+    folder: Path, lacks: Callable[[Mapping[str, Any]], str] = lambda content: ""
+) -> tuple[Path, dict[str, Any], list[Damaged]] | None:
     """The newest checkpoint in `folder` that is whole, its content, and why newer ones were passed over.
 
     None if there is no checkpoint at all.
+
+    Args:
+        lacks: says what a checkpoint lacks to be whole; "" if nothing.
 
     Raises:
         Damaged: there are some, and none is whole.
@@ -101,11 +163,17 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any], list[Damaged]] | None:
     damaged: list[Damaged] = []
     for path in reversed(series(folder)):
         try:
-            return path, read(path), damaged
+            content = read(path)
+            if says := lacks(content):
+                raise Damaged(path, says)
         except Damaged as error:
             damaged.append(error)
+        except FileNotFoundError:
+            damaged.append(Damaged(path, "is a link to nowhere"))
+        else:
+            return path, content, damaged
     if damaged:
-        raise Damaged("no checkpoint is whole: " + "; ".join(map(str, damaged)))
+        raise Damaged(folder, "no checkpoint is whole: " + "; ".join(map(str, damaged)))
     return None
 
 
@@ -121,8 +189,7 @@ def prune(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints, and what interrupted writes left behind."""
     for path in series(folder)[:-keep]:
         path.unlink()
-    for path in folder.glob(".step-*.pt.*"):
-        path.unlink()
+    files.remove_leftovers(folder)
 
 
 def checksum(value: Any) -> str:
@@ -163,12 +230,3 @@ def _first_line(error: Exception) -> str:
     """What `error` says, without torch's stack of C++ calls; what it is where it says nothing."""
     says = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return says.strip().partition("\n")[0] or type(error).__name__
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name of a file survive a power failure, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

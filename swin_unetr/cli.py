@@ -1,20 +1,21 @@
 """The command `swin-unetr`: each command is a module of this package with `Options`, a dataclass, and `run`.
 
 Exit status: 0 done; 1 done, but something failed that the output names; 2 bad options or input; 75 interrupted by
-SIGTERM or SIGUSR1 after saving, to be started again; 130 interrupted from the keyboard.
+SIGTERM, SIGUSR1 or SIGHUP, to be started again; 130 interrupted from the keyboard. A training has saved by then.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
+import signal
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 
-from . import command_line
+from . import command_line, interruption, terminal
 
 COMMANDS = {
     "pretrain": "train the encoder on volumes without labels",
@@ -29,6 +30,11 @@ PRESETS = resources.files("swin_unetr") / "presets"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); returns the exit status."""
+    with terminal.lasting(), interruption.raising():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
@@ -38,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"swin-unetr: no command {command!r}; accepted are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     # What a command needs takes seconds to import; the list of commands should not.
-    module = importlib.import_module(f"swin_unetr.{command}")
+    with interruption.exiting():
+        module = importlib.import_module(f"swin_unetr.{command}")
     try:
         return module.run(parse(module.Options, command, rest))
     # What a user gave was wrong, and the message says what: the way through our code would not help.
@@ -55,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    except KeyboardInterrupt:
-        print(f"\nswin-unetr {command}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"\nswin-unetr {command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return interruption.status(getattr(error, "number", signal.SIGINT))
 
 
 def parse(kind: type, command: str, argv: Sequence[str]):

@@ -22,6 +22,12 @@ class Module:
         return getattr(importlib.import_module(self._name), attribute)
 
 
+def load(*modules: Module) -> None:
+    """Import what `modules` stand for, now."""
+    for module in modules:
+        importlib.import_module(module._name)
+
+
 def names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """The `__getattr__` of `package`, by which each name in `homes` is taken from the module named there."""
 

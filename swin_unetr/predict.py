@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import swin_kernels
 
 from . import distributed, imaging
+from .interruption import Interrupted, status
 from .prediction import ensemble as ensembles
 from .prediction import report, volumes
 from .prediction.ensemble import Ensemble, Mirrored
@@ -75,7 +76,7 @@ class Options:
 
 
 def run(options: Options, console: Console | None = None) -> int:
-    """Predict; returns the exit status: 0, or 1 if a case could not be segmented.
+    """Predict; returns the exit status: 0, 1 if a case could not be segmented, that of `interruption` after a signal.
 
     Raises:
         ValueError: a checkpoint or an input does not fit, or results are there already.
@@ -94,19 +95,30 @@ def _run(options: Options, device: torch.device, console: Console) -> int:
     ensemble = ensembles.load(options.checkpoint, device)
     done: list[report.Case] = []
     failed: dict[str, str] = {}
+    signals: list[int] = []
+    mine = distributed.share(sources)
     columns = (TextColumn("segmenting"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        for source in progress.track(distributed.share(sources)):
+        for source in progress.track(mine):
             try:
                 done.append(_case(source, outputs[source.name], ensemble, options, device))
             # One damaged file of many must not end the others' work, and libraries fail in many ways over one.
             except Exception as error:
                 failed[source.name] = str(error).strip() if isinstance(error, (ValueError, OSError)) else repr(error)
-    everywhere = distributed.gather((done, failed))
-    done = sorted((case for of_rank, _ in everywhere for case in of_rank), key=lambda case: case.name)
-    failed = {name: why for _, of_rank in everywhere for name, why in sorted(of_rank.items())}
+            # What is done by then is in the tables and the report.
+            except Interrupted as error:
+                signals.append(error.number)
+                known = {case.name for case in done} | set(failed)
+                failed |= {other.name: str(error) for other in mine if other.name not in known}
+                break
+    everywhere = distributed.gather((done, failed, signals))
+    done = sorted((case for of_rank, _, _ in everywhere for case in of_rank), key=lambda case: case.name)
+    failed = {name: why for _, of_rank, _ in everywhere for name, why in sorted(of_rank.items())}
+    signals = [number for *_, of_rank in everywhere for number in of_rank]
     distributed.first(lambda: _write(done, failed, ensemble, options, device))
     _show(done, failed, options, console)
+    if signals:
+        return status(signals[0])
     return 1 if failed else 0
 
 

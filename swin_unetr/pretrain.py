@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from . import lazily
+from . import interruption, lazily
 from .architecture import Architecture
 from .datasets import Data
 from .preprocessing import Preprocessing
@@ -80,7 +80,7 @@ class Options:
 
 def run(options: Options, console: Console | None = None) -> int:
     """Pretrain; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
-    interrupted.
+    interrupted, 130 interrupted from the keyboard; then all is saved.
 
     Raises:
         ValueError: data or options do not fit, or `options.out` holds another run.
@@ -92,6 +92,8 @@ def run(options: Options, console: Console | None = None) -> int:
             "data.batch_size and data.crops_per_volume are 1, on one rank; accepted are 2 crops a step or more, since "
             "contrast tells each from the others"
         )
+    with interruption.exiting():
+        lazily.load(session, self_supervision)
     return session.run(
         "pretrain",
         options,
@@ -115,4 +117,5 @@ def run(options: Options, console: Console | None = None) -> int:
             options.seed,
         ),
         console,
+        lambda: datasets.identify(options.data, labelled=False, channels=options.architecture.in_channels),
     )

@@ -14,16 +14,15 @@ Layouts met in the wild, all brought to the one of `SwinUNETR`'s state dict:
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from swin_kernels.modules import MERGING_MODES
@@ -110,8 +109,10 @@ def load_pretrained(
 
     Raises:
         TypeError: `path_or_state` is neither a path nor a mapping.
+        FileNotFoundError, PermissionError: there is no such file, or none that may be read.
         ValueError: the file is damaged or needs more than tensors to load, nothing matched, two entries mean the
-            same parameter, or more shapes disagree than agree (another ``feature_size``, say).
+            same parameter, an entry is no dense tensor of real numbers, or more shapes disagree than agree (another
+            ``feature_size``, say).
     """
     if isinstance(path_or_state, Mapping):
         source, content = "a state dict", path_or_state
@@ -121,19 +122,23 @@ def load_pretrained(
         raise TypeError(
             f"load_pretrained: path_or_state is a {type(path_or_state).__name__}; accepted is a path or a state dict"
         )
-    if _is_ours(content) and content.get("ema") is not None:
+    if checkpoints.is_ours(content) and content.get("ema") is not None:
         source, content = f"{source}, averaged weights", {**content, "model": content["ema"]}
-    state = _unwrap(content)
+    state = _unwrap(content, source)
     target = {_canonical(name): (name, value) for name, value in model.state_dict().items()}
 
     used: dict[str, str] = {}
     values: dict[str, torch.Tensor] = {}
     unexpected, mismatched = [], {}
     for key, value in state.items():
-        canonical = _canonical(key)
+        canonical = _canonical(key) if isinstance(key, str) else None
         if canonical not in target or not isinstance(value, torch.Tensor):
-            unexpected.append(key)
+            unexpected.append(str(key))
             continue
+        if value.layout is not torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+            raise ValueError(
+                f"load_pretrained: {key!r} of {source} is {_kind(value)}; accepted are dense tensors of real numbers"
+            )
         if canonical in used:
             raise ValueError(f"load_pretrained: {used[canonical]!r} and {key!r} of {source} mean the same parameter")
         used[canonical] = key
@@ -153,7 +158,7 @@ def load_pretrained(
     if not used:
         raise ValueError(
             f"load_pretrained: no entry of {source} is one of {type(model).__qualname__}'s; "
-            f"it has {_examples(list(state))}, the model has {_examples([name for name, _ in target.values()])}"
+            f"it has {_examples(unexpected)}, the model has {_examples([name for name, _ in target.values()])}"
         )
     if len(mismatched) >= len(values):
         raise ValueError(
@@ -164,7 +169,7 @@ def load_pretrained(
     if verbose:
         print(report)
     if report.downsample and (other := _other_merging(model, values, report.downsample)):
-        age = ", older than MONAI 1.5," if not _is_ours(content) else ""
+        age = ", older than MONAI 1.5," if not checkpoints.is_ours(content) else ""
         warnings.warn(
             f"load_pretrained: {source}{age} was made for another order of patch merging; the model's {other} loads it "
             "without an error and computes something else. Build the model as "
@@ -174,40 +179,49 @@ def load_pretrained(
     return report
 
 
-def _is_ours(content: object) -> bool:
-    return isinstance(content, Mapping) and content.get("format") == checkpoints.FORMAT
-
-
 def _made_for(content: object, state: Mapping[str, object]) -> str | None:
     """The order of patch merging that `state`, a part of `content`, was made for, as `downsample` names it."""
-    if _is_ours(content) and isinstance(content.get("architecture"), Mapping):
+    if checkpoints.is_ours(content) and isinstance(content.get("architecture"), Mapping):
         return content["architecture"].get("downsample")
-    return "merging_legacy" if any(_BEFORE_MERGING_CHANGE.search(key) for key in state) else None
+    return "merging_legacy" if any(_BEFORE_MERGING_CHANGE.search(str(key)) for key in state) else None
 
 
 def _read(path: str | os.PathLike[str]) -> object:
-    if os.fspath(path).endswith(".safetensors"):
+    path = Path(path)
+    if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"load_pretrained: {os.fspath(path)} is no safetensors file: {error}") from error
+        except (FileNotFoundError, PermissionError, MemoryError):
+            raise
+        # A header that is no JSON, a data type that PyTorch lacks, a folder: each fails in its own way.
+        except Exception as error:
+            raise ValueError(f"load_pretrained: {path} is no safetensors file: {error}") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"load_pretrained: {os.fspath(path)} does not load with weights_only=True, that is, without running code "
-            "from the file; save its state dict alone where you trust it"
-        ) from error
+        content = checkpoints.load(path)
+        if checkpoints.is_ours(content):
+            checkpoints.verify(path, content)
+    except checkpoints.Damaged as error:
+        raise ValueError(f"load_pretrained: {path} {error.reason}") from error
+    return content
 
 
-def _unwrap(content: object) -> Mapping[str, object]:
-    """The state dict inside a checkpoint."""
+def _unwrap(content: object, source: str) -> Mapping[str, object]:
+    """The state dict inside a checkpoint, which is that of `source`."""
+    outer: list[object] = []
     while isinstance(content, Mapping):
+        if any(content is one for one in outer):
+            raise ValueError(f"load_pretrained: {source} holds itself; accepted is a state dict")
+        outer.append(content)
         inner = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             return content
         content = inner
-    raise ValueError(f"load_pretrained: the weights are a {type(content).__name__}; accepted is a state dict")
+    raise ValueError(f"load_pretrained: {source} holds a {type(content).__name__}; accepted is a state dict")
+
+
+def _kind(value: torch.Tensor) -> str:
+    """What is special about a tensor: its layout, type or lack of data."""
+    return f"a {'meta ' if value.is_meta else ''}tensor of layout {value.layout} and type {value.dtype}"
 
 
 def _canonical(key: str) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from . import lazily
+from . import interruption, lazily
 from .architecture import Architecture
 from .datasets import Data
 from .labels import Labels
@@ -79,12 +79,15 @@ class Options:
 
 
 def run(options: Options, console: Console | None = None) -> int:
-    """Train; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75 interrupted.
+    """Train; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
+    interrupted, 130 interrupted from the keyboard; then all is saved.
 
     Raises:
         ValueError: data or options do not fit, or `options.out` holds another run.
         OSError: `options.out` cannot be written to.
     """
+    with interruption.exiting():
+        lazily.load(session, segmentation)
     return session.run(
         "train",
         options,
@@ -107,4 +110,5 @@ def run(options: Options, console: Console | None = None) -> int:
             dataset.validation,
         ),
         console,
+        lambda: datasets.identify(options.data, labelled=True, channels=options.architecture.in_channels),
     )

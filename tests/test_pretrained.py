@@ -254,3 +254,71 @@ def test_same_layout_gives_no_warning(trained):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_pretrained(own(), trained, verbose=False)
+
+
+def _holding_itself() -> dict:
+    content = {"epoch": 1}
+    content["state_dict"] = content
+    return content
+
+
+def _altered(path, state) -> None:
+    """A weight of one bit less, of which `torch.load` says nothing."""
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(state["out.conv.conv.weight"].numpy().tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+
+
+BAD_FILES = {
+    "empty": lambda path, state: path.write_bytes(b""),
+    "text": lambda path, state: path.write_text("weights will be sent on request\n"),
+    "HTML": lambda path, state: path.write_text("<!doctype html><html><title>404</title></html>"),
+    "truncated": lambda path, state: (torch.save(state, path), path.write_bytes(path.read_bytes()[:-1000])),
+    "truncated at once": lambda path, state: (torch.save(state, path), path.write_bytes(path.read_bytes()[:100])),
+    "holds itself": lambda path, state: torch.save(_holding_itself(), path),
+    "a damaged program": lambda path, state: path.write_bytes(b"\x80\x02s."),
+    "an altered weight": _altered,
+    "a folder": lambda path, state: path.mkdir(),
+    "numbers for names": lambda path, state: torch.save(dict(enumerate(state.values())), path),
+    "a list": lambda path, state: torch.save(list(state.values()), path),
+    "a number": lambda path, state: torch.save(1, path),
+    "of our format, altered": lambda path, state: torch.save(
+        {"format": checkpoints.FORMAT, "kind": "train", "model": state, "checksum": "0" * 64}, path
+    ),
+    "a sparse tensor": lambda path, state: torch.save(
+        state | {"out.conv.conv.weight": state["out.conv.conv.weight"].to_sparse()}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_file_that_holds_no_whole_weights_is_refused_by_name(tmp_path, trained, kind):
+    path = tmp_path / "weights.pt"
+    BAD_FILES[kind](path, trained)
+    model = own()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"load_pretrained: .*weights\.pt"):
+        load_pretrained(model, path, verbose=False)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\xff" * 100, b"\x08\0\0\0\0\0\0\0[1,2,3] "])
+def test_a_damaged_safetensors_file_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"load_pretrained: .*weights\.safetensors is no safetensors file"):
+        load_pretrained(own(), path)
+
+
+def test_a_file_without_checksums_is_loaded(tmp_path, trained):
+    """PyTorch can be told not to compute them."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(trained, tmp_path / "weights.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert not load_pretrained(own(), tmp_path / "weights.pt", verbose=False).missing

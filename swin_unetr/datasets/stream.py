@@ -13,6 +13,7 @@ from monai.transforms import Compose
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
+from ..interruption import SIGNALS
 from .cache import one_thread, visit
 
 ORDER, DRAW, WINDOW = range(3)
@@ -118,7 +119,7 @@ def load(draws: Draws, batches: Iterable[list[tuple[int, int]]], workers: int, p
 
 def _leave_signals_to_training(worker: int) -> None:
     """A scheduler that ends a job tells all of its processes: workers have to last until training has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

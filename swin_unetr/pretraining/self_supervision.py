@@ -15,7 +15,7 @@ from ..architecture import Architecture
 from ..datasets.dataset import ValidationCase
 from ..preprocessing import Preprocessing
 from .network import PretrainingNetwork
-from .task import Tasks, answer, step_losses, validation_losses
+from .task import CaseAnswers, Tasks, answer, step_losses, validation_losses
 
 
 class SelfSupervision:
@@ -55,14 +55,17 @@ class SelfSupervision:
         """The losses of two views of ``image (B, C, *roi)``, by task, and their weighted sum."""
         return step_losses(network, batch["image"], self.tasks, random)
 
-    def validate(self, core: nn.Module) -> dict[str, float]:
-        """The losses over views of the cases, and the part of rotations told right."""
+    def scores(self, core: nn.Module) -> list[CaseAnswers]:
+        """What the network answers to views of this rank's cases."""
         device = next(core.parameters()).device
-        answers = [
+        return [
             answer(core, index, self._crops(index).to(device), self.tasks, self.seed)
             for index in distributed.share(range(len(self.cases)))
         ]
-        everywhere = [answers for of_rank in distributed.gather(answers) for answers in of_rank]
+
+    def figures(self, scores: Sequence[list[CaseAnswers]]) -> dict[str, float]:
+        """The losses over views of the cases, and the part of rotations told right."""
+        everywhere = [answer for of_rank in scores for answer in of_rank]
         return validation_losses(everywhere, self.tasks) if everywhere else {}
 
     def _crops(self, index: int) -> torch.Tensor:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 
-def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int, warm_up: float) -> LRScheduler:
-    """The learning rate rises linearly over a part `warm_up` of all `steps`, then falls to 0 as a cosine."""
+def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int, warm_up: float, done: int = 0) -> LambdaLR:
+    """The learning rate rises linearly over a part `warm_up` of all `steps`, then falls to 0 as a cosine.
+
+    It depends on nothing but the number of steps that are done: a run that goes on needs no state of it, and may go on
+    under a longer schedule.
+
+    Args:
+        done: steps that the optimizer, whose learning rate is the highest one, has done already.
+    """
     rising = round(warm_up * steps)
-    falling = CosineAnnealingLR(optimizer, T_max=max(1, steps - rising))
-    if not rising:
-        return falling
-    linear = LinearLR(optimizer, start_factor=1 / (rising + 1), total_iters=rising)
-    return SequentialLR(optimizer, [linear, falling], milestones=[rising])
+    falling = max(1, steps - rising)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - rising) / falling))
+
+    if done:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return LambdaLR(optimizer, factor, last_epoch=done - 1)

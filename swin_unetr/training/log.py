@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from .. import files
 
 LINES = "log.jsonl"
 SCALARS = "tensorboard"
@@ -62,23 +63,26 @@ class Log:
 
 
 def read(out: Path) -> list[dict[str, object]]:
-    """The lines in a run's folder, oldest first; one that was cut off by a crash is left out."""
+    """The lines in a run's folder, oldest first; what is none, cut off by a crash or damaged, is left out."""
     path = out / LINES
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    return [line for text in path.read_bytes().splitlines() if (line := _line(text))] if path.exists() else []
+
+
+def _line(text: bytes) -> dict[str, object] | None:
+    """A line as `Log.write` writes them; None for anything else."""
+    try:
+        line = json.loads(text)
+    # ValueError: no JSON, or no UTF-8. RecursionError: brackets in brackets, thousands deep.
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and type(line.get("step")) is int and "event" in line else None
 
 
 def _keep(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`."""
+    """Drop the lines of steps after `step`, and what is no line."""
     kept = [line for line in read(path.parent) if line["step"] <= step]
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+    with files.replacing(path) as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _finite(value: float | int | None) -> float | int | None:

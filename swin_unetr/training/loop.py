@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import checkpoints, distributed
+from ..interruption import Interrupted, Interruption
 from . import precision, state
-from .interruption import Interruption
 from .learning_rate import warm_up_and_cosine
 from .log import Log
 from .options import Optimization, Schedule
@@ -125,20 +125,23 @@ class Loop:
             self.network.train()
             if isinstance(self.network, DistributedDataParallel):
                 stream = self._settle(stream)
-            while True:
+            asked = False
+            while not asked:
                 if self.position.validated < self.position.step and self._is_due(self.schedule.validate_every):
-                    self._validate(log, line)
+                    if not self._validate(interruption, log, line):
+                        break
                     saved = -1  # what a checkpoint of this step says about the best has changed
                 if saved < self.position.step and self._is_due(self.schedule.checkpoint_every):
                     self.save()
                     saved = self.position.step
                 if self.finished:
                     return True
-                if self._step(stream, interruption, log, line):
-                    # Validation may take longer than there is time; the run that goes on begins with it.
-                    self.save()
-                    line.say(f"interrupted; step {self.position.step} is saved", style="yellow")
-                    return False
+                asked = self._step(stream, interruption, log, line)
+            # A validation that is due is left to the run that goes on, which begins with it.
+            if saved < self.position.step:
+                self.save()
+            line.say(f"interrupted; step {self.position.step} is saved", style="yellow")
+            return False
 
     def _is_due(self, every: int) -> bool:
         return self.position.step % every == 0 or self.finished
@@ -174,25 +177,29 @@ class Loop:
             return self.task.losses(self.network, batch, random)
 
     def _step(self, stream: Iterator, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
-        """One step of the optimizer; returns whether a rank was asked to stop."""
-        started, waited, voxels = time.perf_counter(), 0.0, 0
-        parts: dict[str, float] = {}
+        """One step of the optimizer; returns whether a rank was asked to stop.
+
+        Asked to stop, a step that takes long is left as if it had not begun. Among several ranks none is, since the
+        others would wait for this one.
+        """
+        started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in range(self.optimization.accumulation):
-            asked_for = time.perf_counter()
-            batch = self._next(stream)
-            waited += time.perf_counter() - asked_for
-            voxels += batch["image"].numel() // batch["image"].shape[1]
-            with self._synchronized(micro + 1 == self.optimization.accumulation):
-                losses = self._losses(batch, micro)
-                self.scaler.scale(losses["loss"] / self.optimization.accumulation).backward()
-            for name, value in losses.items():
-                parts[name] = parts.get(name, 0.0) + value.item() / self.optimization.accumulation
+        if distributed.ranks() > 1:
+            parts, waited, voxels = self._gradients(stream)
+        else:
+            before = state.random_state(self.device)
+            try:
+                with interruption.breaking(at_once=False):
+                    parts, waited, voxels = self._gradients(stream)
+            except Interrupted:
+                interruption.hold()
+                state.set_random_state(before, self.device)
+                return True
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
 
         finite = math.isfinite(parts["loss"]) and (math.isfinite(norm) or self.scaler.is_enabled())
-        *sums, bad, asked = distributed.sums([*parts.values(), not finite, interruption.asked], self.device)
+        *sums, bad, asked = distributed.sums([*parts.values(), not finite, interruption.asked is not None], self.device)
         if bad:
             self._raise_not_finite(parts, norm, finite)
         self.scaler.step(self.optimizer)
@@ -215,6 +222,22 @@ class Loop:
             values |= {"data_fraction": waited / seconds, "voxels_per_second": speed, "memory_gib": memory}
             log.write("train", self.position.step, values)
         return bool(asked)
+
+    def _gradients(self, stream: Iterator) -> tuple[dict[str, float], float, int]:
+        """Those of a step; returns its losses by name, the seconds that were spent on waiting for data, and voxels."""
+        waited, voxels = 0.0, 0
+        parts: dict[str, float] = {}
+        for micro in range(self.optimization.accumulation):
+            asked_for = time.perf_counter()
+            batch = self._next(stream)
+            waited += time.perf_counter() - asked_for
+            voxels += batch["image"].numel() // batch["image"].shape[1]
+            with self._synchronized(micro + 1 == self.optimization.accumulation):
+                losses = self._losses(batch, micro)
+                self.scaler.scale(losses["loss"] / self.optimization.accumulation).backward()
+            for name, value in losses.items():
+                parts[name] = parts.get(name, 0.0) + value.item() / self.optimization.accumulation
+        return parts, waited, voxels
 
     @contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:
@@ -249,19 +272,30 @@ class Loop:
 
     # --- validation ---
 
-    def _validate(self, log: Log | None, line: ProgressLine) -> None:
-        """Validate, and keep the weights if they are the best so far."""
+    def _validate(self, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
+        """Validate, and keep the weights if they are the best so far; returns whether no rank broke it off."""
         started = time.perf_counter()
         network = self._judged()
         network.eval()
+        scores = None
         with torch.no_grad(), self._autocast(), state.apart(self.device):
-            figures = self.task.validate(network)
+            try:
+                with interruption.breaking(at_once=True):
+                    scores = self.task.scores(network)
+                whole = True
+            except Interrupted:
+                interruption.hold()
+                whole = False
         self.network.train()
+        everywhere = distributed.gather((whole, scores))
+        if not all(whole for whole, _ in everywhere):
+            return False
+        figures = self.task.figures([scores for _, scores in everywhere])
         self.position.validated = self.position.step
         if not figures:
             if self.finished:
                 self._save_best()
-            return
+            return True
         value = figures[self.task.figure]
         if better := self._is_better(value):
             self.position.best, self.position.stale = {"step": self.position.step, self.task.figure: value}, 0
@@ -276,6 +310,7 @@ class Loop:
         )
         if log is not None:
             log.write("validation", self.position.step, figures | {"seconds": seconds})
+        return True
 
     def _judged(self) -> nn.Module:
         """The weights that prediction will use, in a network that a rank can call by itself."""
@@ -306,7 +341,7 @@ class Loop:
             "training": {
                 "heads": heads,
                 "optimizer": state.optimizer_state(self.task.network, self.optimizer),
-                "scheduler": self.scheduler.state_dict(),
+                "precision": self.precision,
                 "scaler": self.scaler.state_dict(),
                 "averaged": None if self.ema is None else int(self.ema.n_averaged),
                 "random": distributed.gather(state.random_state(self.device)),
@@ -321,17 +356,30 @@ class Loop:
         distributed.first(write)
 
     def restore(self, content: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's `content`, which every rank has."""
+        """Go on from a checkpoint's `content`, which every rank has.
+
+        Raises:
+            ValueError: it is of another precision than the one of here.
+        """
         training = content["training"]
+        precision_then = training.get("precision", self.precision)  # earlier versions were asked for one by its name
+        if precision_then != self.precision:
+            raise ValueError(
+                f"optimization.precision was {precision_then} and is {self.precision} here (asked for: "
+                f"{self.optimization.precision}); accepted is {precision_then}, or another out"
+            )
         state.set_optimizer_state(self.task.network, self.optimizer, training["optimizer"])
         state.set_core_and_heads(self.task.network, self.task.core, content["model"], training["heads"])
-        self.scheduler.load_state_dict(training["scheduler"])
         self.scaler.load_state_dict(training["scaler"])
         if self.ema is not None:
             state.set_weights(self.ema.module, content["ema"])
             self.ema.n_averaged.fill_(training["averaged"])
         progress = {name: value for name, value in content["progress"].items() if name != "epoch"}
         self.position = state.Position(**progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimization.learning_rate
+        done = self.position.step - self.position.skipped
+        self.scheduler = warm_up_and_cosine(self.optimizer, self.steps, self.schedule.warm_up, done)
         self.facts["provenance"] = content["provenance"]
         if len(training["random"]) == distributed.ranks():
             state.set_random_state(training["random"][distributed.rank()], self.device)
@@ -342,6 +390,10 @@ class Loop:
                 "with other random numbers and other batches",
                 style="yellow",
             )
+
+    def forget_best(self) -> None:
+        """Take the next validation for the first; where none will come, the last step's."""
+        self.position.best, self.position.stale, self.position.validated = None, 0, 0
 
     def _save_best(self) -> None:
         content = self._content(state.weights(self.task.core))

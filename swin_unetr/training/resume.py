@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +11,19 @@ from .. import checkpoints
 
 CHECKPOINTS = "checkpoints"
 FREE = frozenset(
-    {"out", "resume", "device", "schedule.checkpoint_every", "schedule.keep"}
+    {"out", "resume", "device", "optimization.parallel", "validation.windows"}
+    | {f"schedule.{name}" for name in ("steps", "epochs", "validate_every", "patience", "checkpoint_every", "keep")}
     | {f"data.{name}" for name in ("root", "trusted", "largest", "cache_folder", "workers", "prefetch")}
 )
-"""Options that may differ when a run goes on: none of them changes what is computed."""
+"""Options that may differ when a run goes on: they change where and for how long is trained, not what."""
+BY_CONTENT = frozenset(f"data.{name}" for name in ("datalist", "sections", "fold", "folds", "split_seed"))
+"""Options that may differ as long as the cases are the same ones."""
+CACHE = frozenset(f"data.{name}" for name in ("cache", "smart_cases", "smart_replaced"))
+"""Options that may differ as long as the cache is not smart: it alone decides what is drawn."""
+OF_A_RANK = frozenset({"device"} | {f"data.{n}" for n in ("datalist", "root", "trusted", "cache_folder", "workers")})
+"""Options that ranks of one job may have different: where things lie on their machine."""
+NEEDED = ("config", "provenance", "model", "progress", "training")
+"""What a checkpoint must hold for a run to go on from it."""
 _ABSENT = "not set"
 
 
@@ -32,43 +41,99 @@ class Found(NamedTuple):
     damaged: list[str]
 
 
-def find(out: Path, kind: str, config: Mapping[str, Any], *, fresh: bool) -> Found | None:
+def find(
+    out: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    *,
+    fresh: bool,
+    data: Mapping[str, Mapping[str, str]] | None = None,
+    initial: str | None = None,
+) -> Found | None:
     """The newest whole checkpoint in the folder `out` of a run; None if there is none.
+
+    Newer ones, which are damaged, get the ending ".damaged": they must not count among those that stay.
 
     Args:
         kind: what the checkpoint has to be of: "train" or "pretrain".
         config: the options of this run, as `plain` gives them.
         fresh: whether this run must not go on from anything.
+        data: the cases of this run by content, as `datasets.identify` gives them; None where there are none.
+        initial: digest of the weights to start from; None where there are none.
 
     Raises:
-        ValueError: the checkpoint is of another kind or configuration, or there is one and `fresh`.
+        ValueError: the checkpoint is of another kind, configuration or data, or there is one and `fresh`.
         Damaged: there are checkpoints, none of which is whole.
     """
     if fresh and checkpoints.series(out / CHECKPOINTS):
         raise ValueError(f"resume is 'never' and {out} holds checkpoints; accepted is another out, or resume: auto")
-    found = checkpoints.newest(out / CHECKPOINTS)
+    found = checkpoints.newest(out / CHECKPOINTS, lambda content: _lacks(content, kind))
     if found is None:
         return None
     path, content, damaged = found
     if content.get("kind") != kind:
         raise ValueError(f"out: {path} is a checkpoint of {content.get('kind')!r}; accepted is one of {kind!r}")
-    if changed := differences(content["config"], config):
+    cases = content.get("data")  # which checkpoints of earlier versions do not have
+    free = FREE | (BY_CONTENT if cases and data else frozenset())
+    if initial is not None and initial == (content["provenance"].get("initial") or {}).get("digest"):
+        free |= {"initial"}
+    if "precision" in content.get("training", {}):
+        free |= {"optimization.precision"}  # which auto is another name of; the loop compares the one that it chose
+    changed = differences(content["config"], config, free)
+    if cases and data:
+        changed += other_cases(cases, data)
+    if changed:
         raise ValueError(
             f"out: {path} was made with other options: {'; '.join(changed)}; go on with the same ones, or choose "
             "another out"
         )
+    for error in damaged:
+        error.path.rename(error.path.with_name(f"{error.path.name}.damaged"))
     return Found(path, content, [str(error) for error in damaged])
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of two configurations differs, `FREE` options aside: ``name was this and is that``."""
+def _lacks(content: Mapping[str, Any], kind: str) -> str:
+    """What a checkpoint of this kind does not have for a run to go on from it."""
+    lacking = [name for name in NEEDED if name not in content] if content.get("kind") == kind else []
+    return f"has no {', '.join(lacking)}: weights alone are for prediction, or for initial" if lacking else ""
+
+
+def differences(
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Collection[str] = FREE,
+    says: str = "{name} was {then} and is {now}",
+) -> list[str]:
+    """What of two configurations differs, `free` options aside, each as `says`."""
     before, after = _flat(then), _flat(now)
-    names = [name for name in before | after if name not in FREE]
+    if "smart" not in (before.get("data.cache"), after.get("data.cache")):
+        free = free | CACHE
     return [
-        f"{name} was {before.get(name, _ABSENT)} and is {after.get(name, _ABSENT)}"
-        for name in names
-        if before.get(name, _ABSENT) != after.get(name, _ABSENT)
+        says.format(name=name, then=before.get(name, _ABSENT), now=after.get(name, _ABSENT))
+        for name in before | after
+        if name not in free and before.get(name, _ABSENT) != after.get(name, _ABSENT)
     ]
+
+
+def other_cases(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """What of two data sets differs, as `datasets.identify` gives them."""
+    before, after = (
+        {case: (part, digest) for part, cases in data.items() for case, digest in cases.items()} for data in (then, now)
+    )
+    common = before.keys() & after.keys()
+    moved = {case: before[case][0] for case in common if before[case][0] != after[case][0]}
+    groups = {
+        "are gone from the data": before.keys() - after.keys(),
+        "are new in the data": after.keys() - before.keys(),
+        "were trained on and are validated on": {case for case, part in moved.items() if part == "training"},
+        "were validated on and are trained on": {case for case, part in moved.items() if part == "validation"},
+        "have other files": {case for case in common if before[case][1] != after[case][1]},
+    }
+    return [f"cases {_few(sorted(cases))} {says}" for says, cases in groups.items() if cases]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def plain(options: object) -> dict[str, Any]:
@@ -86,7 +151,12 @@ def _plain(value: Any) -> Any:
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        key = f"{prefix}{name}"
+        if key == "labels.classes":
+            # Their order is that of the network's channels, in which dictionaries that differ are equal.
+            flat[key] = ", ".join(f"{name} {values}" for name, values in value.items())
+        else:
+            flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return flat

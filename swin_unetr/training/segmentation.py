@@ -72,7 +72,11 @@ class Segmentation:
         parts = {name: part(found, target) for name, part in self._parts.items()}
         return {"loss": sum(parts.values()), **parts}
 
-    def validate(self, core: nn.Module) -> dict[str, float]:
+    def scores(self, core: nn.Module) -> dict[int, list[float]]:
+        """Dice of each class in this rank's cases, by number of the case; NaN where a case has none of a class."""
+        return {i: self._dice(core, self.cases[i]) for i in distributed.share(range(len(self.cases)))}
+
+    def figures(self, scores: Sequence[dict[int, list[float]]]) -> dict[str, float]:
         """Mean Dice over cases and classes as ``dice``, and each class's as ``dice of NAME``.
 
         A class that a case does not have counts for that case not at all; one that no case has is NaN and left out.
@@ -80,8 +84,7 @@ class Segmentation:
         Raises:
             ValueError: no case has any class.
         """
-        scored = {i: self._dice(core, self.cases[i]) for i in distributed.share(range(len(self.cases)))}
-        everywhere = {i: dice for of_rank in distributed.gather(scored) for i, dice in of_rank.items()}
+        everywhere = {i: dice for of_rank in scores for i, dice in of_rank.items()}
         if not everywhere:
             return {}
         rows = [dice for _, dice in sorted(everywhere.items())]  # in an order that ranks do not show in

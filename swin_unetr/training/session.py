@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from os import environ
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +19,15 @@ from rich.console import Console
 
 import swin_kernels
 
-from .. import distributed
+from .. import checkpoints, distributed, files
+from ..datasets.identity import digest
+from ..interruption import Interruption, status
 from ..pretrained import load_pretrained
-from . import resume, state
-from .interruption import Interruption
-from .loop import Loop
+from . import lock, resume, state
+from .loop import BEST, Loop
 from .options import Optimization, Schedule
 from .task import Batches, Task
 
-INTERRUPTED = 75
-"""Exit status after a signal to stop: all is saved, the same command goes on."""
 CONFIG = "config.yaml"
 
 
@@ -54,41 +55,50 @@ def run(
     open_dataset: Callable[[Console], Dataset],
     make_task: Callable[[Dataset], Task],
     console: Console | None = None,
+    identify: Callable[[], dict[str, dict[str, str]]] = dict,
 ) -> int:
     """Train as `options` say, or go on; returns the exit status of the command.
+
+    Once it trains, a signal to stop leaves a checkpoint; before, it does what the caller has it do.
 
     Args:
         command: "train" or "pretrain", which is what `make_task` makes.
         open_dataset, make_task: called once it is clear that there is something to train.
+        identify: the cases by content, as `datasets.identify` gives them; called before all else.
 
     Raises:
         ValueError, OSError: options or input are bad, or the disk is full; on every rank.
     """
-    # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
     with ExitStack() as until_said:
         try:
             with distributed.job(options.device) as device:
                 if not distributed.is_first():
                     console = Console(quiet=True)
-                return _run(command, options, open_dataset, make_task, device, console or Console(), until_said)
+                return _run(
+                    command, options, open_dataset, make_task, identify, device, console or Console(), until_said
+                )
         except (FloatingPointError, distributed.RankLost) as error:
             print(f"swin-unetr {command}: {error}", file=sys.stderr)
             return 1
 
 
 def _run(
-    command, options, open_dataset, make_task, device: torch.device, console: Console, until_said: ExitStack
+    command, options, open_dataset, make_task, identify, device: torch.device, console: Console, until_said: ExitStack
 ) -> int:
     config = resume.plain(options)
-    found = distributed.first(lambda: _prepare(command, options, config))
+    initial = digest((options.initial,)) if options.initial is not None and options.initial.is_file() else None
+    data = _agreed(config, initial, identify)
+    found, recorded = distributed.first(lambda: _prepare(command, options, config, data, initial, until_said))
+    if recorded != CONFIG:
+        _say(console, f"{options.out / CONFIG} says other options and stays as it is; those of this run: {recorded}")
     for error in found.damaged if found else ():
-        console.print(f"passed over: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        _say(console, f"passed over, and renamed to .damaged: {error}", style="yellow")
     state.seed(options.seed)  # the same weights on every rank
     with closing(open_dataset(console)) as dataset:
         task = make_task(dataset)
-        facts = {"config": config, "provenance": {}}
+        facts = {"config": config, "data": data, "provenance": {}}
         if found is None:
-            facts["provenance"] = _provenance(_initial(task, options.initial, console))
+            facts["provenance"] = _provenance(_initial(task, options.initial, initial, console))
         loop = Loop(
             task,
             dataset,
@@ -103,30 +113,129 @@ def _run(
         if found is not None:
             loop.restore(found.content)
             _say(console, f"goes on from {found.path}")
-        ended = loop.run(until_said.enter_context(Interruption()))
+            if lost := distributed.first(lambda: _lost_best(options.out / BEST, loop)):
+                _say(console, f"{lost}; the next validation writes it anew", style="yellow")
+                loop.forget_best()
+            for change in _changes_of_schedule(found.content["config"], config):
+                _say(console, f"{change}; the learning rate goes on as if it had been so from the start")
+        # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
+        interruption = until_said.enter_context(Interruption())
+        ended = loop.run(interruption)
     if not ended:
-        return INTERRUPTED
+        return status(interruption.asked or signal.SIGTERM)  # or another rank was asked
     best = loop.position.best
     says = f", best {task.figure} {best[task.figure]:.4f} at step {best['step']}" if best else ""
     _say(console, f"done after {loop.position.step} steps{says}; in {options.out}: best.pt, checkpoints, log.jsonl")
     return 0
 
 
-def _prepare(command: str, options: Options, config: dict[str, Any]) -> resume.Found | None:
-    """The checkpoint to go on from; else a folder for this run, with its options in a file."""
+def _agreed(
+    config: dict[str, Any], initial: str | None, identify: Callable[[], dict[str, dict[str, str]]]
+) -> dict[str, dict[str, str]]:
+    """What `identify` tells, once it is clear that all ranks do the same; else they would wait for each other for ever.
+
+    Args:
+        initial: digest of the weights to start from.
+
+    Raises:
+        ValueError: on every rank, what is different on which, or why one cannot read its data.
+    """
+    data, failed = {}, None
+    try:
+        data = identify()
+    except (OSError, ValueError) as error:
+        failed = error
+    versions = {"swin_kernels": swin_kernels.__version__, "torch": str(torch.__version__)}
+    told = distributed.gather(
+        ({**config, "versions": versions, "weights of initial": initial}, data, failed and str(failed))
+    )
+    if failed is not None:
+        raise failed
+    if differ := [text for rank in range(distributed.ranks()) for text in _differences(rank, told[0], told[rank])]:
+        more = f"; and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise ValueError(f"the ranks of this job differ: {'; '.join(differ[:5])}{more}; accepted are the same on all")
+    return data
+
+
+def _differences(rank: int, first: tuple, other: tuple) -> list[str]:
+    """What one rank told otherwise than rank 0; of data that one of them cannot read, why."""
+    if other[2] is not None:
+        return [f"on rank {rank} {other[2]}"]
+    says = f"{{name}} is {{then}} on rank 0 and {{now}} on rank {rank}"
+    options = resume.differences(first[0], other[0], resume.OF_A_RANK, says)
+    cases = resume.other_cases(first[1], other[1]) if first[2] is None else []
+    return options + [f"on rank {rank}, compared with rank 0, {text}" for text in cases]
+
+
+def _prepare(
+    command: str,
+    options: Options,
+    config: dict[str, Any],
+    data: dict[str, dict[str, str]],
+    initial: str | None,
+    until_said: ExitStack,
+) -> tuple[resume.Found | None, str]:
+    """Own the folder of this run, by a context of `until_said`, and write its options there.
+
+    Returns:
+        The checkpoint to go on from, if there is one; the name of the file of options.
+    """
+    begins = not checkpoints.series(options.out / resume.CHECKPOINTS)
+    # Before the data, which may take long to read.
+    if begins and options.initial is not None and initial is None:
+        raise ValueError(f"initial: there is no file {options.initial}")
+    until_said.enter_context(lock.owned(options.out))
+    for folder in (options.out, options.out / resume.CHECKPOINTS):
+        files.remove_leftovers(folder)
     # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
-    fresh = options.resume == "never" and int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
-    found = resume.find(options.out, command, config, fresh=fresh)
-    if found is None:
-        # Before the data, which may take long to read.
-        if options.initial is not None and not options.initial.is_file():
-            raise ValueError(f"initial: there is no file {options.initial}")
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    return found
+    fresh = options.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
+    found = resume.find(options.out, command, config, fresh=fresh, data=data, initial=initial)
+    return found, _record(options.out, config)
 
 
-def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] | None:
+def _record(out: Path, config: dict[str, Any]) -> str:
+    """Have the options of this run in a file, whose name is returned; one that says others stays.
+
+    It may be the user's own, from which these options come: of another form, with comments.
+    """
+    for number in itertools.count():
+        name = f"{Path(CONFIG).stem}-{number}.yaml" if number else CONFIG
+        if not os.path.lexists(out / name):
+            with files.replacing(out / name) as file:
+                file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+            return name
+        if _says(out / name, config):
+            return name
+
+
+def _says(path: Path, config: dict[str, Any]) -> bool:
+    """Whether a file holds these options."""
+    try:
+        return path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) == config
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return False
+
+
+def _lost_best(path: Path, loop: Loop) -> str:
+    """Why the best weights that this run has had by now are not in a file; "" if they are, or there are none yet."""
+    if loop.position.best is None and not loop.finished:
+        return ""
+    try:
+        checkpoints.read(path)
+    except FileNotFoundError:
+        return f"{path}: is gone"
+    except checkpoints.Damaged as error:
+        return str(error)
+    return ""
+
+
+def _changes_of_schedule(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of the length of the training differs."""
+    parts = ({"schedule": {name: c["schedule"].get(name) for name in ("steps", "epochs")}} for c in (then, now))
+    return resume.differences(*parts, free=frozenset())
+
+
+def _initial(task: Task, path: Path | None, content: str | None, console: Console) -> dict[str, Any] | None:
     """Load weights from a file into the task's core; returns what matched.
 
     Raises:
@@ -136,11 +245,12 @@ def _initial(task: Task, path: Path | None, console: Console) -> dict[str, Any] 
         return None
     try:
         report = load_pretrained(task.core, path, verbose=False)
-    except (OSError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"initial: {path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"initial: {str(error).removeprefix('load_pretrained: ')}") from error
     _say(console, str(report))
     return {
         "source": report.source,
+        "digest": content,
         "loaded": list(report.loaded),
         "missing": list(report.missing),
         "unexpected": list(report.unexpected),
@@ -159,5 +269,5 @@ def _provenance(initial: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ class Task(Protocol):
         network: what losses are computed with, heads that serve training alone included.
         core: the part of `network` that checkpoints keep as ``model``, that is averaged and validated; `network` itself
             where there is nothing else.
-        figure: the figure of `validate` by which one validation is better than another.
+        figure: the one of `figures` by which one validation is better than another.
         higher_is_better: its direction.
     """
 
@@ -39,12 +39,15 @@ class Task(Protocol):
             random: depends on seed, step and rank alone.
         """
 
-    def validate(self, core: nn.Module) -> dict[str, float]:
-        """Figures by name, the same on every rank; {} if there is nothing to validate on. Called on all ranks.
+    def scores(self, core: nn.Module) -> object:
+        """This rank's part of a validation; small, since it goes through pickle. May be broken off at any place.
 
         Args:
             core: like `core`, with the weights to judge; a call of it involves no other rank.
         """
+
+    def figures(self, scores: Sequence[object]) -> dict[str, float]:
+        """Figures by name of the `scores` of all ranks, in their order; {} if there was nothing to validate on."""
 
     def content(self) -> dict[str, object]:
         """What a checkpoint says about the weights beside the weights: architecture, roi, preprocessing, labels."""

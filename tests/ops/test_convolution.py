@@ -165,6 +165,26 @@ def test_gradients_one_by_one(backend, wanted):
     assert all(torch.equal(a, every[i]) for a, i in zip(some, wanted, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2), (2, 8, 8), (2, 1, 6), (1, 9, 1)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bfloat16_gradients_of_thin_volumes(shape, threads):
+    """The deepest level of a roi of 64 voxels, of which PyTorch's gradient holds memory that nobody wrote."""
+    x, weight = torch.randn(1, 16, *shape).bfloat16(), torch.randn(16, 16, 3, 3, 3).bfloat16()
+    gradient = torch.randn(1, 16, *shape).bfloat16()
+    left_behind = [torch.full((size,), math.nan) for size in (100, 1000, 10_000, 100_000)]
+    del left_behind
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = torch.autograd.grad(convolution(x.requires_grad_(), weight.requires_grad_()), (x, weight), gradient)
+    finally:
+        torch.set_num_threads(before)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    exact = torch.autograd.grad(F.conv3d(*wide, padding=1), wide, gradient.double())
+    for ours, right in zip(found, exact, strict=True):
+        assert (ours.double() - right).norm() <= 4e-3 * right.norm()  # one rounding is up to 2⁻⁸ of each element
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_stays_near(backend, value):
     """Within the kernel's reach, and the four outputs along the last axis that are computed together."""

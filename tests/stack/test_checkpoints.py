@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import stat
 import zipfile
 from collections import OrderedDict
 
 import pytest
 import torch
 
-from swin_unetr import SwinUNETR, checkpoints, load_pretrained
+from swin_unetr import SwinUNETR, checkpoints, files, load_pretrained
+from swin_unetr.training import resume
 
 
 def content(step: int = 1) -> dict:
@@ -93,6 +96,38 @@ def test_an_altered_weight_is_damage(tmp_path):
         checkpoints.read(path)
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's about the protocols that damage names
+@pytest.mark.parametrize("value", [0x00, ord("s"), 0xFF])
+def test_any_byte_changed_is_damage(tmp_path, value):
+    """In the file as it lies, and in the program for the unpickler inside with the zip's own checksums made right."""
+    whole, path = tmp_path / "whole.pt", tmp_path / checkpoints.name(1)
+    checkpoints.write(whole, content())
+    expected, original = checkpoints.read(whole), whole.read_bytes()
+    with zipfile.ZipFile(whole) as file:
+        program = next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
+
+    def check():
+        with contextlib.suppress(checkpoints.Damaged):
+            found = checkpoints.read(path)  # where nothing reads the byte, such as a date in the zip file
+            assert checkpoints.checksum(found) == checkpoints.checksum(expected)
+
+    for place in range(0, len(original), 17):
+        path.write_bytes(original[:place] + bytes([value]) + original[place + 1 :])
+        check()
+    for place in range(len(program)):
+        path.write_bytes(original)
+        _replace(path, "data.pkl", program[:place] + bytes([value]) + program[place + 1 :])
+        check()
+
+
+def test_a_checkpoint_that_holds_itself_is_damaged(tmp_path):
+    whole = {"format": checkpoints.FORMAT, "checksum": "0" * 64}
+    whole["model"] = whole
+    torch.save(whole, tmp_path / "x.pt")
+    with pytest.raises(checkpoints.Damaged, match=r"x.pt: its content is not what was written: maximum recursion"):
+        checkpoints.read(tmp_path / "x.pt")
+
+
 class _Code:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -127,6 +162,67 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(checkpoints.Damaged, match=r"no checkpoint is whole: .*200.*10.*9"):
         checkpoints.newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind", ["a byte", "a folder", "a pipe", "a link to nowhere", "no training state", "a sparse tensor"]
+)
+def test_whatever_is_wrong_with_the_newest_the_one_before_is_found(tmp_path, kind):
+    folder = tmp_path / resume.CHECKPOINTS
+    more = {"config": {}, "provenance": {}, "training": {}}
+    checkpoints.write(folder / checkpoints.name(1), content() | more)
+    bad = folder / checkpoints.name(2)
+    if kind == "a byte":
+        checkpoints.write(bad, content() | more)
+        with zipfile.ZipFile(bad) as file:
+            program = next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
+        _replace(bad, "data.pkl", program[:2] + b"s" + program[3:])  # SETITEM on an empty stack
+    elif kind == "a folder":
+        bad.mkdir()
+    elif kind == "a pipe":
+        os.mkfifo(bad)
+    elif kind == "a link to nowhere":
+        bad.symlink_to(tmp_path / "nowhere")
+    elif kind == "no training state":
+        checkpoints.write(bad, content() | {"config": {}})
+    else:
+        torch.save({"format": checkpoints.FORMAT, "checksum": "", "model": torch.eye(2).to_sparse()}, bad)
+    found = resume.find(tmp_path, "train", {}, fresh=False)
+    assert found.path.name == checkpoints.name(1)
+    assert len(found.damaged) == 1
+    assert checkpoints.name(2) in str(found.damaged[0])
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    checkpoints.write(tmp_path / checkpoints.name(1), content())
+
+    def forbidden(*arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(torch, "load", forbidden)
+    with pytest.raises(PermissionError):
+        checkpoints.newest(tmp_path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_have_the_modes_of_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        checkpoints.write(tmp_path / "best.pt", content())
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "best.pt").stat().st_mode) == mode
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    killed = files.replacing(tmp_path / "best.pt")
+    killed.__enter__().write(b"half of it")
+    kept = [tmp_path / name for name in ("best.pt", "step-00000001.pt", ".hidden", "notes.part")]
+    for path in [*kept, tmp_path / ".best.pt.x1y2z3"]:
+        path.touch()
+    assert len(list(tmp_path.iterdir())) == 6
+    files.remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_old_ones_and_what_was_left_behind_are_pruned(tmp_path):

@@ -21,7 +21,7 @@ from swin_unetr import checkpoints, distributed
 from swin_unetr.architecture import Architecture
 from swin_unetr.labels import Labels
 from swin_unetr.preprocessing import Preprocessing
-from swin_unetr.training import log
+from swin_unetr.training import log, session
 from swin_unetr.training.loop import Loop
 from swin_unetr.training.options import Schedule
 from swin_unetr.training.segmentation import Loss, Segmentation, Validation
@@ -73,6 +73,24 @@ def signal_on_one_rank(out: Path) -> None:
     assert final(out / "signalled")["progress"]["step"] == 4
 
 
+def signal_in_validation_of_one_rank(out: Path) -> None:
+    """Rank 1 breaks it off, rank 0 does not; what goes on repeats it."""
+
+    class Signalled(Toy):
+        def scores(self, core):
+            if distributed.rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            return super().scores(core)
+
+    assert not loop(out / "validation", Signalled(noisy=False), schedule=SHORT, **TRAINED["ddp"]).run()
+    distributed.barrier()
+    assert final(out / "validation")["progress"]["step"] == 3
+    assert final(out / "validation")["progress"]["validated"] == 0
+    assert resumed(out / "validation", Toy(noisy=False), schedule=SHORT, **TRAINED["ddp"]).run()
+    assert final(out / "validation")["progress"]["validated"] == 6
+
+
 def not_finite_on_one_rank(out: Path) -> None:
     class Bad(Toy):
         def losses(self, network, batch, random):
@@ -112,7 +130,17 @@ def do_the_job(out: Path) -> None:
 
 
 SCENARIOS = {
-    2: (do_the_job, train, resume_across, resume_noisy, signal_on_one_rank, not_finite_on_one_rank, full_disk, segment),
+    2: (
+        do_the_job,
+        train,
+        resume_across,
+        resume_noisy,
+        signal_on_one_rank,
+        signal_in_validation_of_one_rank,
+        not_finite_on_one_rank,
+        full_disk,
+        segment,
+    ),
     3: (train, resume_noisy),
 }
 
@@ -250,15 +278,13 @@ def _gradients(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
 def test_validation_does_not_depend_on_how_cases_are_shared(monkeypatch):
     """Each case counts once and alike: three cases by one rank, or by two of which one has two."""
     task = segmentation()
-    alone = task.validate(task.core.eval())
+    core = task.core.eval()
+    alone = task.figures([task.scores(core)])
     shares = []
     for indices in ([0, 2], [1]):
         monkeypatch.setattr(distributed, "share", lambda items, indices=indices: indices)
-        monkeypatch.setattr(distributed, "gather", lambda value: shares.append(value) or [value])
-        task.validate(task.core)
-    monkeypatch.setattr(distributed, "share", lambda items: [])
-    monkeypatch.setattr(distributed, "gather", lambda value: shares)
-    assert task.validate(task.core) == alone
+        shares.append(task.scores(core))
+    assert task.figures(shares) == alone
 
 
 # --- under torchrun ---
@@ -288,6 +314,48 @@ def test_a_killed_rank_is_reported_and_the_job_goes_on_from_the_last_checkpoint(
         assert checkpoints.checksum(final(tmp_path / "killed")[key]) == checkpoints.checksum(final(job(2) / "job")[key])
     steps = checkpoints.series(tmp_path / "killed" / "checkpoints")
     assert [path.name for path in steps] == [checkpoints.name(step) for step in (3, 6, 8)]
+
+
+def test_ranks_that_differ_all_end_and_say_in_what(tmp_path):
+    started = time.monotonic()
+    process = torchrun(tmp_path, toy_job.DIFFERENT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert time.monotonic() - started < 60  # most of it goes into imports
+    says = (
+        "the ranks of this job differ: schedule.steps is 8 on rank 0 and 9 on rank 1; "
+        "on rank 1, compared with rank 0, cases case 0 are gone from the data; "
+        "on rank 1, compared with rank 0, cases case 1 are new in the data; "
+        "on rank 1, compared with rank 0, cases case have other files; accepted are the same on all"
+    )
+    assert errors.count(says) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"seed": 1}, "seed is 0 on rank 0 and 1 on rank 1; accepted are the same on all"),
+        ({"data": {"datalist": "elsewhere", "workers": 7, "root": "b"}, "device": "cuda:1"}, None),
+        ({"data": {"datalist": "here", "batch_size": 2}}, "data.batch_size is not set on rank 0 and 2 on rank 1"),
+    ],
+)
+def test_what_may_differ_among_ranks_and_what_not(monkeypatch, others, message):
+    config = {"seed": 0, "data": {"datalist": "here", "workers": 2, "root": None}, "device": None}
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, ({**value[0], **others}, *value[1:])])
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    if message is None:
+        assert session._agreed(config, None, lambda: {"training": {"a": "1"}}) == {"training": {"a": "1"}}
+    else:
+        with pytest.raises(ValueError, match=f"the ranks of this job differ: {message}"):
+            session._agreed(config, None, dict)
+
+
+def test_data_that_one_rank_cannot_read_end_all(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, (value[0], {}, "the datalist cannot be read")])
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match="the ranks of this job differ: on rank 1 the datalist cannot be read"):
+        session._agreed({}, None, dict)
 
 
 def test_a_signal_to_torchrun_saves(tmp_path):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from monai.losses import DiceCELoss, DiceLoss
 from rich.console import Console
 from torch import nn
 
 from swin_unetr import SwinUNETR, checkpoints, cli, load_pretrained, train
+from swin_unetr.datasets.identity import digest
 from swin_unetr.labels import Labels
 from swin_unetr.pretraining.network import PretrainingNetwork
 from swin_unetr.training import log, resume
@@ -85,11 +91,13 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
         patch.setattr(Segmentation, "losses", interrupted)
         assert cli.main(command) == 75
     assert "swinViT (" in capsys.readouterr().out  # what of the pretrained weights matched
-    assert cli.main(command) == 0
+    (tmp_path / "pretrained.pt").rename(tmp_path / "moved.pt")
+    assert cli.main([*command, f"--initial={tmp_path / 'moved.pt'}"]) == 0
     said = capsys.readouterr().out
     assert "goes on from" in said
     assert "step-00000003.pt" in said
 
+    (tmp_path / "moved.pt").rename(tmp_path / "pretrained.pt")
     best, last = checkpoints.read(tmp_path / "run" / "best.pt"), final(tmp_path / "run")
     assert cli.main(arguments(datalist, tmp_path / "whole", **options)) == 0
     whole = final(tmp_path / "whole")
@@ -129,6 +137,88 @@ def test_another_configuration_does_not_go_on(datalist, tmp_path, capsys):
     assert cli.main(arguments(datalist, tmp_path, **one_step, resume="never")) == 2
     assert "resume is 'never' and" in capsys.readouterr().err
     assert cli.main(arguments(datalist, tmp_path, **one_step, **{"data.workers": 1, "schedule.keep": 1})) == 0
+    assert "best.pt: is gone" not in capsys.readouterr().out
+    (tmp_path / "best.pt").unlink()
+    assert cli.main(arguments(datalist, tmp_path, **one_step)) == 0
+    assert "best.pt: is gone; the next validation writes it anew" in capsys.readouterr().out
+    assert checkpoints.read(tmp_path / "best.pt")["progress"]["step"] == 1
+
+
+def test_the_same_data_elsewhere_go_on(datalist, tmp_path, capsys):
+    """Moved, and listed in another order, by a file of another name, which gives the split as folds."""
+    one_step = {"schedule.steps": 1, "validation.overlap": 0}
+    assert cli.main(arguments(datalist, tmp_path / "run", **one_step)) == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(datalist.parent, moved)
+    content = json.loads(datalist.read_text())
+    of_validation = set(checkpoints.read(tmp_path / "run" / "best.pt")["data"]["validation"])
+    assert len(of_validation) == 2
+    for case in content["training"]:
+        case["fold"] = 3 if Path(case["image"]).name.partition(".")[0] in of_validation else 1
+    content["training"].reverse()
+    (moved / "dataset.json").unlink()
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    elsewhere = {"data.root": moved, "data.fold": 3, "data.cache": "none", "schedule.steps": 2}
+    capsys.readouterr()
+    assert cli.main(arguments(tmp_path / "list.json", tmp_path / "run", **one_step | elsewhere)) == 0
+    assert "schedule.steps was 1 and is 2" in capsys.readouterr().out
+    assert final(tmp_path / "run")["progress"]["step"] == 2
+
+    for case in content["training"]:
+        case["fold"] = 4 - case["fold"]
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    label = moved / content["training"][0]["label"]
+    label.write_bytes(label.read_bytes()[:-1] + b"x")
+    assert cli.main(arguments(tmp_path / "list.json", tmp_path / "run", **one_step | elsewhere)) == 2
+    said = capsys.readouterr().err
+    assert "were trained on and are validated on; cases" in said
+    assert "were validated on and are trained on; cases case_03 have other files; go on" in said
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "says"),
+    [
+        ({"training": {"a": "1", "b": "2"}}, {"training": {"b": "2", "a": "1"}}, []),
+        ({"training": {"a": "1"}}, {"training": {"a": "1", "b": "1"}}, ["cases b are new in the data"]),
+        ({"training": dict.fromkeys("abcde", "1")}, {}, ["cases a, b, c and 2 more are gone from the data"]),
+        ({"training": {"a": "1"}}, {"training": {"a": "2"}}, ["cases a have other files"]),
+        ({"training": {"a": "1"}}, {"validation": {"a": "1"}}, ["cases a were trained on and are validated on"]),
+    ],
+)
+def test_what_of_the_data_differs(then, now, says):
+    assert resume.other_cases(then, now) == says
+
+
+@pytest.mark.parametrize("place", [0, 500_000, 999_999])
+def test_a_file_is_told_by_its_content_and_not_by_its_place(tmp_path, place):
+    """A changed block in an uncompressed volume, as an edited label map has it."""
+    whole = np.random.default_rng(0).bytes(1_000_000)
+    digests = []
+    for name, content in (("a", whole), ("b", whole), ("c", whole[:place] + bytes(100_000) + whole[place + 100_000 :])):
+        (tmp_path / name).write_bytes(content[: len(whole)])
+        digests.append(digest((tmp_path / name,)))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_order_of_classes_is_that_of_channels():
+    then, now = ({"labels": {"classes": classes}} for classes in ({"a": [1], "b": [2]}, {"b": [2], "a": [1]}))
+    assert resume.differences(then, now) == ["labels.classes was a [1], b [2] and is b [2], a [1]"]
+
+
+def test_the_users_file_of_options_stays(datalist, tmp_path, capsys):
+    """It lies where the run's own would."""
+    own = tmp_path / "config.yaml"
+    own.write_text("# a note of mine\nseed: 3\ndata: {folds: 1}\n")
+    before = own.read_bytes()
+    command = [*arguments(datalist, tmp_path, **{"schedule.steps": 1}), f"--config={own}"]
+    for _ in range(2):
+        assert cli.main(command) == 0
+        assert "config.yaml says other options and stays as it is; those of this run: config-1.yaml" in (
+            capsys.readouterr().out
+        )
+    assert own.read_bytes() == before
+    assert not (tmp_path / "config-2.yaml").exists()
+    assert checkpoints.read(tmp_path / "best.pt")["config"] == yaml.safe_load((tmp_path / "config-1.yaml").read_text())
 
 
 def test_a_full_disk_is_said(datalist, tmp_path, capsys, monkeypatch):
@@ -234,8 +324,11 @@ def test_learning_rate_rises_and_falls():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = warm_up_and_cosine(optimizer, 100, 0.1)
     rates = []
-    for _ in range(100):
+    for step in range(100):
         rates.append(schedule.get_last_lr()[0])
+        again = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1.0)
+        assert warm_up_and_cosine(again, 100, 0.1, done=step).get_last_lr() == rates[-1:]
+        assert again.param_groups[0]["lr"] == rates[-1]
         optimizer.step()
         schedule.step()
     assert rates[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
@@ -296,9 +389,9 @@ def test_a_figure_that_is_not_a_number_is_no_best(tmp_path):
 
 def test_the_average_is_what_is_validated(tmp_path):
     class Seen(Toy):
-        def validate(self, core):
+        def scores(self, core):
             self.seen = {name: value.clone() for name, value in core.state_dict().items()}
-            return super().validate(core)
+            return super().scores(core)
 
     task = Seen()
     assert loop(tmp_path, task, schedule=Schedule(steps=3), ema=0.5).run()
@@ -331,7 +424,7 @@ def test_dice_of_whole_cases():
     task = Segmentation(
         options.architecture, options.labels, options.preprocessing, (64, 64, 32), Loss(), Validation(), cases
     )
-    figures = task.validate(Reads())
+    figures = task.figures([task.scores(Reads())])
     assert figures["dice of organ"] == pytest.approx((2 / 3 + 0) / 2)
     assert figures["dice of tumour"] == pytest.approx(1.0)  # the other case has none of it
     assert figures["dice"] == pytest.approx((1 / 3 + 1) / 2)

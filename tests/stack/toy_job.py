@@ -1,6 +1,7 @@
 """A whole training command on toy data, for torchrun to start: ``python -m tests.stack.toy_job OUT [BATCH]``.
 
-On the job's first attempt, rank 1 dies by SIGKILL when it asks for batch number BATCH.
+On the job's first attempt, rank 1 dies by SIGKILL when it asks for batch number BATCH. It has no end where BATCH is
+"endless", and ranks have different options and data where it is "different".
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from swin_unetr.training.options import Optimization, Schedule
 from .toy import Toy, ToyBatches
 
 ENDLESS = "endless"
+DIFFERENT = "different"
 
 
 @dataclass
@@ -39,8 +41,14 @@ class JobBatches(ToyBatches):
         pass
 
 
-def run(options: Options, before=lambda number: None, size: int = 6) -> int:
-    return session.run("train", options, lambda console: JobBatches(size, before=before), lambda dataset: Toy())
+def run(options: Options, before=lambda number: None, size: int = 6, identify=dict) -> int:
+    return session.run(
+        "train",
+        options,
+        lambda console: JobBatches(size, before=before),
+        lambda dataset: Toy(),
+        identify=identify,
+    )
 
 
 def main(out: str, batch: str = "-1") -> int:
@@ -52,6 +60,10 @@ def main(out: str, batch: str = "-1") -> int:
 
     if batch == ENDLESS:
         return run(Options(Path(out), schedule=Schedule(steps=10_000)), before)
+    if batch == DIFFERENT:
+        rank = int(os.environ["RANK"])
+        options = Options(Path(out), schedule=Schedule(steps=8 + rank))
+        return run(options, before, identify=lambda: {"training": {f"case {rank}": "same", "case": f"{rank}"}})
     return run(Options(Path(out)), before)
 
 

@@ -1,0 +1,104 @@
+"""One owner for a run's folder: two runs would delete each other's checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+NAME = ".lock"
+
+
+class InUse(ValueError):
+    """Another run has the folder."""
+
+
+@contextmanager
+def owned(out: Path) -> Iterator[None]:
+    """Within this context no other process owns the folder `out`, which is made where there is none.
+
+    The system's lock on a file decides, which ends with its process however that ends; the file says whose it is. Where
+    a file system knows no locks, what the file says decides: a process of this host that is no more owns nothing.
+
+    Raises:
+        InUse: another process owns it; the message says which, on which host, since when.
+        OSError: the folder cannot be written to.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / NAME
+    descriptor = _acquire(path, out)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # with the whole folder, by its user
+            path.unlink()
+        os.close(descriptor)
+
+
+def _acquire(path: Path, out: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Not `flock`, whose lock the workers of a killed run would hold on to until they notice.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken, hint = False, ""
+        except (BlockingIOError, PermissionError):
+            taken, hint = True, ""
+        except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP: this file system has no locks
+            taken, hint = _is_alive(_owner(descriptor)), f"; if it has, delete {path}"
+        if taken:
+            says = _describe(_owner(descriptor))
+            os.close(descriptor)
+            raise InUse(
+                f"out: {out} is in use by another training{says}; accepted is another out, or this one once that has "
+                f"ended{hint}"
+            )
+        # Its last owner may have deleted the file between our opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+def _me() -> dict[str, object]:
+    since = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+
+
+def _owner(descriptor: int) -> dict[str, object]:
+    """What an owner wrote into the file; {} if nothing that can be read."""
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _is_alive(owner: dict[str, object]) -> bool:
+    """Whether the process that wrote `owner` may still run."""
+    pid = owner.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    if owner.get("host") != socket.gethostname():
+        return True  # there is no telling from here
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return pid != os.getpid()
+
+
+def _describe(owner: dict[str, object]) -> str:
+    if not {"host", "pid", "since"} <= owner.keys():
+        return ""
+    return f" (process {owner['pid']} on {owner['host']}, since {owner['since']})"
