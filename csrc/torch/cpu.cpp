@@ -331,7 +331,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_window_attention_backward(
   const Buffer bias_sums = allocate(sizeof(float) * static_cast<size_t>(call.heads * table_length));
   const Buffer projection_partials = allocate(sizeof(float) * static_cast<size_t>(count / call.heads * parameters));
   call.grad_out = grad_out.const_data_ptr();
-  call.out = attended.const_data_ptr();
+  call.attended = static_cast<const float*>(attended.const_data_ptr());
   call.lse = lse.const_data_ptr();
   call.grad_bias_table = grad_bias_table.mutable_data_ptr();
   call.bias_partials = bias_partials.get();
@@ -380,7 +380,6 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Te
   const Buffer bias_sums = allocate(table_bytes * static_cast<size_t>(call.heads));
   const Buffer pad_partials = allocate(attention.accumulate_bytes * static_cast<size_t>(count * 2 * call.head_dim));
   call.grad_out = grad_out.const_data_ptr();
-  call.out = out.const_data_ptr();
   call.lse = lse.const_data_ptr();
   call.grad_qkv = grad_qkv.mutable_data_ptr();
   call.grad_bias_table = grad_bias_table.mutable_data_ptr();
