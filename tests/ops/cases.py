@@ -135,8 +135,10 @@ SATURATED_CASES = tuple(
         Case("saturated several tiles", (9, 9), (9, 9), heads=1, head_dim=16),
     )
 )
-"""Cases for the 16-bit dtypes' gradients (`assert_gradients_in_16_bits`); at x30 nearly every query has one key. Without
-padding: its keys are all the same, so what kernels that multiply in 16 bits round of their ds does not average out."""
+"""Cases for the 16-bit dtypes' gradients (`assert_gradients_in_16_bits`); at x30 nearly every query has one key.
+
+There is no padding: its keys are all the same, so what kernels that multiply in 16 bits round off their ds adds up.
+"""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
