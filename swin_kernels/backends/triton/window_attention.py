@@ -5,9 +5,15 @@ With ``s = q·k + (bias + mask) / scale`` and ``c = scale · log2(e)``, the weig
 tensor cores accumulate. The forward keeps a running maximum and sum over blocks of keys; the backward
 computes ``p`` again from the stored log-sum-exp (a natural logarithm, as in every backend)::
 
-    out = Σ p v                          delta = Σ_channels grad_out · out
+    out = Σ p v                          delta = Σ_channels grad_out · out = Σ_keys p dp / Σ_keys p
     dp  = grad_out · v                   ds = p (dp - delta)
     dq  = scale Σ_keys ds k              dk = scale Σ_queries ds q             dv = Σ_queries p grad_out
+
+A 16-bit `out` is rounded: where one key has nearly all the weight its ``dp - delta`` would be nothing but the rounding.
+The pass over queries takes delta from `out` as a first guess ``delta₀`` and corrects it and what it has summed::
+
+    e  = Σ_keys p (dp - delta₀) / Σ_keys p        delta = delta₀ + e
+    dq = scale (Σ_keys p (dp - delta₀) k - e Σ_keys p k)
 
 With dropout, ``p`` becomes ``keep p / (1 - dropout_p)`` in `out` and `dv`, and ``dp`` likewise.
 
@@ -200,7 +206,10 @@ def differentiate_queries(
 
     `rows` is float32 ``(2, windows, heads, padded)``: log-sum-exp (times `factor`, as `s`) and delta of each query,
     by window. A query that does not exist has no output: its infinite log-sum-exp makes its weights zero.
+
+    Of a 16-bit `out`, delta is only near: the ds of a query add up to what it lacks, which the float32 sums know.
     """
+    CORRECTED: tl.constexpr = qkv.dtype.element_ty != tl.float32
     w = unpack(w)
     n = w.window_d * w.window_h * w.window_w
     padded = bias.padded_tokens(n, ROWS, COLUMNS)
@@ -221,10 +230,12 @@ def differentiate_queries(
             row_delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
             row_lse = tl.load(lse + (first + row) * heads + head, mask=exists, other=float("inf")) * factor
             tl.store(stored, row_lse)
-            tl.store(stored + windows.to(tl.int64) * heads * padded, row_delta)
             if DROPOUT:
                 row_hash = _row_hashes(tl.load(seed), (tl.cast(window, tl.int64) * heads + head) * n + query)
             grad_q = tl.zeros((ROWS, CHANNELS), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)  # of p
+            excess = tl.zeros((ROWS,), tl.float32)  # of ds
+            mean_k = tl.zeros((ROWS, CHANNELS), tl.float32)
             for tile in range(tl.cdiv(n, COLUMNS)):
                 key = tile * COLUMNS + tl.arange(0, COLUMNS)
                 at, real = locate(key, window, w, SHIFTED, PADDED)
@@ -242,6 +253,15 @@ def differentiate_queries(
                     dp = _dropout(dp, row_hash[:, None], key[None, :], threshold, keep_scale)
                 ds = p * (dp - row_delta[:, None])
                 grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
+                if CORRECTED:
+                    total += tl.sum(p, 1)
+                    excess += tl.sum(ds, 1)
+                    mean_k = tl.dot(p.to(k.dtype), k, mean_k, input_precision=PRECISION)
+            if CORRECTED:
+                excess = tl.where(exists, excess / total, 0.0)
+                row_delta += excess
+                grad_q -= excess[:, None] * mean_k
+            tl.store(stored + windows.to(tl.int64) * heads * padded, row_delta)
             at = _at(grad_qkv, first, row, 3 * width, head * HEAD_DIM, channel)
             grad_q = (grad_q * scale).to(grad_qkv.dtype.element_ty)
             tl.store(at, grad_q, mask=exists[:, None] & (channel < HEAD_DIM))

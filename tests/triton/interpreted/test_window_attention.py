@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from swin_kernels.backends.reference import window_attention as reference
 from swin_kernels.backends.triton import window_attention as kernels
 from swin_kernels.backends.triton.tiles import Tile, override
 from swin_kernels.geometry import WindowGrid
-from tests.ops.cases import CASES, Case, cases, check_forward_backward, gradients, make_inputs, run
+from tests.ops.cases import (
+    CASES,
+    SATURATED_CASES,
+    Case,
+    cases,
+    check_forward_backward,
+    check_gradients_in_16_bits,
+    gradients,
+    make_inputs,
+    run,
+)
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 wrongly
 
@@ -42,6 +53,16 @@ PAIRS = [
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_contract(case, dtype):
     check_forward_backward("triton", case, dtype)
+
+
+@pytest.mark.parametrize("case", SATURATED_CASES, ids=lambda case: case.name)
+def test_gradients_where_the_softmax_is_saturated(case):
+    check_gradients_in_16_bits("triton", case, torch.float16)
+
+
+def test_gradients_where_the_softmax_is_saturated_with_dropout():
+    case = next(case for case in SATURATED_CASES if case.magnitude == 3)
+    check_gradients_in_16_bits("triton", replace(case, dropout_p=0.3), torch.float16)
 
 
 def case_named(name: str) -> Case:
