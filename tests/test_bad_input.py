@@ -561,6 +561,17 @@ def test_raw_operators_raise_or_return(raw, call):
         getattr(raw, operator)(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
 
 
+def test_more_windows_than_32_bits_count_are_refused(raw, tmp_path):
+    """Of a volume that has no memory: a file of 13 GB that nobody wrote to."""
+    shape = (1, 2**16, 2**15 + 1, 3)
+    volume = torch.from_file(str(tmp_path / "volume"), shared=True, size=math.prod(shape), dtype=torch.float16)
+    arguments = (torch.zeros(1, 1, dtype=torch.float16), None, None, [1, 1], [1, 1], [0, 0], 1.0, 0.0)
+    with pytest.raises(
+        RuntimeError, match=r"window_attention: window_size \(1, 1\) cuts a volume of .* more than 2147"
+    ):
+        raw.window_attention_forward(volume.view(shape), *arguments)
+
+
 @pytest.mark.parametrize(("heads", "channels"), [(0, 12), (-1, 12), (-1, -(2**63)), (1, 0), (-(2**63), 1)])
 def test_projects_names_what_it_refuses(raw, heads, channels):
     with pytest.raises(RuntimeError, match=f"projects: heads is {heads} and channels is {channels}; accepted are 1"):

@@ -42,7 +42,7 @@ import triton.language as tl
 from ...geometry import MASK_VALUE, WindowGrid, dropout_threshold
 from . import bias
 from .tiles import key_of, parts, tile_for
-from .windows import arguments, device_of, first_row, locate, seams, unpack
+from .windows import arguments, check_counts, device_of, first_row, locate, seams, unpack
 
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -404,6 +404,7 @@ class _Plan:
     """How one call is cut and launched: what both directions derive from their arguments."""
 
     def __init__(self, step: str, qkv, bias_table, seed, grid: WindowGrid, scale: float, dropout_p: float):
+        check_counts("window_attention", qkv.shape[0], grid)
         self.heads = bias_table.shape[1]
         self.head_dim = qkv.shape[-1] // (3 * self.heads)
         self.windows = qkv.shape[0] * grid.num_windows
@@ -477,11 +478,11 @@ def forward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results of the reference's `forward`. Two launches."""
-    plan = _Plan("forward", qkv, bias_table, seed, grid, scale, dropout_p)
     out = qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
-    lse = qkv.new_empty((*qkv.shape[:-1], plan.heads), dtype=torch.float32)
+    lse = qkv.new_empty((*qkv.shape[:-1], bias_table.shape[1]), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    plan = _Plan("forward", qkv, bias_table, seed, grid, scale, dropout_p)
     with device_of(qkv):
         tiles, bits = plan.prepare(bias_table, orientations=1)
         pad = _pad_source(qkv, pad_qkv, grid)
@@ -505,10 +506,10 @@ def backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments and results of the reference's `backward`. Five launches, and two more where there is padding."""
-    plan = _Plan("backward", qkv, bias_table, seed, grid, scale, dropout_p)
     grad_qkv = torch.empty_like(qkv)
     if qkv.numel() == 0:
         return grad_qkv, torch.zeros_like(bias_table), qkv.new_zeros(qkv.shape[-1])
+    plan = _Plan("backward", qkv, bias_table, seed, grid, scale, dropout_p)
     with device_of(qkv):
         tiles, bits = plan.prepare(bias_table, orientations=2)
         pad = _pad_source(qkv, pad_qkv, grid)

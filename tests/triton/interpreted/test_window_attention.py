@@ -130,3 +130,15 @@ def test_reasons():
     assert "interpreter" in reason(torch.bfloat16)
     assert "head_dim 129" in reason(torch.float32, head_dim=129)
     assert "4913 tokens" in reason(torch.float32, window=17, extent=17)
+
+
+@pytest.mark.parametrize(
+    ("batch", "spatial", "named"),
+    [(1, (2**16, 2**15), "the volume is"), (1, (2**24 + 1, 1), "the volume is"), (2**8, (2**15, 2**15), "windows")],
+)
+def test_more_than_the_kernels_count_is_refused(batch, spatial, named):
+    """Before anything is allocated or launched: tensors without memory get that far."""
+    qkv = torch.empty(batch, *spatial, 3, dtype=torch.float16, device="meta")
+    grid = WindowGrid.of(spatial, (1, 1), (0, 0))
+    with pytest.raises(RuntimeError, match=f"window_attention: .*{named}"):
+        kernels.forward(qkv, qkv.new_empty(1, 1), None, None, grid, 1.0, 0.0)
