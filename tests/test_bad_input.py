@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,11 +17,17 @@ from hypothesis import strategies as st
 
 from swin_kernels import backends, window_attention, window_partition, window_reverse
 from swin_kernels.geometry import WindowGrid
+from swin_kernels.ops.projected_window_attention import projected_window_attention
 
 ARGUMENTS = {
     "window_attention": (
         "qkv bias_table window_size shift_size pad_qkv scale dropout_p backend",
         window_attention,
+    ),
+    "projected_window_attention": (
+        "x weight bias bias_table window_size shift_size norm_weight norm_bias norm_eps out_weight out_bias scale "
+        "backend",
+        projected_window_attention,
     ),
     "window_partition": ("x window_size shift_size backend", window_partition),
     "window_reverse": ("windows window_size shift_size spatial_shape backend", window_reverse),
@@ -50,6 +59,24 @@ def attention(backend=None, **changes) -> torch.Tensor:
     return window_attention(**(arguments | {"backend": backend} | changes))
 
 
+def projected(backend=None, **changes) -> torch.Tensor:
+    """A good call of `projected_window_attention` with some of its arguments changed."""
+    arguments = {
+        "x": torch.randn(2, 4, 5, 16),
+        "weight": torch.randn(48, 16),
+        "bias": torch.randn(48),
+        "bias_table": torch.randn(25, 2),
+        "window_size": 3,
+        "shift_size": 1,
+        "norm_weight": torch.randn(16),
+        "norm_bias": torch.randn(16),
+        "norm_eps": 1e-5,
+        "out_weight": torch.randn(16, 16),
+        "out_bias": torch.randn(16),
+    }
+    return projected_window_attention(**(arguments | {"backend": backend} | changes))
+
+
 def partition(backend=None, **changes) -> torch.Tensor:
     arguments = {"x": torch.randn(2, 4, 5, 3), "window_size": 3, "shift_size": 1}
     return window_partition(**(arguments | {"backend": backend} | changes))
@@ -60,7 +87,12 @@ def reverse(backend=None, **changes) -> torch.Tensor:
     return window_reverse(**(arguments | {"backend": backend} | changes))
 
 
-CALLS = {"window_attention": attention, "window_partition": partition, "window_reverse": reverse}
+CALLS = {
+    "window_attention": attention,
+    "projected_window_attention": projected,
+    "window_partition": partition,
+    "window_reverse": reverse,
+}
 
 sparse = torch.eye(4).to_sparse()
 meta = torch.device("meta")
@@ -97,6 +129,17 @@ BAD = [
     ("window_reverse", "spatial_shape", {"spatial_shape": None}),
     ("window_reverse", "spatial_shape", {"spatial_shape": "ab"}),
     ("window_reverse", "spatial_shape", {"spatial_shape": (4, 2**70)}),
+    ("projected_window_attention", "x", {"x": torch.randn(4, 5, 16)}),
+    ("projected_window_attention", "x", {"x": torch.randn(2, 0, 5, 16)}),
+    ("projected_window_attention", "weight", {"x": torch.randn(2, 4, 5, 15)}),
+    ("projected_window_attention", "weight", {"weight": torch.randn(16, 48)}),
+    ("projected_window_attention", "bias", {"bias": torch.randn(16)}),
+    ("projected_window_attention", "norm_weight", {"norm_weight": torch.randn(15)}),
+    ("projected_window_attention", "out_weight", {"out_weight": torch.randn(16, 15)}),
+    ("projected_window_attention", "out_bias", {"out_weight": None}),
+    *(("projected_window_attention", "bias_table", {"bias_table": torch.randn(shape)})
+      for shape in ((25,), (24, 2), (25, 0), (25, 2, 1), (), (9, 2))),
+    ("projected_window_attention", "heads", {"bias_table": torch.randn(25, 3)}),
     # volumes of more elements than memory has addresses
     ("window_reverse", "spatial_shape", {"windows": torch.empty(0, 1, 1), "window_size": 1, "shift_size": 0,
                                          "spatial_shape": (2**30,) * 3}),
@@ -116,7 +159,19 @@ BAD = [
     *(("window_attention", "pad_qkv", {"pad_qkv": value}) for value in ([0.0] * 12, 3.0, False, sparse)),
     *(("window_partition", "x", {"x": value}) for value in (None, [[1.0]], sparse)),
     *(("window_reverse", "windows", {"windows": value}) for value in (None, [[1.0]], sparse)),
+    ("projected_window_attention", "x", {"x": torch.zeros(2, 4, 5, 16, dtype=torch.int64)}),
+    ("projected_window_attention", "x", {"x": None}),
+    *(("projected_window_attention", name, {name: torch.zeros(shape, dtype=dtype)})
+      for name, shape in (("weight", (48, 16)), ("bias", 48), ("bias_table", (25, 2)), ("norm_weight", 16),
+                          ("norm_bias", 16), ("out_weight", (16, 16)), ("out_bias", 16))
+      for dtype in (torch.float64, torch.bfloat16, torch.int64)),
+    *(("projected_window_attention", name, {name: value})
+      for name in ("weight", "bias", "bias_table", "norm_weight", "out_weight") for value in ([1.0], 3.0, sparse)),
+    *(("projected_window_attention", name, {name: None}) for name in ("weight", "bias_table")),
     # devices
+    *(("projected_window_attention", name, {name: torch.zeros(shape, device=meta)})
+      for name, shape in (("weight", (48, 16)), ("bias", 48), ("bias_table", (25, 2)), ("norm_weight", 16),
+                          ("out_weight", (16, 16)), ("out_bias", 16))),
     ("window_attention", "bias_table", {"bias_table": torch.zeros(25, 2, device=meta)}),
     ("window_attention", "pad_qkv", {"pad_qkv": torch.zeros(12, device=meta)}),
     ("window_attention", "qkv", {"qkv": torch.zeros(2, 4, 5, 12, device=meta)}),
@@ -129,7 +184,11 @@ BAD = [
       for operator in CALLS
       for value in (-1, 3, (0, 3), (1,), (1, 1, 1), (), 1.0, "11", None, False, (1, None), 2**70, -(2**70))),
     # scalars
-    *(("window_attention", "scale", {"scale": value}) for value in ("a", [1.0], 1j, torch.ones(2))),
+    *((operator, "scale", {"scale": value})
+      for operator in ("window_attention", "projected_window_attention")
+      for value in ("a", [1.0], 1j, torch.ones(2))),
+    *(("projected_window_attention", "norm_eps", {"norm_eps": value})
+      for value in ("a", [1.0], 1j, torch.ones(2), -1.0, math.nan, math.inf)),
     *(("window_attention", "dropout_p", {"dropout_p": value})
       for value in (-0.1, 1.0, 1.5, math.nan, math.inf, "a", None, [0.5], 0.5j, torch.ones(2))),
     *((operator, "backend", {"backend": value}) for operator in CALLS for value in ("", "gpu", 3, ["cpu"], b"cpu")),
@@ -168,6 +227,36 @@ def test_empty_batch(backend):
     assert grads[0].shape == qkv.shape
     assert torch.equal(grads[1], torch.zeros(25, 2))
     assert torch.equal(grads[2], torch.zeros(12))
+
+
+EMPTY_PROGRAM = """
+import sys, torch, swin_kernels as sk
+from swin_kernels.ops.projected_window_attention import projected_window_attention
+backend = sys.argv[1]
+shape, table = (0, 2**18, 2**18), torch.randn(9, 1, requires_grad=True)
+qkv = torch.empty(*shape, 6, requires_grad=True)
+out = sk.window_attention(qkv, table, 2, 1, backend=backend)
+assert out.shape == (*shape, 2)
+grads = torch.autograd.grad(out.sum(), [qkv, table])
+assert grads[0].shape == qkv.shape and torch.equal(grads[1], torch.zeros(9, 1))
+x, weight = torch.empty(*shape, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
+out = projected_window_attention(x, weight, None, table, 2, 1, norm_eps=1e-5, backend=backend)
+assert out.shape == x.shape
+grads = torch.autograd.grad(out.sum(), [x, weight, table])
+assert grads[0].shape == x.shape and not grads[1].any() and not grads[2].any()
+windows = sk.window_partition(torch.empty(*shape, 3), 2, 1, backend=backend)
+assert windows.shape == (0, 4, 3)
+assert sk.window_reverse(windows, 2, 1, shape[1:], backend=backend).shape == (*shape, 3)
+print("done")
+"""
+
+
+def test_an_empty_batch_of_huge_volumes_costs_nothing(backend):
+    """Its 2**34 windows, of which there are none, would take minutes and gigabytes to list."""
+    command = [sys.executable, "-c", EMPTY_PROGRAM, backend]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout.split() == ["done"], done.stderr
 
 
 def test_meta_tensors_give_shapes():
@@ -311,6 +400,19 @@ def calls(draw):
             "scale": draw(now_and_then(st.none(), st.one_of(SENSELESS, VALUES))),
             "dropout_p": draw(now_and_then(st.sampled_from([0.0, 0.0, 0.3]), st.one_of(SENSELESS, VALUES))),
         }
+    elif operator == "projected_window_attention":
+        arguments |= {
+            "x": draw(tensor(batch, *spatial, channels)),
+            "weight": draw(tensor(3 * channels, channels)),
+            "bias": draw(st.one_of(st.none(), tensor(3 * channels))),
+            "bias_table": draw(tensor(math.prod(2 * w - 1 for w in window), heads)),
+            "norm_weight": draw(st.one_of(st.none(), tensor(channels))),
+            "norm_bias": draw(st.one_of(st.none(), tensor(channels))),
+            "norm_eps": draw(now_and_then(st.sampled_from([None, 1e-5]), st.one_of(SENSELESS, VALUES))),
+            "out_weight": draw(st.one_of(st.none(), tensor(channels, channels))),
+            "out_bias": draw(st.one_of(st.none(), tensor(channels))),
+            "scale": draw(now_and_then(st.none(), st.one_of(SENSELESS, VALUES))),
+        }
     elif operator == "window_partition":
         arguments["x"] = draw(tensor(batch, *spatial, channels))
     else:
@@ -323,7 +425,9 @@ def expected_shape(operator: str, arguments: dict) -> tuple[int, ...]:
     if operator == "window_attention":
         qkv = arguments["qkv"]
         return (*qkv.shape[:-1], qkv.shape[-1] // 3)
-    x = arguments["x" if operator == "window_partition" else "windows"]
+    x = arguments["windows" if operator == "window_reverse" else "x"]
+    if operator == "projected_window_attention":
+        return tuple(x.shape)
     spatial = x.shape[1:-1] if operator == "window_partition" else arguments["spatial_shape"]
 
     def axes(value) -> list[int]:
@@ -372,8 +476,9 @@ def raw_calls(draw):
     """An operator of the C++ library and arguments that fit its schema, good or bad."""
     operator = draw(
         st.sampled_from(
-            ["window_attention_forward", "window_attention_backward", "window_partition", "window_reverse",
-             "window_tokens", "bias_index", "dropout_keep"]
+            ["window_attention_forward", "window_attention_backward", "projected_window_attention_forward",
+             "projected_window_attention_backward", "window_partition", "window_reverse", "window_tokens", "bias_index",
+             "dropout_keep", "projects"]
         )
     )  # fmt: skip
     axes = draw(st.sampled_from([2, 3]))
@@ -409,6 +514,18 @@ def raw_calls(draw):
             st.sampled_from([torch.arange(6).view(2, 3), torch.arange(0), torch.zeros(2), torch.arange(6)[::2]])
         )
         return operator, (seed, rows, draw(now_and_then(st.just(5), odd)), dropout_p)
+    if operator == "projects":
+        return operator, (*(draw(now_and_then(st.integers(1, 64), odd)) for _ in range(2)), draw(st.booleans()))
+    if operator.startswith("projected"):
+        channels = heads * draw(st.sampled_from([5, 8, 16, 32]))
+        volume = (batch, *spatial, channels)
+        inputs = [tensor(*volume), tensor(3 * channels, channels), tensor(3 * channels)]
+        inputs += [tensor(math.prod(2 * w - 1 for w in window), heads), tensor(channels), tensor(channels)]
+        inputs += [draw(st.sampled_from([None, 1e-5])), tensor(channels, channels), tensor(channels)]
+        settings_ = (nominal, ints(window), ints(shift), draw(st.one_of(st.just(0.5), VALUES)))
+        if operator.endswith("forward"):
+            return operator, (*inputs, *settings_, draw(st.booleans()))
+        return operator, (tensor(*volume), *inputs, tensor(*volume), tensor(*volume[:-1], heads), *settings_)
     tensors_ = [
         tensor(batch, *spatial, 3 * channels),
         tensor(math.prod(2 * w - 1 for w in window), heads),
@@ -432,6 +549,8 @@ def raw():
 @settings(max_examples=800, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @example(call=("window_reverse", (torch.empty(0, 1, 1), [1] * 3, [0] * 3, [2**30] * 3)))
 @example(call=("window_tokens", ([2**30] * 3, [1] * 3, [0] * 3)))
+@example(call=("projects", (0, 12, False)))
+@example(call=("projects", (-1, -(2**63), False)))
 @example(call=("dropout_keep", (torch.tensor([5]), torch.arange(3), 4, math.nan)))
 @example(call=("dropout_keep", (torch.tensor([5]), torch.arange(3), 4, -1.0)))
 @given(call=raw_calls())
@@ -440,3 +559,63 @@ def test_raw_operators_raise_or_return(raw, call):
     # An error of any wording will do; what may not happen is a crash.
     with contextlib.suppress(RuntimeError, TypeError, ValueError):
         getattr(raw, operator)(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
+
+
+def test_more_windows_than_32_bits_count_are_refused(raw, tmp_path):
+    """Of a volume that has no memory: a file of 13 GB that nobody wrote to."""
+    shape = (1, 2**16, 2**15 + 1, 3)
+    volume = torch.from_file(str(tmp_path / "volume"), shared=True, size=math.prod(shape), dtype=torch.float16)
+    arguments = (torch.zeros(1, 1, dtype=torch.float16), None, None, [1, 1], [1, 1], [0, 0], 1.0, 0.0)
+    with pytest.raises(
+        RuntimeError, match=r"window_attention: window_size \(1, 1\) cuts a volume of .* more than 2147"
+    ):
+        raw.window_attention_forward(volume.view(shape), *arguments)
+
+
+@pytest.mark.parametrize(("heads", "channels"), [(0, 12), (-1, 12), (-1, -(2**63)), (1, 0), (-(2**63), 1)])
+def test_projects_names_what_it_refuses(raw, heads, channels):
+    with pytest.raises(RuntimeError, match=f"projects: heads is {heads} and channels is {channels}; accepted are 1"):
+        raw.projects(heads, channels, False)
+
+
+# Below the public functions anyone may call the registered operators, in this namespace too.
+
+X, TABLE, VOLUME = torch.randn(2, 4, 5, 12), torch.randn(25, 2), torch.randn(2, 3, 4, 5)
+OUT, LSE = torch.randn(2, 4, 5, 4), torch.randn(2, 4, 5, 2)
+RAW = [
+    ("window_attention", "window_size", (X, TABLE, None, None, [0, 3], [0, 0], 0.5, 0.0, "")),
+    ("window_attention", "window_size", (X, TABLE, None, None, [3], [1], 0.5, 0.0, "")),
+    ("window_attention", "shift_size", (X, TABLE, None, None, [3, 3], [-1, 5], 0.5, 0.0, "")),
+    ("window_attention", "bias_table", (X, torch.randn(25), None, None, [3, 3], [1, 1], 0.5, 0.0, "")),
+    ("window_attention", "qkv", (X[0, 0], TABLE, None, None, [3, 3], [1, 1], 0.5, 0.0, "")),
+    ("window_attention", "seed", (X, TABLE, None, None, [3, 3], [1, 1], 0.5, 0.3, "")),
+    ("window_attention", "seed", (X, TABLE, None, torch.zeros(1), [3, 3], [1, 1], 0.5, 0.3, "")),
+    ("window_attention", "dropout_p", (X, TABLE, None, torch.tensor([1]), [3, 3], [1, 1], 0.5, math.nan, "")),
+    ("window_attention", "backend", (X, TABLE, None, None, [3, 3], [1, 1], 0.5, 0.0, "gpu")),
+    ("window_attention_backward", "lse", (OUT, X, TABLE, None, None, OUT, OUT, [3, 3], [1, 1], 0.5, 0.0, "")),
+    ("window_attention_backward", "grad_out", (X, X, TABLE, None, None, OUT, LSE, [3, 3], [1, 1], 0.5, 0.0, "")),
+    ("window_attention_backward", "out", (OUT, X, TABLE, None, None, OUT.half(), LSE, [3, 3], [1, 1], 0.5, 0.0, "")),
+    ("window_partition", "window_size", (X, [0, 3], [0, 0], "")),
+    ("window_partition", "x", (torch.tensor(1.0), [3, 3], [0, 0], "")),
+    ("window_reverse", "window_size", (torch.randn(8, 9, 3), [3], [1, 1], [4, 5], "")),
+    ("window_reverse", "windows", (torch.randn(7, 9, 3), [3, 3], [1, 1], [4, 5], "")),
+    ("projected_window_attention", "bias_table",
+     (X, torch.randn(36, 12), None, torch.randn(25), None, None, None, None, None, [3, 3], [1, 1], 0.5, False, "")),
+    ("projected_window_attention", "window_size",
+     (X, torch.randn(36, 12), None, TABLE, None, None, None, None, None, [0, 3], [0, 0], 0.5, False, "")),
+    ("instance_norm_act", "residual", (VOLUME, None, True, 1e-5, 0.01, "")),
+    ("instance_norm_act", "x", (torch.tensor(1.0), None, False, 1e-5, 0.01, "")),
+    ("instance_norm_act_", "eps", (VOLUME.clone(), None, False, math.nan, 0.01, "")),
+    ("layer_norm", "x", (torch.tensor(1.0), None, None, 1e-5, torch.float32, "")),
+    ("layer_norm", "weight", (X, torch.randn(11), None, 1e-5, torch.float32, "")),
+    ("layer_norm", "dtype", (X, None, None, 1e-5, torch.int64, "")),
+    ("convolution", "weight", (VOLUME, None, torch.randn(2, 3), "")),
+    ("convolution", "skip", (VOLUME, torch.randn(2, 3), torch.randn(2, 6, 3, 3), "")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("operator", "argument", "arguments"), RAW, ids=described)
+def test_raw_error_names_the_argument(operator, argument, arguments):
+    with pytest.raises((TypeError, ValueError), match=rf"^{operator.removesuffix('_backward').rstrip('_')}") as caught:
+        getattr(torch.ops.swin_kernels, operator)(*arguments)
+    assert argument in str(caught.value)

@@ -32,7 +32,7 @@ OTHERS = (
     Shape(96, 1, feature_size=24),
 )
 DIRECTIONS = ("forward", "backward")
-EXPONENTIALS = {"forward": 1, "backward": 2, "forward + backward": 3}
+EXPONENTIALS = {"forward": 1, "backward": 3, "forward + backward": 4}
 """Of a score."""
 
 YARDSTICK = 1e-2

@@ -59,7 +59,6 @@ struct ProjectedForwardCall : ForwardCall, ProjectionInputs {
 
 struct BackwardCall : AttentionCall {
   const void* grad_out;   // (B, *S, C)
-  const void* out;        // (B, *S, C)
   const void* lse;        // (B, *S, heads) accumulate
   void* grad_qkv;         // (B, *S, 3C)
   void* grad_bias_table;  // (prod(2w - 1), heads) in bias_type
@@ -74,8 +73,9 @@ struct BackwardCall : AttentionCall {
 SWIN_INLINE int64_t projection_parameters(int64_t channels) { return (4 * channels + 6) * channels; }
 SWIN_INLINE int64_t output_parameters_begin(int64_t channels) { return (3 * channels + 5) * channels; }
 
-// `out` is the attention's, before the layer after it; grad_out is of that layer's where there is one.
+// grad_out is of the layer after the attention where there is one.
 struct ProjectedBackwardCall : BackwardCall, ProjectionInputs {
+  const float* attended;       // (B, *S, C), the attention's output before that layer; not read without one
   float* grad_x;               // (B, *S, C)
   float* grad_projection;      // (projection_parameters,)
   float* projection_partials;  // (chunks / heads, projection_parameters)

@@ -121,7 +121,7 @@ class OutputProjectionBackward {
 
  private:
   void gather(const int64_t* tokens, int64_t count) const {
-    const float *grad_out = static_cast<const float*>(call_.grad_out), *attended = static_cast<const float*>(call_.out);
+    const float *grad_out = static_cast<const float*>(call_.grad_out), *attended = call_.attended;
     for (int64_t i = 0; i < count; ++i) {
       prefetch_ahead(grad_out, tokens, i, count, channels_);
       prefetch_ahead(attended, tokens, i, count, channels_);

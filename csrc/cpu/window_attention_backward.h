@@ -1,7 +1,9 @@
 // Gradients of window attention, scores computed again from the log-sum-exp of the forward.
 //
-// With p = softmax(scores), w = dropout(p), dw = grad_out vᵀ, and δ = Σ grad_out · out per query:
-//   dv = wᵀ grad_out;  ds = p ∘ (dropout'(dw) - δ);  dq = scale · ds k;  dk = scale · dsᵀ q;  dbias = ds.
+// With p = softmax(scores), w = dropout(p), dw = dropout'(grad_out vᵀ), and δ = Σ p ∘ dw / Σ p per query:
+//   dv = wᵀ grad_out;  ds = p ∘ (dw - δ);  dq = scale · ds k;  dk = scale · dsᵀ q;  dbias = ds.
+// δ is also Σ grad_out · out, but an output that was stored in 16 bits leaves too little of dw - δ where one key has
+// nearly all the weight. Dividing by Σ p takes out what the rounding of a large log-sum-exp does to p.
 #pragma once
 
 #include "window_attention.h"
@@ -18,7 +20,6 @@ class BackwardWorker {
         group_(call, arena),
         query_rows_(arena.take<T>(kRows * group_.width())),
         grad_rows_(arena.take<T>(kRows * group_.width())),
-        out_row_(arena.take<T>(group_.width())),
         weights_(arena.take<T>(kRows * group_.padded_tokens())),
         dropped_(arena.take<T>(kRows * group_.padded_tokens())),
         grad_scores_(arena.take<T>(kRows * group_.padded_tokens())),
@@ -82,7 +83,6 @@ class BackwardWorker {
         group_.prefetch_row(call_.grad_qkv, token * 3 * group_.channels());
       }
       if (!rows_[0].grad_out) group_.prefetch_row(call_.grad_out, token * group_.channels());
-      group_.prefetch_row(call_.out, token * group_.channels());
       __builtin_prefetch(static_cast<const T*>(call_.lse) + token * call_.heads);
     };
     group_.for_each_block(count, prefetch,
@@ -96,8 +96,8 @@ class BackwardWorker {
   void differentiate_tile(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows) {
     const int64_t stride = group_.padded_tokens(), width = group_.width(), head_dim = group_.head_dim();
     const WindowRows& window_rows = rows_[&window - &group_.window(0)];
-    T offset[kRows], delta[kRows];
-    load_queries(window, queries, rows, offset, delta);
+    T offset[kRows];
+    load_queries(window, queries, rows, offset);
     bool others = false;
     if (group_.pattern().region_count > 1) {
       T norm[kRows];
@@ -127,7 +127,7 @@ class BackwardWorker {
     }
     scatter_rows(used_weights, stride, grad_rows_, width, begin, end, window_rows.grad_values);
 
-    score_gradients(window, queries, rows, delta, begin, end);
+    score_gradients(window, queries, rows, begin, end);
     scatter_rows(grad_scores_, stride, query_rows_, width, begin, end, window_rows.grad_keys);
     weighted_sum(grad_scores_, stride, window_rows.keys, width, begin, end, sums_);
     for (int r = 0; r < rows; ++r) {
@@ -139,15 +139,15 @@ class BackwardWorker {
     }
   }
 
-  // Queries (times scale · log2 e) and output gradients of a tile, the log-sum-exp in base 2 and δ of each.
-  void load_queries(const GroupWindow<T>& window, const int64_t* queries, int rows, T* offset, T* delta) {
+  // Queries (times scale · log2 e) and output gradients of a tile, and the log-sum-exp of each in base 2.
+  void load_queries(const GroupWindow<T>& window, const int64_t* queries, int rows, T* offset) {
     const int64_t width = group_.width(), head_dim = group_.head_dim();
     const T* window_grad_out = rows_[&window - &group_.window(0)].grad_out;
     for (int r = 0; r < kRows; ++r) {
       T *query = query_rows_ + r * width, *grad = grad_rows_ + r * width;
       if (r >= rows) {
         for (int64_t d = 0; d < width; ++d) query[d] = grad[d] = 0;
-        delta[r] = offset[r] = 0;
+        offset[r] = 0;
         continue;
       }
       const int64_t token = window.token[queries[r]];
@@ -156,45 +156,57 @@ class BackwardWorker {
       group_.copy_padded(window_grad_out ? window_grad_out + queries[r] * group_.channels() + head_channel
                                          : group_.row_of(call_.grad_out, out_channel, grad),
                          grad);
-      const T* out = group_.whole_vectors(group_.row_of(call_.out, out_channel, out_row_), out_row_);
-      Vec<T> dot = {};
-      for (int64_t d = 0; d < width; d += kLanes<T>) dot += load(grad + d) * load(out + d);
-      delta[r] = sum_lanes<T>(dot);
       offset[r] = static_cast<const T*>(call_.lse)[token * call_.heads + group_.head()] * static_cast<T>(kLog2E);
     }
   }
 
   // ds of a tile into grad_scores_, added to the bias gradient of its queries.
-  void score_gradients(const GroupWindow<T>& window, const int64_t* queries, int rows, const T* delta, int64_t begin,
-                       int64_t end) {
+  void score_gradients(const GroupWindow<T>& window, const int64_t* queries, int rows, int64_t begin, int64_t end) {
     const int64_t stride = group_.padded_tokens();
+    Vec<T> dot[kRows] = {}, total[kRows] = {};  // Σ p ∘ dw and Σ p
     const auto zero = [](int, int64_t) { return Vec<T>{}; };
     const auto product = [&](const auto& keep) {
       product_rows<kHeadDim>(grad_rows_, group_.width(), window.values, group_.head_dim(), begin, end, zero, keep);
     };
+    const T* weights = weights_;
+    T* grad_scores = grad_scores_;
     if (call_.dropout_p > 0) {
-      product([&](int r, int64_t k, auto& dw) {
-        for (int c = 0; c < count_of(dw); ++c) store(grad_scores_ + r * stride + k + c * kLanes<T>, dw[c]);
+      product([=](int r, int64_t k, auto& dw) {
+        for (int c = 0; c < count_of(dw); ++c) store(grad_scores + r * stride + k + c * kLanes<T>, dw[c]);
       });
-      for (int r = 0; r < kRows; ++r) {
-        T* row = grad_scores_ + r * stride;
-        if (r < rows) group_.drop(window, queries[r], begin, end, row, row);
-        for (int64_t k = begin; k < end; k += kLanes<T>)
-          store(row + k, load(weights_ + r * stride + k) * (load(row + k) - broadcast(delta[r])));
+      for (int r = 0; r < rows; ++r) {
+        T* row = grad_scores + r * stride;
+        group_.drop(window, queries[r], begin, end, row, row);
+        for (int64_t k = begin; k < end; k += kLanes<T>) {
+          const Vec<T> p = load(weights + r * stride + k);
+          dot[r] += p * load(row + k);
+          total[r] += p;
+        }
       }
     } else {
-      const T* weights = weights_;
-      T* grad_scores = grad_scores_;
-      product([=](int r, int64_t k, auto& dw) {
-        for (int c = 0; c < count_of(dw); ++c, k += kLanes<T>)
-          store(grad_scores + r * stride + k, load(weights + r * stride + k) * (dw[c] - broadcast(delta[r])));
+      product([&, stride, weights, grad_scores](int r, int64_t k, auto& dw) __attribute__((always_inline)) {
+        Vec<T> part = {}, part_total = {};
+        for (int c = 0; c < count_of(dw); ++c, k += kLanes<T>) {
+          const Vec<T> p = load(weights + r * stride + k);
+          part += p * dw[c];
+          part_total += p;
+          store(grad_scores + r * stride + k, dw[c]);
+        }
+        dot[r] += part;
+        total[r] += part_total;
       });
     }
     for (int r = 0; r < rows; ++r) {
-      T* sum = grad_bias_ + queries[r] * stride;
-      const T* row = grad_scores_ + r * stride;
-      for (int64_t k = begin; k < end; k += kLanes<T>) store(sum + k, load(sum + k) + load(row + k));
+      const Vec<T> delta = broadcast(sum_lanes<T>(dot[r]) / sum_lanes<T>(total[r]));
+      const T* row_weights = weights + r * stride;
+      T *row = grad_scores + r * stride, *sum = grad_bias_ + queries[r] * stride;
+      for (int64_t k = begin; k < end; k += kLanes<T>) {
+        const Vec<T> ds = load(row_weights + k) * (load(row + k) - delta);
+        store(row + k, ds);
+        store(sum + k, load(sum + k) + ds);
+      }
     }
+    for (int64_t i = rows * stride; i < kRows * stride; ++i) grad_scores[i] = 0;  // as the weights of these rows
   }
 
   void store_key_value_gradients(int g, T* pad_partial) {
@@ -231,10 +243,10 @@ class BackwardWorker {
   const BackwardCall& call_;
   WindowGroup<T, kHeadDim> group_;
   WindowRows rows_[kGroup];
-  T *query_rows_, *grad_rows_, *out_row_;  // (kRows, width), the last one row
-  T *weights_, *dropped_, *grad_scores_;   // (kRows, padded n)
-  T* sums_;                                // (kRows, width)
-  T* grad_bias_;                           // (n, padded n)
+  T *query_rows_, *grad_rows_;            // (kRows, width)
+  T *weights_, *dropped_, *grad_scores_;  // (kRows, padded n)
+  T* sums_;                               // (kRows, width)
+  T* grad_bias_;                          // (n, padded n)
 };
 
 }  // namespace SWIN_ISA

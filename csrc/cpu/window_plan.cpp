@@ -17,9 +17,9 @@ int seam_pattern(const WindowGrid& g, int64_t window) {
 
 }  // namespace
 
-WindowPlan::WindowPlan(const WindowGrid& g) : grid(g), tokens(product(g.window)) {
+WindowPlan::WindowPlan(const WindowGrid& g, bool any) : grid(g), tokens(product(g.window)) {
   padded_tokens = (tokens + kTokenAlignment - 1) / kTokenAlignment * kTokenAlignment;
-  const int64_t window_count = product(g.counts);
+  const int64_t window_count = any ? product(g.counts) : 0;
 
   std::vector<int32_t> by_pattern[1 << kAxes];
   for (int64_t w = 0; w < window_count; ++w) by_pattern[seam_pattern(g, w)].push_back(static_cast<int32_t>(w));

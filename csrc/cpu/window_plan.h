@@ -30,7 +30,8 @@ struct WindowPlan {
   std::vector<int32_t> windows;  // window indices, grouped by pattern
   std::vector<std::vector<int32_t>> storage;
 
-  explicit WindowPlan(const WindowGrid& grid);
+  // Without `any` it is that of no volume, and has no windows: finding them takes as long as there are.
+  WindowPlan(const WindowGrid& grid, bool any);
 };
 
 // Tokens are padded to whole vectors of any build, for any element type.

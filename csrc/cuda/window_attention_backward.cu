@@ -3,13 +3,15 @@
 // With s = scale q.k + bias + mask, for every window and head:
 //
 //   p  = exp(s - lse)            from the stored log-sum-exp of the forward
-//   dp = grad_out . v            delta = sum over channels of grad_out * out
+//   dp = grad_out . v            delta = sum over keys of p dp / sum over keys of p = grad_out . out
 //   ds = p (dp - delta)
 //   dq = scale sum_keys ds k     dk = scale sum_queries ds q     dv = sum_queries p grad_out
 //   gradient of the bias table = sum of ds over windows and over the pairs of tokens that share an entry
 //
 // Passes: 1. `find_tokens`, `prepare_bias`, `prepare_rows`: where tokens lie, bias tiles in the order of fragments, lse
-// and delta of each query by window. 2. `differentiate_qkv`: a block owns a head and takes window after window.
+// and delta of each query by window; delta of 16-bit tensors by `find_delta`, from the scores: where one key has nearly
+// all the weight, dp - delta of a rounded output is nothing but that rounding. 2. `differentiate_qkv`: a block owns a
+// head and takes window after window.
 // 3. `differentiate_bias`: a block owns one head and one tile of queries x keys, in all windows. 4. Sums in a fixed
 // order. Passes 2 and 3 both compute p again: the n x n bias gradient of a head does not fit beside anything else on a
 // multiprocessor, and writing ds to memory would cost more than the second exponential. float32 has its own kernels for
@@ -39,20 +41,12 @@ struct Call : Windows {
   int parts, pad_rows;
 };
 
-// Sum of the products of the elements of two 16-byte pieces.
-template <class T>
+// Sum of the products of four float32.
 SWIN_DEVICE float dot_of(const uint4& a, const uint4& b) {
   const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
   float sum = 0;
   SWIN_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      sum = fmaf(float_of(x[i]), float_of(y[i]), sum);
-    } else {
-      const float2 u = unpack<T>(x[i]), v = unpack<T>(y[i]);
-      sum = fmaf(u.x, v.x, fmaf(u.y, v.y, sum));
-    }
-  }
+  for (int i = 0; i < 4; ++i) sum = fmaf(float_of(x[i]), float_of(y[i]), sum);
   return sum;
 }
 
@@ -88,8 +82,8 @@ __global__ void __launch_bounds__(256) prepare_bias(const Call call) {
   call.tiles[tile * 32 + lane_index()] = bias_tile<T>(call, head, row_tile, column_tile, keys_down);
 }
 
-// lse (for 16-bit tensors times log2(e)) and -delta of every query; an infinite lse makes the weights of a query
-// without output zero.
+// lse (for 16-bit tensors times log2(e)) of every query, and -delta of float32 ones; an infinite lse makes the weights of
+// a query without output zero.
 template <class T>
 __global__ void __launch_bounds__(256) prepare_rows(const Call call) {
   const int64_t thread = thread_of_grid();
@@ -101,16 +95,18 @@ __global__ void __launch_bounds__(256) prepare_rows(const Call call) {
   float2 row = make_float2(kInfinity, 0);
   if (token < kPadding) {
     const int64_t position = window / call.windows_a_volume * call.volume_tokens + token;
-    const int64_t at = (position * call.heads + head) * call.head_dim;
-    const uint4* out = reinterpret_cast<const uint4*>(static_cast<const T*>(call.out) + at);
-    const uint4* grad = reinterpret_cast<const uint4*>(static_cast<const T*>(call.grad_out) + at);
-    float delta = 0;
-    SWIN_NO_UNROLL
-    for (int piece = 0; piece < call.head_dim * static_cast<int>(sizeof(T)) / 16; ++piece) {
-      delta += dot_of<T>(out[piece], grad[piece]);
-    }
     const float lse = call.lse[position * call.heads + head];
-    row = make_float2(sizeof(T) == 2 ? lse * kLog2E : lse, -delta);
+    if constexpr (sizeof(T) == 2) {
+      row.x = lse * kLog2E;
+    } else {
+      const int64_t at = (position * call.heads + head) * call.head_dim;
+      const uint4* out = reinterpret_cast<const uint4*>(static_cast<const T*>(call.out) + at);
+      const uint4* grad = reinterpret_cast<const uint4*>(static_cast<const T*>(call.grad_out) + at);
+      float delta = 0;
+      SWIN_NO_UNROLL
+      for (int piece = 0; piece < call.head_dim / 4; ++piece) delta += dot_of(out[piece], grad[piece]);
+      row = make_float2(lse, -delta);
+    }
   }
   call.rows[(window * call.heads + head) * call.padded + t] = row;
 }
@@ -424,18 +420,198 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
   }
 }
 
-// ---- 3. gradient of the bias, 16-bit -------------------------------------------------------------------------------
+// ---- delta and gradient of the bias: queries in rows, 16-bit ---------------------------------------------------------
 
 constexpr int kBiasKeys = 64;  // of a block
 constexpr int kBiasWarpQueries = 32;
 constexpr int kBiasMaxWarps = 6;
+constexpr int kBiasTiles = kBiasWarpQueries / kTile;
+
+// What a warp holds of its kBiasWarpQueries queries: left factors, lse, and -delta where the accumulators of dp begin.
+template <int D>
+struct QueryRows {
+  uint32_t q[kBiasTiles][Cut<D>::kSteps][4], grad[kBiasTiles][Cut<D>::kSteps][4];
+  float lse[kBiasTiles][2], delta[kBiasTiles][4];
+};
+
+// From shared memory; q and grad_out at the fragment of the lane.
+template <class T, int D>
+SWIN_DEVICE void load_queries(const T* q_rows, const T* grad_rows, const float2* row_rows, QueryRows<D>* rows) {
+  using C = Cut<D>;
+  SWIN_UNROLL
+  for (int tile = 0; tile < kBiasTiles; ++tile) {
+    SWIN_UNROLL
+    for (int step = 0; step < C::kSteps; ++step) {
+      const int at = tile * kTile * C::kStride + step * kTile;
+      ldmatrix_x4(rows->q[tile][step], q_rows + at);
+      ldmatrix_x4(rows->grad[tile][step], grad_rows + at);
+    }
+    SWIN_UNROLL
+    for (int lower = 0; lower < 2; ++lower) {
+      const float2 row = load_shared(row_rows + tile * kTile + lower * 8 + lane_index() / 4);
+      rows->lse[tile][lower] = row.x, rows->delta[tile][2 * lower] = rows->delta[tile][2 * lower + 1] = row.y;
+    }
+  }
+}
+
+// Scores (over scale) of a warp's queries for 16 keys, added to s, and their dp - delta.
+template <class T, int D>
+SWIN_DEVICE void score_keys(QueryRows<D>& rows, const T* k_rows, const T* v_rows, const uint4* bias_tiles,
+                            int tile_row, const Diagonal& diagonal, float (&s)[kBiasTiles][2][4],
+                            float (&dp)[kBiasTiles][2][4]) {
+  using C = Cut<D>;
+  uint4 bias[kBiasTiles];
+  SWIN_UNROLL
+  for (int tile = 0; tile < kBiasTiles; ++tile) bias[tile] = bias_tiles[tile * tile_row];
+  SWIN_UNROLL
+  for (int step = 0; step < C::kSteps; ++step) {
+    uint32_t k_tile[4], v_tile[4];
+    ldmatrix_x4(k_tile, k_rows + step * kTile);
+    ldmatrix_x4(v_tile, v_rows + step * kTile);
+    SWIN_UNROLL
+    for (int tile = 0; tile < kBiasTiles; ++tile) {
+      SWIN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        mma_m16n8k16<T>(s[tile][half], rows.q[tile][step], k_tile[2 * half], k_tile[2 * half + 1], s[tile][half]);
+        mma_m16n8k16<T>(dp[tile][half], rows.grad[tile][step], v_tile[2 * half], v_tile[2 * half + 1],
+                        step == 0 ? rows.delta[tile] : dp[tile][half]);
+      }
+    }
+  }
+  SWIN_UNROLL
+  for (int tile = 0; tile < kBiasTiles; ++tile) add_bias(s[tile], bias[tile], diagonal.most);
+  if (!diagonal.exact) {
+    SWIN_UNROLL
+    for (int tile = 0; tile < kBiasTiles; ++tile) add_bias(s[tile], bias[tile], diagonal.rest);
+  }
+}
+
+// Lowers the scores of the queries from `own` on for the keys from `first_key` on where their regions differ.
+SWIN_DEVICE void mask_keys(const Window& window, int own, int first_key, float mask, float (&s)[kBiasTiles][2][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  SWIN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const auto entry = *reinterpret_cast<const uint4*>(window.tokens + first_key + half * 8 + 2 * t);  // and the next
+    SWIN_UNROLL
+    for (int i = 0; i < 4 * kBiasTiles; ++i) {
+      const uint32_t query_region = window.tokens[own + i / 4 * kTile + i / 2 % 2 * 8 + g].y;
+      if ((i % 2 == 0 ? entry.y : entry.w) != query_region) s[i / 4][half][i % 4] += mask;
+    }
+  }
+}
+
+// A block owns one head and a tile of queries in every gridDim.z-th window, whose keys pass by kBiasKeys at a time; a
+// warp owns 32 queries. The weights of a query are also summed: the rounding of a large lse scales all of them.
+template <class T, int D>
+__global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) find_delta(const Call call) {
+  using C = Cut<D>;
+  constexpr int kTiles = kBiasTiles, kKeyTiles = kBiasKeys / kTile;
+  const int lane = lane_index(), warp = warp_index(), warps = static_cast<int>(blockDim.x / 32);
+  const int g = lane / 4, t = lane % 4;
+  const int head = static_cast<int>(blockIdx.y), block_queries = warps * kBiasWarpQueries;
+  const int first_query = static_cast<int>(blockIdx.x) * block_queries;
+  const int left = call.padded - first_query, queries = block_queries < left ? block_queries : left;
+  const int own = first_query + warp * kBiasWarpQueries;
+  const bool active = own < call.n;
+  const auto channels = static_cast<uint32_t>(call.heads * D);
+  const int tile_row = call.padded / kTile * 32;
+  const uint4* const bias_tiles = call.tiles + tile_offset(call, 1, head, active ? own / kTile : 0, 0);
+  const float factor = call.scale * kLog2E, mask = kMask / call.scale, absent = -kInfinity * call.scale;
+  const Diagonal diagonal = diagonal_of(1.0f / call.scale);
+  const Share<D> share = own_share<D>();
+  const int down = kept(down_first(lane, C::kStride)), across = kept(across_first(lane, C::kStride));
+
+  T* const q_rows = reinterpret_cast<T*>(shared_memory());       // (2, block_queries, kStride)
+  T* const grad_rows = q_rows + 2 * block_queries * C::kStride;  // (2, block_queries, kStride)
+  T* const k_rows = grad_rows + 2 * block_queries * C::kStride;  // (2, kBiasKeys, kStride)
+  T* const v_rows = k_rows + 2 * kBiasKeys * C::kStride;         // (2, kBiasKeys, kStride)
+  float2* const row_rows = reinterpret_cast<float2*>(v_rows + 2 * kBiasKeys * C::kStride);  // (2, block_queries)
+
+  const auto stage_query_rows = [&](const Window& window, int window_index, int buffer) {
+    const int at = buffer * block_queries * C::kStride;
+    stage_queries<T, D>(share, window, head, first_query, first_query + queries, call.qkv, 3 * channels, q_rows + at);
+    stage_queries<T, D>(share, window, head, first_query, first_query + queries, call.grad_out, channels,
+                        grad_rows + at);
+    stage_rows(row_rows + buffer * block_queries, rows_of(call, window_index, head) + first_query, queries);
+  };
+  const auto stage_key_rows = [&](const Window& window, int first_key, int buffer) {
+    const int at = buffer * kBiasKeys * C::kStride;
+    stage_keys<T, D>(call, share, window, head, first_key, first_key + kBiasKeys, k_rows + at, v_rows + at);
+  };
+
+  const int stride = static_cast<int>(gridDim.z), begin = static_cast<int>(blockIdx.z);
+  Window window = window_at(call, begin);
+  stage_query_rows(window, begin, 0);
+  stage_key_rows(window, 0, 0);
+  cp_async_commit();
+  int key_buffer = 0;
+  for (int index = begin, buffer = 0; index < call.windows; index += stride, buffer ^= 1) {
+    const Window here = window;
+    QueryRows<D> rows;
+    float total[kTiles][2] = {}, product[kTiles][2] = {};  // of p and of p dp
+    SWIN_NO_UNROLL
+    for (int first_key = 0; first_key < call.n; first_key += kBiasKeys, key_buffer ^= 1) {
+      cp_async_wait<0>();
+      block_barrier();  // these keys are there, and nobody reads the other buffers any more
+      if (first_key + kBiasKeys < call.n) {
+        stage_key_rows(here, first_key + kBiasKeys, key_buffer ^ 1);
+      } else if (index + stride < call.windows) {
+        window = window_behind(call, here, stride);
+        stage_query_rows(window, index + stride, buffer ^ 1);
+        stage_key_rows(window, 0, key_buffer ^ 1);
+      }
+      cp_async_commit();
+      if (!active) continue;
+      if (first_key == 0) {
+        const int at = (buffer * block_queries + warp * kBiasWarpQueries) * C::kStride + down;
+        load_queries<T, D>(q_rows + at, grad_rows + at,
+                           row_rows + buffer * block_queries + warp * kBiasWarpQueries, &rows);
+      }
+      const int key_row = key_buffer * kBiasKeys * C::kStride + across;
+      SWIN_UNROLL
+      for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
+        const int first = first_key + key_tile * kTile;
+        if (first >= call.n) break;
+        float s[kTiles][2][4] = {}, dp[kTiles][2][4];
+        const int at = key_row + key_tile * kTile * C::kStride;
+        score_keys<T, D>(rows, k_rows + at, v_rows + at, bias_tiles + first / kTile * 32, tile_row, diagonal, s, dp);
+        if (here.seam) mask_keys(here, own, first, mask, s);
+        if (first + kTile > call.n) {
+          SWIN_UNROLL
+          for (int i = 0; i < 8 * kTiles; ++i) {
+            if (first + i / 4 % 2 * 8 + 2 * t + i % 2 >= call.n) s[i / 8][i / 4 % 2][i % 4] = absent;
+          }
+        }
+        SWIN_UNROLL
+        for (int i = 0; i < 8 * kTiles; ++i) {
+          const int tile = i / 8, half = i / 4 % 2, lower = i / 2 % 2;
+          const float p = exp2_approx(fmaf(s[tile][half][i % 4], factor, -rows.lse[tile][lower]));
+          total[tile][lower] += p;
+          product[tile][lower] = fmaf(p, dp[tile][half][i % 4], product[tile][lower]);
+        }
+      }
+    }
+    if (!active) continue;
+    SWIN_UNROLL
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int query = own + i / 2 * kTile + i % 2 * 8 + g;
+      const float sum = quad_sum(total[i / 2][i % 2]), delta = quad_sum(product[i / 2][i % 2]) / sum;
+      // A query without output has no weights.
+      if (t == 0 && query < call.padded && sum != 0) {
+        call.rows[(static_cast<int64_t>(index) * call.heads + head) * call.padded + query].y = -delta;
+      }
+    }
+  }
+}
+
+// ---- 3. gradient of the bias, 16-bit -------------------------------------------------------------------------------
 
 // A block owns one head and a tile of queries x kBiasKeys, and sums ds over every gridDim.z-th window; a warp keeps the
 // sums of its 32 queries in registers. Two blocks share a multiprocessor where their registers allow it.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) differentiate_bias(const Call call) {
   using C = Cut<D>;
-  constexpr int kTiles = kBiasWarpQueries / kTile, kKeyTiles = kBiasKeys / kTile;
+  constexpr int kTiles = kBiasTiles, kKeyTiles = kBiasKeys / kTile;
   const int lane = lane_index(), warp = warp_index(), warps = static_cast<int>(blockDim.x / 32);
   const int g = lane / 4, t = lane % 4;
   const int key_blocks = call.padded / kBiasKeys, head = static_cast<int>(blockIdx.y);
@@ -485,69 +661,21 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) different
     if (!active) continue;
     const int query_row = (buffer * block_queries + warp * kBiasWarpQueries) * C::kStride + down;
     const int key_row = buffer * kBiasKeys * C::kStride + across;
-    uint32_t q_tile[kTiles][C::kSteps][4], grad_tile[kTiles][C::kSteps][4];
-    float lse[kTiles][2], delta[kTiles][4];
-    SWIN_UNROLL
-    for (int tile = 0; tile < kTiles; ++tile) {
-      SWIN_UNROLL
-      for (int step = 0; step < C::kSteps; ++step) {
-        const int at = query_row + tile * kTile * C::kStride + step * kTile;
-        ldmatrix_x4(q_tile[tile][step], q_rows + at);
-        ldmatrix_x4(grad_tile[tile][step], grad_rows + at);
-      }
-      SWIN_UNROLL
-      for (int lower = 0; lower < 2; ++lower) {
-        const float2 row =
-            load_shared(row_rows + buffer * block_queries + warp * kBiasWarpQueries + tile * kTile + lower * 8 + g);
-        lse[tile][lower] = row.x, delta[tile][2 * lower] = delta[tile][2 * lower + 1] = row.y;
-      }
-    }
+    QueryRows<D> rows;
+    load_queries<T, D>(q_rows + query_row, grad_rows + query_row,
+                       row_rows + buffer * block_queries + warp * kBiasWarpQueries, &rows);
     // Keys beyond the window are zero, and nobody reads what their sums become.
     SWIN_UNROLL
     for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
       if (first_key + key_tile * kTile >= call.n) break;
       float s[kTiles][2][4] = {}, dp[kTiles][2][4];
-      uint4 bias[kTiles];
-      SWIN_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) bias[tile] = bias_tiles[tile * tile_row + key_tile * 32];
-      SWIN_UNROLL
-      for (int step = 0; step < C::kSteps; ++step) {
-        const int at = key_row + key_tile * kTile * C::kStride + step * kTile;
-        uint32_t k_tile[4], v_tile[4];
-        ldmatrix_x4(k_tile, k_rows + at);
-        ldmatrix_x4(v_tile, v_rows + at);
-        SWIN_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) {
-          SWIN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            mma_m16n8k16<T>(s[tile][half], q_tile[tile][step], k_tile[2 * half], k_tile[2 * half + 1], s[tile][half]);
-            mma_m16n8k16<T>(dp[tile][half], grad_tile[tile][step], v_tile[2 * half], v_tile[2 * half + 1],
-                            step == 0 ? delta[tile] : dp[tile][half]);
-          }
-        }
-      }
-      SWIN_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) add_bias(s[tile], bias[tile], diagonal.most);
-      if (!diagonal.exact) {
-        SWIN_UNROLL
-        for (int tile = 0; tile < kTiles; ++tile) add_bias(s[tile], bias[tile], diagonal.rest);
-      }
-      if (here.seam) {
-        SWIN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const uint2* const key = here.tokens + first_key + key_tile * kTile + half * 8 + 2 * t;
-          const auto entry = *reinterpret_cast<const uint4*>(key);  // and of key + 1
-          SWIN_UNROLL
-          for (int i = 0; i < 4 * kTiles; ++i) {
-            const uint32_t query_region = here.tokens[own + i / 4 * kTile + i / 2 % 2 * 8 + g].y;
-            if ((i % 2 == 0 ? entry.y : entry.w) != query_region) s[i / 4][half][i % 4] += mask;
-          }
-        }
-      }
+      const int at = key_row + key_tile * kTile * C::kStride;
+      score_keys<T, D>(rows, k_rows + at, v_rows + at, bias_tiles + key_tile * 32, tile_row, diagonal, s, dp);
+      if (here.seam) mask_keys(here, own, first_key + key_tile * kTile, mask, s);
       SWIN_UNROLL
       for (int i = 0; i < 8 * kTiles; ++i) {
         const int tile = i / 8, half = i / 4 % 2;
-        const float p = exp2_approx(fmaf(s[tile][half][i % 4], factor, -lse[tile][i / 2 % 2]));
+        const float p = exp2_approx(fmaf(s[tile][half][i % 4], factor, -rows.lse[tile][i / 2 % 2]));
         total[tile][key_tile][half][i % 4] = fmaf(p, dp[tile][half][i % 4], total[tile][key_tile][half][i % 4]);
       }
     }
@@ -860,6 +988,7 @@ struct Plan : SwinBackwardCut {
   int64_t qkv_shared;
   int row_blocks;                                  // differentiate_rows_float
   int64_t bias_tiles, bias_shared, bias_resident;  // the last: blocks that a multiprocessor holds
+  int64_t delta_tiles, delta_parts;                // of find_delta, whose blocks are as large
   int pad_rows;
 };
 
@@ -914,8 +1043,11 @@ const char* cut_half(const DeviceLimits& limits, const SwinBackwardCut& asked, c
   if (asked.bias_warps > 0) plan->bias_warps = asked.bias_warps;
   plan->bias_shared = bias_shared_bytes<D>(plan->bias_warps);
   plan->bias_tiles = divide_up(query_units, plan->bias_warps) * (call.padded / kBiasKeys);
+  plan->delta_tiles = divide_up(query_units, plan->bias_warps);
   plan->bias_resident = limits.shared_per_multiprocessor / (plan->bias_shared + 1024);
   if (plan->bias_resident > (D <= 16 ? 2 : 1)) plan->bias_resident = D <= 16 ? 2 : 1;  // by their registers
+  const int64_t delta_parts = plan->bias_resident * limits.multiprocessors / (plan->delta_tiles * call.heads);
+  plan->delta_parts = delta_parts < 1 ? 1 : delta_parts < windows ? delta_parts : windows;
   plan->pad_rows = call.windows * plan->key_blocks;
   if (plan->qkv_shared <= limits.shared_per_block && plan->bias_shared <= limits.shared_per_block) return nullptr;
   const std::string asked_text = text_of(quantities);
@@ -999,6 +1131,9 @@ struct Passes {
       if (error) return error;
       return launch(differentiate_bias_float<D>, tiles, 256, 4 * kFloatTile * (D + 4) * 4, stream, call);
     } else {
+      error = launch(find_delta<T, D>, blocks_of(plan.delta_tiles, call.heads, plan.delta_parts), plan.bias_warps * 32,
+                     plan.bias_shared, stream, call);
+      if (error) return error;
       error = launch(differentiate_qkv<T, D>, owners, plan.key_warps * 32, plan.qkv_shared, stream, call,
                      plan.key_blocks, plan.query_block);
       if (error) return error;

@@ -43,11 +43,7 @@ __global__ void __launch_bounds__(256) expand_bias(const Call call) {
 
 // ---- 16-bit --------------------------------------------------------------------------------------------------------
 
-// The sum, and the maximum, over the four lanes that share a row of scores.
-SWIN_DEVICE float quad_sum(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
-}
+// The maximum over the four lanes that share a row of scores.
 SWIN_DEVICE float quad_max(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));
   return fmaxf(x, shuffle_xor(x, 2));

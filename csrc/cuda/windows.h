@@ -164,6 +164,12 @@ SWIN_DEVICE void add_bias(float (&scores)[2][4], const uint4& tile, uint32_t dia
   for (int half = 0; half < 2; ++half) mma_m16n8k8<Float16>(scores[half], bias[half], diagonal, scores[half]);
 }
 
+// The sum over the four lanes that share a row of scores.
+SWIN_DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
 // ---- rows of a head in shared memory, 16-bit -----------------------------------------------------------------------
 
 // How D channels lie there and are cut into fragments.
@@ -269,7 +275,7 @@ const char* read_call(const SwinAttention& attention, int rounding, DeviceLimits
   const double magnitude = attention.scale < 0 ? -attention.scale : attention.scale;
   if (n > 4096) return "the CUDA kernels are for windows of at most 4096 tokens";
   if (product(attention.grid.spatial) >= kPadding) return "a volume of 2^32 - 2 tokens or more";
-  if (attention.batch * windows_a_volume > INT32_MAX / 64) return "more than 2^25 windows";
+  if (attention.batch > INT32_MAX / 64 / windows_a_volume) return "more than 2^25 windows";
   if (attention.heads > 65535) return "more than 65535 heads";
   if (bias_table_length(attention.grid) > INT32_MAX / 2) return "a bias table of more than 2^30 rows";
   if (attention.element != kSwinFloat32 && !(magnitude >= 0x1p-14 && magnitude <= 0x1p14)) {

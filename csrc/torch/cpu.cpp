@@ -43,6 +43,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kLargestWindow = int64_t{1} << 12;  // tokens that window_attention takes: 16³
+constexpr int64_t kMostWindows = INT32_MAX;           // of a volume, as WindowPlan counts them
 
 void require_dense(const char* op, const char* name, const Tensor& t) {
   require(t.is_cpu(), op, name, " is not on the CPU");
@@ -107,7 +108,7 @@ struct Attention {
   Attention(const char* op, const Tensor& qkv, const Tensor& bias_table, const std::optional<Tensor>& pad_qkv,
             const std::optional<Tensor>& seed, const Ints& nominal, const Ints& window, const Ints& shift, double scale,
             double dropout_p, AttentionCall& call, int64_t parts_to_project = 1)
-      : plan(attention_grid(op, spatial_of(op, qkv), nominal, window, shift)),
+      : plan(plan_of(op, qkv, nominal, window, shift)),
         volume(shape(qkv)),
         workers(torch::stable::get_num_threads()) {
     volume.pop_back();
@@ -157,19 +158,18 @@ struct Attention {
   }
 
   // A plan of the windows is only made for windows that this backend takes (backends/cpu/__init__.py).
-  static WindowGrid attention_grid(const char* op, const Ints& spatial, const Ints& nominal, const Ints& window,
-                                   const Ints& shift) {
-    const WindowGrid grid = grid_of(op, spatial, nominal, window, shift);
-    require(swin::product(grid.window) <= kLargestWindow, op, "window_size ", text(window), " holds more than ",
-            kLargestWindow, " tokens");
-    return grid;
-  }
-
-  static Ints spatial_of(const char* op, const Tensor& qkv) {
+  static WindowPlan plan_of(const char* op, const Tensor& qkv, const Ints& nominal, const Ints& window,
+                            const Ints& shift) {
     require(qkv.dim() == 4 || qkv.dim() == 5, op, "qkv has shape ", text(shape(qkv)),
             "; accepted is (B, H, W, 3C) or (B, D, H, W, 3C)");
-    const Ints sizes = shape(qkv);
-    return Ints(sizes.begin() + 1, sizes.end() - 1);
+    const Ints sizes = shape(qkv), spatial(sizes.begin() + 1, sizes.end() - 1);
+    const WindowGrid grid = grid_of(op, spatial, nominal, window, shift);
+    const bool any = sizes.front() > 0;
+    require(swin::product(grid.window) <= kLargestWindow, op, "window_size ", text(window), " holds more than ",
+            kLargestWindow, " tokens");
+    require(!any || swin::product(grid.counts) <= kMostWindows, op, "window_size ", text(window), " cuts a volume of ",
+            text(spatial), " into more than ", kMostWindows, " windows");
+    return WindowPlan(grid, any);
   }
 
   Ints with_channels(int64_t c) const {
@@ -189,6 +189,11 @@ struct Attention {
     return allocate(*bytes * static_cast<size_t>(workers));
   }
 };
+
+Tensor zeros(const Ints& sizes, const Tensor& like) {
+  Tensor tensor = torch::stable::empty(sizes, like.scalar_type());
+  return torch::stable::zero_(tensor);
+}
 
 // Work items of at most `size` windows. The windows of the first pattern, in most volumes the most and the
 // dearest, come first.
@@ -233,6 +238,8 @@ std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, Tensor bias_tabl
 
 // Whether qkv = x · weightᵀ + bias of `channels` channels can be computed window by window, inside the attention.
 bool projects(int64_t heads, int64_t channels, bool backward) {
+  require(heads >= 1 && channels >= 1, "projects", "heads is ", heads, " and channels is ", channels,
+          "; accepted are 1 and more");
   AttentionCall call{};
   call.heads = heads;
   call.head_dim = channels / heads;
@@ -322,6 +329,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_window_attention_backward(
 
   const int64_t parameters = swin::projection_parameters(attention.channels);
   Tensor grad_x = empty_on_large_pages(shape(x), x.scalar_type());
+  if (call.batch == 0) return {grad_x, zeros({parameters}, x), zeros(shape(bias_table), bias_table)};
   Tensor grad_projection = torch::stable::empty(Ints{parameters}, x.scalar_type());
   Tensor grad_bias_table = torch::stable::empty(shape(bias_table), bias_table.scalar_type());
   const std::vector<WindowChunk> chunks = window_chunks(call, kProjectedBackwardChunk);
@@ -331,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_window_attention_backward(
   const Buffer bias_sums = allocate(sizeof(float) * static_cast<size_t>(call.heads * table_length));
   const Buffer projection_partials = allocate(sizeof(float) * static_cast<size_t>(count / call.heads * parameters));
   call.grad_out = grad_out.const_data_ptr();
-  call.out = attended.const_data_ptr();
+  call.attended = static_cast<const float*>(attended.const_data_ptr());
   call.lse = lse.const_data_ptr();
   call.grad_bias_table = grad_bias_table.mutable_data_ptr();
   call.bias_partials = bias_partials.get();
@@ -370,6 +378,8 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Te
   require(lse.scalar_type() == attention.accumulate_type, op, "lse must be float32, or float64 for float64 qkv");
 
   Tensor grad_qkv = empty_on_large_pages(shape(qkv), qkv.scalar_type());
+  if (call.batch == 0)
+    return {grad_qkv, zeros(shape(bias_table), bias_table), zeros({3 * attention.channels}, qkv)};
   Tensor grad_bias_table = torch::stable::empty(shape(bias_table), bias_table.scalar_type());
   Tensor grad_pad_qkv = torch::stable::empty(Ints{3 * attention.channels}, qkv.scalar_type());
   const std::vector<WindowChunk> chunks = window_chunks(call, kBackwardChunk);
@@ -380,7 +390,6 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Te
   const Buffer bias_sums = allocate(table_bytes * static_cast<size_t>(call.heads));
   const Buffer pad_partials = allocate(attention.accumulate_bytes * static_cast<size_t>(count * 2 * call.head_dim));
   call.grad_out = grad_out.const_data_ptr();
-  call.out = out.const_data_ptr();
   call.lse = lse.const_data_ptr();
   call.grad_qkv = grad_qkv.mutable_data_ptr();
   call.grad_bias_table = grad_bias_table.mutable_data_ptr();

@@ -154,6 +154,7 @@ def select(call: Call, forced: str = "") -> ModuleType:
     """
     forced = forced_or_environment(forced)
     if forced:
+        check_name(forced, f"{call.operator}: backend")
         if reason := decline_reason(forced, call):
             raise RuntimeError(f"{call.operator}: backend {forced!r} cannot run this call: {reason}")
         return load(forced)

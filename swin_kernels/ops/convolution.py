@@ -62,6 +62,15 @@ def convolution(
     if autocast_is_on(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, skip = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in (x, weight, skip))
+    _check(x, skip, weight)
+    if runs_definition(_NAME, backend):
+        out = definition.forward(_rows(x), _rows(skip), weight)
+        return out.movedim(-1, 1)  # (B, C_out, *S)
+    return torch.ops.swin_kernels.convolution(x, skip, weight, forced_name(_NAME, backend))
+
+
+def _check(x, skip, weight) -> None:
+    check_tensor(_NAME, "x", x, FLOATING)
     if x.dim() not in (4, 5) or any(extent < 1 for extent in x.shape[1:]):
         raise ValueError(
             f"{_NAME}: x has shape {tuple(x.shape)}; accepted is (B, C, H, W) or (B, C, D, H, W), of which only the "
@@ -86,10 +95,6 @@ def convolution(
     for name, tensor in (("weight", weight), ("skip", skip)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{_NAME}: {name} is on {tensor.device}, x on {x.device}; one device is accepted")
-    if runs_definition(_NAME, backend):
-        out = definition.forward(_rows(x), _rows(skip), weight)
-        return out.movedim(-1, 1)  # (B, C_out, *S)
-    return torch.ops.swin_kernels.convolution(x, skip, weight, forced_name(_NAME, backend))
 
 
 def _engine(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, backend: str, backward: bool = False):
@@ -116,6 +121,7 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _forward(x, skip, weight, backend):
+    _check(x, skip, weight)
     out = _engine(x, skip, weight, backend).forward(_rows(x), _rows(skip), weight.contiguous())
     return owned(out.movedim(-1, 1))  # (B, C_out, *S)
 

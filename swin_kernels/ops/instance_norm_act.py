@@ -141,12 +141,14 @@ def _volume(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(x, residual, normalize_residual, eps, negative_slope, backend):
+    _check(x, residual, normalize_residual, eps, negative_slope)
     engine = _engine(x, backend)
     out, statistics = engine.forward(_rows(x), _rows(residual), normalize_residual, eps, negative_slope)
     return owned(_volume(out, x)), statistics
 
 
 def _forward_inplace(x, residual, normalize_residual, eps, negative_slope, backend):
+    _check(x, residual, normalize_residual, eps, negative_slope)
     engine, rows = _engine(x, backend), x.movedim(1, -1)  # (B, *S, C)
     if rows.is_contiguous():
         engine.forward_inplace(rows, _rows(residual), normalize_residual, eps, negative_slope)

@@ -66,6 +66,14 @@ def layer_norm(
         TypeError: an argument of the wrong type, dtype or layout.
         ValueError: shapes or devices that do not belong together, `eps` out of range, unknown backend.
     """
+    dtype = x.dtype if dtype is None and isinstance(x, torch.Tensor) else dtype
+    _check(x, weight, bias, eps, dtype)
+    if runs_definition(_NAME, backend):
+        return definition.forward(x, weight, bias, eps, dtype)
+    return torch.ops.swin_kernels.layer_norm(x, weight, bias, float(eps), dtype, forced_name(_NAME, backend))
+
+
+def _check(x, weight, bias, eps, dtype) -> None:
     check_tensor(_NAME, "x", x, FLOATING)
     if x.dim() < 1 or not 1 <= x.shape[-1] <= MOST_CHANNELS:
         raise ValueError(
@@ -81,13 +89,9 @@ def layer_norm(
             raise ValueError(f"{_NAME}: {name} is on {parameter.device}, x on {x.device}; one device is accepted")
     if not 0 <= check_number(_NAME, "eps", eps) < math.inf:
         raise ValueError(f"{_NAME}: eps is {eps}; accepted is a finite number ≥ 0")
-    dtype = x.dtype if dtype is None else dtype
     if dtype not in FLOATING:
         accepted = ", ".join(str(d) for d in FLOATING)
         raise TypeError(f"{_NAME}: dtype is {dtype}; accepted are {accepted}")
-    if runs_definition(_NAME, backend):
-        return definition.forward(x, weight, bias, eps, dtype)
-    return torch.ops.swin_kernels.layer_norm(x, weight, bias, float(eps), dtype, forced_name(_NAME, backend))
 
 
 def autocast_layer_norm(
@@ -120,6 +124,7 @@ def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...
 
 
 def _forward(x, weight, bias, eps, dtype, backend):
+    _check(x, weight, bias, eps, dtype)
     return _engine(x, backend).forward(*_contiguous(x, weight, bias), eps, dtype)
 
 

@@ -20,6 +20,7 @@ from ._library import (
     FLOATING,
     NAMESPACE,
     autocast_is_on,
+    check_number,
     check_tensor,
     check_volume,
     check_windows,
@@ -80,31 +81,19 @@ def projected_window_attention(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `window_attention`; `weight`, `bias`, `norm_weight`, `norm_bias`,
-            `out_weight` or `out_bias` not of the shape above; `out_bias` without `out_weight`.
+            `out_weight` or `out_bias` not of the shape above, or of another dtype than `x` outside of autocast (the
+            norm's may be float32) or device; `norm_eps` below 0; `out_bias` without `out_weight`.
     """
-    check_tensor(_NAME, "x", x, FLOATING)
-    check_volume(_NAME, "x", x)
-    channels = x.shape[-1]
-    check_tensor(_NAME, "weight", weight, FLOATING)
-    parameters = {
-        "weight": (weight, (3 * channels, channels)),
-        "bias": (bias, (3 * channels,)),
-        "norm_weight": (norm_weight, (channels,)),
-        "norm_bias": (norm_bias, (channels,)),
-        "out_weight": (out_weight, (channels, channels)),
-        "out_bias": (out_bias, (channels,)),
-    }
-    for name, (parameter, shape) in parameters.items():
-        if parameter is not None:
-            check_tensor(_NAME, name, parameter, FLOATING)
-            if tuple(parameter.shape) != shape:
-                raise ValueError(f"{_NAME}: {name} has shape {tuple(parameter.shape)}; accepted is {shape}")
-    if out_bias is not None and out_weight is None:
-        raise ValueError(f"{_NAME}: out_bias is given without out_weight; accepted is both or out_weight alone")
+    window, shift = _check(
+        *(x, weight, bias, bias_table, window_size, shift_size),
+        *(norm_weight, norm_bias, norm_eps, out_weight, out_bias),
+    )
+    if scale is None:
+        scale = (x.shape[-1] // bias_table.shape[1]) ** -0.5
+    scale = check_number(_NAME, "scale", scale)
     given = (x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)
     tensors = [t for t in given if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    window, shift = check_windows(_NAME, x.dim() - 2, window_size, shift_size)
     apart = (
         runs_definition(_NAME, backend) or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1
     )
@@ -114,12 +103,57 @@ def projected_window_attention(
         qkv = F.linear(x, weight, bias)  # (B, *S, 3C)
         out = window_attention(qkv, bias_table, window_size, shift_size, pad_qkv=bias, scale=scale, backend=backend)
         return _linear(out, out_weight, out_bias)  # (B, *S, C)
-    if scale is None:
-        scale = (channels // bias_table.shape[1]) ** -0.5
     out, _, _ = torch.ops.swin_kernels.projected_window_attention(
-        *given, norm_eps, window, shift, float(scale), differentiated, forced_name(_NAME, backend)
+        *given, norm_eps, window, shift, scale, differentiated, forced_name(_NAME, backend)
     )
     return out
+
+
+def _check(
+    x, weight, bias, bias_table, window_size, shift_size, norm_weight, norm_bias, norm_eps, out_weight, out_bias
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check the arguments of the public function but `scale`; returns nominal window and shift per axis."""
+    check_tensor(_NAME, "x", x, FLOATING)
+    check_volume(_NAME, "x", x)
+    window, shift = check_windows(_NAME, x.dim() - 2, window_size, shift_size)
+    channels = x.shape[-1]
+    _check_parameter(x, "weight", weight, (3 * channels, channels))
+    for name, parameter, shape in (
+        ("bias", bias, (3 * channels,)),
+        ("norm_weight", norm_weight, (channels,)),
+        ("norm_bias", norm_bias, (channels,)),
+        ("out_weight", out_weight, (channels, channels)),
+        ("out_bias", out_bias, (channels,)),
+    ):
+        if parameter is not None:
+            _check_parameter(x, name, parameter, shape)
+    if out_bias is not None and out_weight is None:
+        raise ValueError(f"{_NAME}: out_bias is given without out_weight; accepted is both or out_weight alone")
+    if norm_eps is not None and not 0 <= check_number(_NAME, "norm_eps", norm_eps) < math.inf:
+        raise ValueError(f"{_NAME}: norm_eps is {norm_eps}; accepted is a finite number ≥ 0, or None for no norm")
+    _check_parameter(x, "bias_table", bias_table, None)
+    if bias_table.dim() != 2 or bias_table.shape[0] != bias_table_length(window) or bias_table.shape[1] < 1:
+        raise ValueError(
+            f"{_NAME}: bias_table has shape {tuple(bias_table.shape)}; window_size {window} needs "
+            f"({bias_table_length(window)}, heads)"
+        )
+    heads = bias_table.shape[1]
+    if weight.shape[1] % heads:  # a constant also where the extents of x are symbols
+        raise ValueError(f"{_NAME}: x has {channels} channels; with {heads} heads it must be a multiple of {heads}")
+    return window, shift
+
+
+_OR_FLOAT32 = ("bias_table", "norm_weight", "norm_bias")
+"""Parameters that may be float32 beside a 16-bit `x`."""
+
+
+def _check_parameter(x: torch.Tensor, name: str, parameter: torch.Tensor, shape: tuple[int, ...] | None) -> None:
+    accepted = {x.dtype: 0, torch.float32: 0} if name in _OR_FLOAT32 else {x.dtype: 0}
+    check_tensor(_NAME, name, parameter, FLOATING if autocast_is_on(x.device) else (*accepted,))
+    if shape is not None and tuple(parameter.shape) != shape:
+        raise ValueError(f"{_NAME}: {name} has shape {tuple(parameter.shape)}; accepted is {shape}")
+    if parameter.device != x.device:
+        raise ValueError(f"{_NAME}: {name} is on {parameter.device}, x on {x.device}; one device is accepted")
 
 
 def _layer_norm(x, weight, bias, eps):
@@ -168,6 +202,10 @@ def _forward(
     x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
     for_backward, backend,
 ):  # fmt: skip
+    _check(
+        *(x, weight, bias, bias_table, window, shift),
+        *(norm_weight, norm_bias, norm_eps, out_weight, out_bias),
+    )
     if declined(x, weight, bias_table, window, backend, backward=for_backward) is None:
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
         inputs = _contiguous(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)

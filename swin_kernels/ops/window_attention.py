@@ -172,11 +172,39 @@ def _call(qkv: torch.Tensor, bias_table: torch.Tensor, grid: WindowGrid, dropout
     )
 
 
+def _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p) -> None:
+    """Check the arguments of the operator below the public function, which whoever calls it may have made up."""
+    _check(qkv, bias_table, window, shift, pad_qkv, dropout_p)
+    if dropout_p > 0 and seed is None:
+        raise ValueError(f"{_NAME}: seed is None; dropout needs one, int64 of shape (1,)")
+    if seed is not None:
+        check_tensor(_NAME, "seed", seed, (torch.int64,))
+        if seed.shape != (1,):
+            raise ValueError(f"{_NAME}: seed has shape {tuple(seed.shape)}; accepted is (1,)")
+
+
+def _check_results(grad_out, qkv, bias_table, out, lse) -> None:
+    """Check what the backward is given beside the arguments of the forward."""
+    volume, channels, heads = qkv.shape[:-1], qkv.shape[-1] // 3, bias_table.shape[1]
+    for name, tensor, last, dtype in (
+        ("grad_out", grad_out, channels, qkv.dtype),
+        ("out", out, channels, qkv.dtype),
+        ("lse", lse, heads, torch.promote_types(qkv.dtype, torch.float32)),
+    ):
+        check_tensor(f"{_NAME}_backward", name, tensor, (dtype,))
+        if tensor.shape != (*volume, last) or tensor.device != qkv.device:
+            raise ValueError(
+                f"{_NAME}_backward: {name} has shape {tuple(tensor.shape)} on {tensor.device}; accepted is "
+                f"{(*volume, last)} on {qkv.device}"
+            )
+
+
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def _forward(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backend):
+    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
     grid = WindowGrid.of(qkv.shape[1:-1], window, shift)
     engine = select(_call(qkv, bias_table, grid, dropout_p, backward=False), backend)
     inputs = _contiguous(qkv, bias_table, pad_qkv, seed)
@@ -184,6 +212,8 @@ def _forward(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, ba
 
 
 def _backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, shift, scale, dropout_p, backend):
+    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
+    _check_results(grad_out, qkv, bias_table, out, lse)
     grid = WindowGrid.of(qkv.shape[1:-1], window, shift)
     engine = select(_call(qkv, bias_table, grid, dropout_p, backward=True), backend)
     inputs = _contiguous(grad_out, qkv, bias_table, pad_qkv, seed, out, lse)

@@ -61,9 +61,7 @@ def window_partition(
         ValueError: wrong rank, empty extent, window < 1, shift out of range, unknown backend.
     """
     operator = "window_partition"
-    check_tensor(operator, "x", x)
-    check_volume(operator, "x", x)
-    window, shift = check_windows(operator, x.dim() - 2, window_size, shift_size)
+    window, shift = _check_partition(x, window_size, shift_size)
     if runs_definition(operator, backend):
         return definition.forward(x, WindowGrid.of(x.shape[1:-1], window, shift))
     return torch.ops.swin_kernels.window_partition(x, window, shift, forced_name(operator, backend))
@@ -94,6 +92,23 @@ def window_reverse(
         ValueError: shapes that do not belong together, window < 1, shift out of range, unknown backend.
     """
     operator = "window_reverse"
+    window, shift, spatial = _check_reverse(windows, window_size, shift_size, spatial_shape)
+    if runs_definition(operator, backend):
+        return definition.backward(windows, WindowGrid.of(spatial, window, shift))
+    return torch.ops.swin_kernels.window_reverse(windows, window, shift, spatial, forced_name(operator, backend))
+
+
+def _check_partition(x, window_size, shift_size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check the arguments of `window_partition`; returns nominal window and shift per axis."""
+    operator = "window_partition"
+    check_tensor(operator, "x", x)
+    check_volume(operator, "x", x)
+    return check_windows(operator, x.dim() - 2, window_size, shift_size)
+
+
+def _check_reverse(windows, window_size, shift_size, spatial_shape) -> tuple[tuple[int, ...], ...]:
+    """Check the arguments of `window_reverse`; returns nominal window, shift and extents per axis."""
+    operator = "window_reverse"
     check_tensor(operator, "windows", windows)
     if windows.dim() != 3 or windows.shape[2] < 1:
         raise ValueError(f"{operator}: windows has shape {tuple(windows.shape)}; accepted is (B·nW, n, C)")
@@ -111,9 +126,7 @@ def window_reverse(
             f"{operator}: windows has shape {tuple(windows.shape)}; spatial_shape {spatial} with window_size {window} "
             f"needs (a multiple of {grid.num_windows}, {grid.tokens}, C)"
         )
-    if runs_definition(operator, backend):
-        return definition.backward(windows, grid)
-    return torch.ops.swin_kernels.window_reverse(windows, window, shift, spatial, forced_name(operator, backend))
+    return window, shift, spatial
 
 
 def _call(operator: str, x: torch.Tensor, grid: WindowGrid) -> Call:
@@ -121,11 +134,13 @@ def _call(operator: str, x: torch.Tensor, grid: WindowGrid) -> Call:
 
 
 def _partition(x: torch.Tensor, window: list[int], shift: list[int], backend: str) -> torch.Tensor:
+    _check_partition(x, window, shift)
     grid = WindowGrid.of(x.shape[1:-1], window, shift)
     return select(_call("window_partition", x, grid), backend).window_partition.forward(x.contiguous(), grid)
 
 
 def _reverse(windows: torch.Tensor, window: list[int], shift: list[int], spatial: list[int], backend: str):
+    _check_reverse(windows, window, shift, spatial)
     grid = WindowGrid.of(spatial, window, shift)
     engine = select(_call("window_reverse", windows, grid), backend)
     return engine.window_partition.backward(windows.contiguous(), grid)

@@ -32,12 +32,12 @@ ARCHITECTURES = {"sm_80": "A100", "sm_90a": "H100", "sm_100a": "B200"}
 MULTIPROCESSORS = {"sm_80": 108, "sm_90a": 132, "sm_100a": 148}
 H100_MHZ = 1800
 HEAD_DIMS = (8, 16, 32, 64)
-KERNELS = {"forward": ("attend",), "backward": ("differentiate_qkv", "differentiate_bias")}
+KERNELS = {"forward": ("attend",), "backward": ("find_delta", "differentiate_qkv", "differentiate_bias")}
 GOALS = {"forward": 1.6, "backward": 2.2}
 """Floors that a direction may take on an H100 at stage 1 of 96³."""
 
-EXPONENTIALS = {"forward": 1, "backward": 2}
-PRODUCTS = {"forward": 2, "backward": 7}
+EXPONENTIALS = {"forward": 1, "backward": 3}
+PRODUCTS = {"forward": 2, "backward": 9}
 """Of a score; products of head_dim multiply-adds."""
 
 TRITON = {"forward": ("attend",), "backward": ("differentiate_queries", "differentiate_keys", "differentiate_bias")}
@@ -67,6 +67,7 @@ def unevenness(launch: Launch, head_dim: int) -> float:
     key_tiles = 3 if head_dim <= 16 else 2 if head_dim <= 32 else 1  # Own::kKeyTiles
     parts, scores_of_warp = {
         "attend": (z, 16 * -(-TOKENS // 32) * 32),
+        "find_delta": (z, 32 * rows),
         "differentiate_qkv": (x, 16 * key_tiles * rows),
         "differentiate_bias": (z, 32 * 64),
     }[launch.kernel.split("<")[0]]

@@ -129,6 +129,7 @@ class Shape:
         shapes = {
             "attend": cls(16 * 32, window=16 * 352, exact=exact),
             "differentiate_qkv": cls(256 * tiles, 256 * tiles / lanes, 256 * tiles * 22, exact),
+            "find_delta": cls(32 * 64, exact=exact),
             "differentiate_bias": cls(32 * 64, exact=exact),
             "attend_float": cls(32 / lanes),
             "differentiate_rows_float": cls(32 / lanes),

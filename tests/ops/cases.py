@@ -127,6 +127,19 @@ LOW_PRECISION_CASES = (
 )
 """Cases for the 16-bit dtypes alone."""
 
+SATURATED_CASES = tuple(
+    replace(case, name=f"{case.name}, qkv x{magnitude:g}", magnitude=magnitude)
+    for magnitude in (1.0, 3.0, 10.0, 30.0)
+    for case in (
+        Case("saturated", (16, 12), (4, 4), (2, 2), head_dim=16),
+        Case("saturated several tiles", (9, 9), (9, 9), heads=1, head_dim=16),
+    )
+)
+"""Cases for the 16-bit dtypes' gradients (`assert_gradients_in_16_bits`); at x30 nearly every query has one key.
+
+There is no padding: its keys are all the same, so what kernels that multiply in 16 bits round off their ds adds up.
+"""
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -322,9 +335,14 @@ def gradients(out: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
 @functools.lru_cache(maxsize=512)
 def expected(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Output and gradients by plain PyTorch in `dtype`, and the float64 truth of the same inputs (on the CPU)."""
+    return expected_of(case, make_inputs(case, dtype))
+
+
+def expected_of(case: Case, narrow: Inputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """As `expected`, of inputs that need not be those of `make_inputs`."""
     keep = survivors(case)
     results = []
-    for inputs in ((narrow := make_inputs(case, dtype)), narrow.double()):
+    for inputs in (narrow, narrow.double()):
         out, _ = plain_attention(*(inputs.qkv, inputs.bias_table, inputs.pad_qkv), case, keep)
         results.append([out.detach(), *gradients(out, inputs)])
     return results[0], results[1]
@@ -344,3 +362,27 @@ def check_forward_backward(backend: str, case: Case, dtype: torch.dtype, device:
     for name, value, p, t, leaf, scale in zip(NAMES, values, plain, truth, like, scales, strict=False):
         assert (value.dtype, value.device) == (leaf.dtype, leaf.device), f"{name}: {value.dtype} on {value.device}"
         assert_close(name, value.cpu(), p, t, scale)
+
+
+def assert_gradients_in_16_bits(case: Case, inputs: Inputs, grads: list[torch.Tensor]) -> None:
+    """Hold 16-bit gradients to twice the error of plain PyTorch that computes the same inputs in float32 and rounds.
+
+    Plain PyTorch in 16 bits is no measure where one key has nearly all the weight: its rounded scores alone are off by
+    more than one. What fused kernels keep in float32 is a float32's worth.
+    """
+    truth, plain = [], []
+    for results, dtype in ((truth, torch.float64), (plain, torch.float32)):
+        wide = Inputs(*(None if t is None else t.detach().to(dtype).requires_grad_() for t in vars(inputs).values()))
+        out, _ = plain_attention(wide.qkv, wide.bias_table, wide.pad_qkv, case, survivors(case))
+        results += gradients(out, wide)
+    scale = max(map(largest, truth))
+    for name, grad, p, t, leaf in zip(NAMES[1:], grads, plain, truth, inputs.leaves, strict=False):
+        assert_close(name, grad, p.to(leaf.dtype), t, scale)
+
+
+def check_gradients_in_16_bits(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """As `assert_gradients_in_16_bits`, of what `backend` computes on `device`."""
+    inputs = make_inputs(case, dtype, device)
+    grads = gradients(run(backend, case, inputs), inputs)
+    on_cpu = Inputs(*(None if t is None else t.detach().cpu().requires_grad_() for t in vars(inputs).values()))
+    assert_gradients_in_16_bits(case, on_cpu, [grad.cpu() for grad in grads])

@@ -22,7 +22,20 @@ from swin_kernels import backends, geometry, window_attention
 from swin_kernels.backends.reference import window_attention as reference
 
 from . import cases as table
-from .cases import BASE, CASES, DTYPES, SEED, Case, Inputs, check_forward_backward, gradients, make_inputs, run
+from .cases import (
+    BASE,
+    CASES,
+    DTYPES,
+    SATURATED_CASES,
+    SEED,
+    Case,
+    Inputs,
+    check_forward_backward,
+    check_gradients_in_16_bits,
+    gradients,
+    make_inputs,
+    run,
+)
 from .tolerances import ARITHMETIC, assert_close, largest
 
 PAIRS = [pytest.param(case, dtype, id=f"{case.name}, {dtype}") for dtype in DTYPES for case in table.cases(dtype)]
@@ -44,6 +57,13 @@ def case_named(name: str) -> Case:
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_contract(backend, case, dtype):
     check_forward_backward(backend, case, dtype)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SATURATED_CASES, ids=lambda case: case.name)
+def test_gradients_where_the_softmax_is_saturated(backend, case, dtype, dropout_p):
+    check_gradients_in_16_bits(backend, replace(case, dropout_p=dropout_p), dtype)
 
 
 @st.composite

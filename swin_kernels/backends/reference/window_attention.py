@@ -70,6 +70,9 @@ def forward(
         dropout_p: probability of dropping an attention weight.
     """
     heads = bias_table.shape[1]
+    if qkv.shape[0] == 0:  # whatever the windows are that it has none of
+        volume, wide = qkv.shape[:-1], torch.promote_types(qkv.dtype, torch.float32)
+        return qkv.new_empty((*volume, qkv.shape[-1] // 3)), qkv.new_empty((*volume, heads), dtype=wide)
     q, k, v = (_heads(x, heads) for x in _windows(qkv, pad_qkv, grid).chunk(3, dim=-1))  # (B·nW, heads, n, head_dim)
     scores = _scores(q, k, bias_table, qkv.shape[0], grid, scale)  # (B·nW, heads, n, n)
     lse = torch.logsumexp(scores, dim=-1)  # (B·nW, heads, n)
@@ -97,6 +100,8 @@ def backward(
 
     `out` and `lse` are not needed here: the weights are computed again.
     """
+    if qkv.shape[0] == 0:
+        return torch.empty_like(qkv), torch.zeros_like(bias_table), qkv.new_zeros(qkv.shape[-1])
     heads = bias_table.shape[1]
     windows = _windows(qkv, pad_qkv, grid)  # (B·nW, n, 3C)
     q, k, v = (_heads(x, heads) for x in windows.chunk(3, dim=-1))  # (B·nW, heads, n, head_dim)

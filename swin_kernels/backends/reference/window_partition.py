@@ -11,6 +11,8 @@ from ...geometry import WindowGrid, token_index
 
 def forward(x: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
     """``(B, *S, C)`` to ``(B·nW, n, C)``; padding tokens are zero."""
+    if x.shape[0] == 0:  # whatever the windows are that it has none of
+        return x.new_empty((0, grid.tokens, x.shape[-1]))
     index = token_index(grid).to(x.device)  # (nW, n)
     tokens = x.flatten(1, -2)  # (B, prod(S), C)
     windows = tokens[:, index.clamp(min=0)]  # (B, nW, n, C)
@@ -20,6 +22,8 @@ def forward(x: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
 
 def backward(windows: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
     """``(B·nW, n, C)`` back to ``(B, *S, C)``; padding tokens are dropped."""
+    if windows.shape[0] == 0:
+        return windows.new_empty((0, *grid.spatial, windows.shape[-1]))
     index = token_index(grid).to(windows.device).flatten()  # (nW·n,)
     batch = windows.shape[0] // grid.num_windows
     tokens = windows.reshape(batch, index.numel(), windows.shape[-1])  # (B, nW·n, C)

@@ -5,9 +5,15 @@ With ``s = q·k + (bias + mask) / scale`` and ``c = scale · log2(e)``, the weig
 tensor cores accumulate. The forward keeps a running maximum and sum over blocks of keys; the backward
 computes ``p`` again from the stored log-sum-exp (a natural logarithm, as in every backend)::
 
-    out = Σ p v                          delta = Σ_channels grad_out · out
+    out = Σ p v                          delta = Σ_channels grad_out · out = Σ_keys p dp / Σ_keys p
     dp  = grad_out · v                   ds = p (dp - delta)
     dq  = scale Σ_keys ds k              dk = scale Σ_queries ds q             dv = Σ_queries p grad_out
+
+A 16-bit `out` is rounded: where one key has nearly all the weight its ``dp - delta`` would be nothing but the rounding.
+The pass over queries takes delta from `out` as a first guess ``delta₀`` and corrects it and what it has summed::
+
+    e  = Σ_keys p (dp - delta₀) / Σ_keys p        delta = delta₀ + e
+    dq = scale (Σ_keys p (dp - delta₀) k - e Σ_keys p k)
 
 With dropout, ``p`` becomes ``keep p / (1 - dropout_p)`` in `out` and `dv`, and ``dp`` likewise.
 
@@ -36,7 +42,7 @@ import triton.language as tl
 from ...geometry import MASK_VALUE, WindowGrid, dropout_threshold
 from . import bias
 from .tiles import key_of, parts, tile_for
-from .windows import arguments, device_of, first_row, locate, seams, unpack
+from .windows import arguments, check_counts, device_of, first_row, locate, seams, unpack
 
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -200,7 +206,10 @@ def differentiate_queries(
 
     `rows` is float32 ``(2, windows, heads, padded)``: log-sum-exp (times `factor`, as `s`) and delta of each query,
     by window. A query that does not exist has no output: its infinite log-sum-exp makes its weights zero.
+
+    Of a 16-bit `out`, delta is only near: the ds of a query add up to what it lacks, which the float32 sums know.
     """
+    CORRECTED: tl.constexpr = qkv.dtype.element_ty != tl.float32
     w = unpack(w)
     n = w.window_d * w.window_h * w.window_w
     padded = bias.padded_tokens(n, ROWS, COLUMNS)
@@ -221,10 +230,12 @@ def differentiate_queries(
             row_delta = tl.sum(grad.to(tl.float32) * o.to(tl.float32), 1)
             row_lse = tl.load(lse + (first + row) * heads + head, mask=exists, other=float("inf")) * factor
             tl.store(stored, row_lse)
-            tl.store(stored + windows.to(tl.int64) * heads * padded, row_delta)
             if DROPOUT:
                 row_hash = _row_hashes(tl.load(seed), (tl.cast(window, tl.int64) * heads + head) * n + query)
             grad_q = tl.zeros((ROWS, CHANNELS), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)  # of p
+            excess = tl.zeros((ROWS,), tl.float32)  # of ds
+            mean_k = tl.zeros((ROWS, CHANNELS), tl.float32)
             for tile in range(tl.cdiv(n, COLUMNS)):
                 key = tile * COLUMNS + tl.arange(0, COLUMNS)
                 at, real = locate(key, window, w, SHIFTED, PADDED)
@@ -242,6 +253,15 @@ def differentiate_queries(
                     dp = _dropout(dp, row_hash[:, None], key[None, :], threshold, keep_scale)
                 ds = p * (dp - row_delta[:, None])
                 grad_q = tl.dot(ds.to(k.dtype), k, grad_q, input_precision=PRECISION)
+                if CORRECTED:
+                    total += tl.sum(p, 1)
+                    excess += tl.sum(ds, 1)
+                    mean_k = tl.dot(p.to(k.dtype), k, mean_k, input_precision=PRECISION)
+            if CORRECTED:
+                excess = tl.where(exists, excess / total, 0.0)
+                row_delta += excess
+                grad_q -= excess[:, None] * mean_k
+            tl.store(stored + windows.to(tl.int64) * heads * padded, row_delta)
             at = _at(grad_qkv, first, row, 3 * width, head * HEAD_DIM, channel)
             grad_q = (grad_q * scale).to(grad_qkv.dtype.element_ty)
             tl.store(at, grad_q, mask=exists[:, None] & (channel < HEAD_DIM))
@@ -384,6 +404,7 @@ class _Plan:
     """How one call is cut and launched: what both directions derive from their arguments."""
 
     def __init__(self, step: str, qkv, bias_table, seed, grid: WindowGrid, scale: float, dropout_p: float):
+        check_counts("window_attention", qkv.shape[0], grid)
         self.heads = bias_table.shape[1]
         self.head_dim = qkv.shape[-1] // (3 * self.heads)
         self.windows = qkv.shape[0] * grid.num_windows
@@ -457,11 +478,11 @@ def forward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results of the reference's `forward`. Two launches."""
-    plan = _Plan("forward", qkv, bias_table, seed, grid, scale, dropout_p)
     out = qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
-    lse = qkv.new_empty((*qkv.shape[:-1], plan.heads), dtype=torch.float32)
+    lse = qkv.new_empty((*qkv.shape[:-1], bias_table.shape[1]), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    plan = _Plan("forward", qkv, bias_table, seed, grid, scale, dropout_p)
     with device_of(qkv):
         tiles, bits = plan.prepare(bias_table, orientations=1)
         pad = _pad_source(qkv, pad_qkv, grid)
@@ -485,10 +506,10 @@ def backward(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Arguments and results of the reference's `backward`. Five launches, and two more where there is padding."""
-    plan = _Plan("backward", qkv, bias_table, seed, grid, scale, dropout_p)
     grad_qkv = torch.empty_like(qkv)
     if qkv.numel() == 0:
         return grad_qkv, torch.zeros_like(bias_table), qkv.new_zeros(qkv.shape[-1])
+    plan = _Plan("backward", qkv, bias_table, seed, grid, scale, dropout_p)
     with device_of(qkv):
         tiles, bits = plan.prepare(bias_table, orientations=2)
         pad = _pad_source(qkv, pad_qkv, grid)

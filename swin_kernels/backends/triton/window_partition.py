@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...geometry import WindowGrid
-from .windows import arguments, device_of, first_row, locate, unpack
+from .windows import arguments, check_counts, device_of, first_row, locate, unpack
 
 TOKENS = 32
 MAX_CHANNELS = 64
@@ -58,6 +58,7 @@ def _launch(kernel, source: torch.Tensor, target: torch.Tensor, batch: int, grid
     """Run `kernel` from `source` to `target`; returns `target`."""
     if target.numel() == 0:
         return target
+    check_counts("window_partition" if kernel is partition else "window_reverse", batch, grid)
     source, flat = _as_integers(source), _as_integers(target)
     channels = flat.shape[-1]
     block = min(triton.next_power_of_2(channels), MAX_CHANNELS)

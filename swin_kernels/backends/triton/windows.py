@@ -6,6 +6,7 @@ A two-dimensional volume is one of depth 1. Nothing is looked up: kernels get th
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -46,6 +47,24 @@ def arguments(grid: WindowGrid) -> Windows:
     for field, fill in ((grid.spatial, 1), (grid.window, 1), (grid.shift, 0), (grid.counts, 1), (grid.nominal, 1)):
         values += [float(fill)] * (3 - len(field)) + [float(value) for value in field]
     return Windows(*values)
+
+
+LONGEST_AXIS, MOST_COUNTED = 2**24, 2**31 - 1
+"""Tokens of an axis, which travel as float32; tokens of a volume and windows of a batch, which take 32 bits."""
+
+
+def check_counts(operator: str, batch: int, grid: WindowGrid) -> None:
+    """Raise `RuntimeError` where a call has more of anything than its kernels can count."""
+    if max(grid.padded) > LONGEST_AXIS or math.prod(grid.padded) > MOST_COUNTED:
+        raise RuntimeError(
+            f"{operator}: the volume is {grid.spatial}; the Triton kernels take axes of at most {LONGEST_AXIS} tokens "
+            f"and volumes of at most {MOST_COUNTED}, padding included"
+        )
+    if batch * grid.num_windows > MOST_COUNTED:
+        raise RuntimeError(
+            f"{operator}: {batch} volumes of {grid.num_windows} windows; the Triton kernels take at most "
+            f"{MOST_COUNTED} windows"
+        )
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,17 @@ from swin_kernels.backends.reference import window_attention as reference
 from swin_kernels.backends.triton import window_attention as kernels
 from swin_kernels.backends.triton.tiles import Tile, override
 from swin_kernels.geometry import WindowGrid
-from tests.ops.cases import CASES, Case, cases, check_forward_backward, gradients, make_inputs, run
+from tests.ops.cases import (
+    CASES,
+    SATURATED_CASES,
+    Case,
+    cases,
+    check_forward_backward,
+    check_gradients_in_16_bits,
+    gradients,
+    make_inputs,
+    run,
+)
 
 DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 wrongly
 
@@ -42,6 +53,16 @@ PAIRS = [
 @pytest.mark.parametrize(("case", "dtype"), PAIRS)
 def test_contract(case, dtype):
     check_forward_backward("triton", case, dtype)
+
+
+@pytest.mark.parametrize("case", SATURATED_CASES, ids=lambda case: case.name)
+def test_gradients_where_the_softmax_is_saturated(case):
+    check_gradients_in_16_bits("triton", case, torch.float16)
+
+
+def test_gradients_where_the_softmax_is_saturated_with_dropout():
+    case = next(case for case in SATURATED_CASES if case.magnitude == 3)
+    check_gradients_in_16_bits("triton", replace(case, dropout_p=0.3), torch.float16)
 
 
 def case_named(name: str) -> Case:
@@ -109,3 +130,15 @@ def test_reasons():
     assert "interpreter" in reason(torch.bfloat16)
     assert "head_dim 129" in reason(torch.float32, head_dim=129)
     assert "4913 tokens" in reason(torch.float32, window=17, extent=17)
+
+
+@pytest.mark.parametrize(
+    ("batch", "spatial", "named"),
+    [(1, (2**16, 2**15), "the volume is"), (1, (2**24 + 1, 1), "the volume is"), (2**8, (2**15, 2**15), "windows")],
+)
+def test_more_than_the_kernels_count_is_refused(batch, spatial, named):
+    """Before anything is allocated or launched: tensors without memory get that far."""
+    qkv = torch.empty(batch, *spatial, 3, dtype=torch.float16, device="meta")
+    grid = WindowGrid.of(spatial, (1, 1), (0, 0))
+    with pytest.raises(RuntimeError, match=f"window_attention: .*{named}"):
+        kernels.forward(qkv, qkv.new_empty(1, 1), None, None, grid, 1.0, 0.0)
