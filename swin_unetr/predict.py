@@ -173,7 +173,8 @@ def segment(
     """
     if len(volume.values) != ensemble.channels:
         raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")
-    image = MetaTensor(torch.from_numpy(volume.values), affine=torch.from_numpy(volume.affine))
+    # A copy: MONAI's transforms write into what they are given wherever they can, and `volume` is measured afterwards.
+    image = MetaTensor(torch.tensor(volume.values), affine=torch.tensor(volume.affine))
     preprocessing = ensemble.preprocessing
     prepared = Compose([*preprocessing.geometry(("image",)), *preprocessing.scale()])({"image": image})["image"]
     grid = tuple(prepared.shape[1:])

@@ -22,9 +22,10 @@ from swin_unetr import checkpoints, cli, imaging, predict
 from swin_unetr.architecture import Architecture
 from swin_unetr.labels import Labels
 from swin_unetr.prediction import ensemble as ensembles
-from swin_unetr.prediction import windows
+from swin_unetr.prediction import report, windows
 from swin_unetr.prediction.restore import entropy
 from swin_unetr.prediction.windows import Windows, starts_along
+from swin_unetr.preprocessing import Preprocessing
 
 from .segmenter import ORGANS, ROI, SMALL, affine, checkpoint, image, nifti
 
@@ -178,6 +179,28 @@ def test_the_averaged_weights_are_used(tmp_path):
     checkpoints.write(tmp_path / "b.pt", content)
     loaded = [ensembles.load([tmp_path / name], CPU).networks[0].state_dict() for name in ("a.pt", "b.pt")]
     assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+
+
+@pytest.mark.parametrize("intensity", ["window", "zscore"])
+@pytest.mark.parametrize("spacing", [None, (1.6, 1.9, 4.0), (2.0, 2.0, 3.0)], ids=["kept", "equal", "resampled"])
+@pytest.mark.parametrize("axes", ["RAS", "LAS"])
+def test_numbers_and_pictures_are_of_the_image_as_it_is(tmp_path, monkeypatch, axes, spacing, intensity):
+    """Where orientation and spacing copy nothing, transforms work on the array that they are given."""
+    torch.manual_seed(0)
+    ensemble = ensembles.Ensemble(
+        (torch.nn.Conv3d(1, 3, 3, padding=1),), ORGANS, Preprocessing(spacing, intensity=intensity), ROI, 1, {}
+    )
+    whole, shown = image((30, 40, 20)) + 500, []
+    monkeypatch.setattr(report, "picture", lambda image, *rest: shown.append(image.copy()) or "")
+    (source,) = imaging.find([nifti(tmp_path / "x.nii.gz", whole, affine(axes))], 1.0)
+    case = predict._case(source, tmp_path / "y.nii.gz", ensemble, options(tmp_path), CPU)
+    np.testing.assert_array_equal(shown[0], whole)
+    labels = np.asarray(nibabel.load(tmp_path / "y.nii.gz").dataobj)
+    found = [organ for organ in case.organs if organ.voxels]
+    assert found
+    for organ in found:
+        inside = whole[np.isin(labels, organ.values)]
+        assert (organ.mean, organ.std) == pytest.approx((inside.mean(), inside.std()), rel=1e-4)
 
 
 def options(tmp_path, **more) -> predict.Options:
