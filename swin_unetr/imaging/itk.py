@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from ..foreign import reading
 from .nifti import GIB, BadCase
 
 TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -23,17 +24,15 @@ def read_itk(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
     Raises:
         BadCase: the file is damaged, larger than `largest` by its header, or no grid of numbers.
     """
-    try:
-        header = sitk.ImageFileReader()
-        header.SetFileName(str(path))
-        header.ReadImageInformation()
-        size = 4 * header.GetNumberOfComponents() * math.prod(header.GetSize())
+    with reading(path, BadCase):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        size = 4 * reader.GetNumberOfComponents() * math.prod(reader.GetSize())
         if size > largest * GIB:
             raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise BadCase(f"{path}: cannot be read: {str(error).strip().splitlines()[-1]}") from error
-    values = sitk.GetArrayFromImage(image)  # ([Z, ]Y, X[, C])
+        image = reader.Execute()
+        values = sitk.GetArrayFromImage(image)  # ([Z, ]Y, X[, C])
     if values.dtype.kind not in "iuf":
         raise BadCase(f"{path}: has voxels of type {values.dtype}; accepted are real numbers")
     if image.GetNumberOfComponentsPerPixel() == 1:
