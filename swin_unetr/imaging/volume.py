@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
+from ..foreign import listed
 from ..preprocessing import finite
 from . import dicom
 from .itk import read_itk, write_itk
@@ -21,6 +21,8 @@ from .nifti import BadCase, read_with_header
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".mha", ".mhd")
 SUFFIXES = (*NIFTI, *ITK)
+DATA = (".raw", ".zraw")
+"""Of files that hold the values of a MetaImage."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +50,46 @@ class Source:
     """An image that can be read.
 
     Attributes:
-        name: of the case: the file's without suffix, or what a DICOM series says of itself, after its folder's name
-            where several say the same.
-        path: file, or folder of the series.
+        name: of the case: the file's without suffix, or what a DICOM series says of itself, after its folders where
+            several say the same.
+        path: file, or folder of the series' slices.
         read: reads it; raises `BadCase`, which names the file.
+        notes: what a reader of a result should know of how it was found.
     """
 
     name: str
     path: Path
     read: Callable[[], Volume]
+    notes: tuple[str, ...] = ()
 
 
-def find(paths: Sequence[Path], largest: float) -> list[Source]:
+def find(
+    paths: Sequence[Path], largest: float, skip: Callable[[Path, str], None] = lambda path, why: None
+) -> list[Source]:
     """The images that `paths` name: a file; a folder of volumes; a folder of DICOM files, each series by itself.
 
     Args:
         largest: GiB that one image may take uncompressed.
+        skip: is told of every file in the folders that is left out, and why.
 
     Raises:
         ValueError: a path is missing, of an unknown kind or holds no image, or two images have one name.
     """
-    sources = [source for path in paths for source in _sources(Path(path), largest)]
-    # Series of several patients are often named alike; their folders tell them apart.
-    shared = Counter(source.name for source in sources)
-    sources = [
-        replace(source, name=f"{source.path.resolve().name}_{source.name}")
-        if shared[source.name] > 1 and source.path.is_dir()
-        else source
-        for source in sources
-    ]
+    sources: list[Source] = []
+    series: list[dicom.Series] = []
+    for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise ValueError(f"input: {path} does not exist")
+        if not os.path.isdir(path):
+            sources.append(_file(path, largest))
+        elif volumes := _volumes(path, skip):
+            sources += [_file(volume, largest) for volume in volumes]
+        elif found := dicom.find(path, skip):
+            series += found
+        else:
+            raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")
+    for one, name in zip(series, dicom.names(series), strict=True):
+        sources.append(Source(name, one.folder, partial(_read_series, one, largest), one.notes))
     by_name: dict[str, Source] = {}
     for source in sources:
         other = by_name.setdefault(source.name, source)
@@ -87,32 +100,25 @@ def find(paths: Sequence[Path], largest: float) -> list[Source]:
     return sources
 
 
-def _sources(path: Path, largest: float) -> list[Source]:
-    if not path.exists():
-        raise ValueError(f"input: {path} does not exist")
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"input: {path} ends in none of {', '.join(SUFFIXES)}; of DICOM, name the folder")
-        return [_file(path, largest)]
-    volumes = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
-    if volumes:
-        return [_file(volume, largest) for volume in volumes]
-    try:
-        series = dicom.find(path)
-    except BadCase as error:
-        return [Source(path.resolve().name, path, partial(_fail, error))]
-    if not series:
-        raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")
-    return [Source(one.name, path, lambda one=one: Volume(*dicom.read(one, largest))) for one in series]
-
-
-def _fail(error: BadCase) -> Volume:
-    raise error
+def _volumes(folder: Path, skip: Callable[[Path, str], None]) -> list[Path]:
+    """The images in `folder` itself, if it has any; what else is in it is left out."""
+    entries = [path for path in listed(folder) if not path.name.startswith(".")]
+    volumes = [path for path in entries if path.name.endswith(SUFFIXES)]
+    for path in entries if volumes else ():
+        if not path.name.endswith((*SUFFIXES, *DATA)):
+            skip(path, "is a folder" if os.path.isdir(path) else f"ends in none of {', '.join(SUFFIXES)}")
+    return volumes
 
 
 def _file(path: Path, largest: float) -> Source:
-    suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise ValueError(f"input: {path} ends in none of {', '.join(SUFFIXES)}; of DICOM, name the folder")
     return Source(path.name.removesuffix(suffix), path, lambda: read(path, largest))
+
+
+def _read_series(series: dicom.Series, largest: float) -> Volume:
+    return Volume(*dicom.read(series, largest))
 
 
 def read(path: Path, largest: float) -> Volume:
@@ -139,7 +145,8 @@ def read(path: Path, largest: float) -> Volume:
 def output_suffix(source: Source) -> str:
     """Of a label map for `source`: its own, and NIfTI for DICOM."""
     return next(
-        (suffix for suffix in SUFFIXES if source.path.name.endswith(suffix) and source.path.is_file()), ".nii.gz"
+        (suffix for suffix in SUFFIXES if source.path.name.endswith(suffix) and not os.path.isdir(source.path)),
+        ".nii.gz",
     )
 
 
