@@ -27,10 +27,10 @@ def shown(text: object) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def some(names: Sequence[object], most: int = 3) -> str:
     """The first of `names`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(map(str, names[:most])) + more
 
 
 def shorten(name: str) -> str:

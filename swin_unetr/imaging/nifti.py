@@ -82,3 +82,19 @@ def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], int]:
             voxels = math.prod(map(int, header.get_data_shape()))
             return kind, int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
     raise ValueError("is no NIfTI file")
+
+
+def as_float32(values: np.ndarray, where: object) -> np.ndarray:
+    """`values` as float32.
+
+    Raises:
+        BadCase: one of them is NaN or infinite then; the message names `where` they came from.
+    """
+    with np.errstate(over="ignore"):
+        cast = values.astype(np.float32, copy=False)
+    bad = int(np.count_nonzero(~np.isfinite(cast)))
+    if bad:
+        beyond = bad - int(np.count_nonzero(~np.isfinite(values)))
+        of_them = f", {beyond} of them beyond the range of float32" if beyond else ""
+        raise BadCase(f"{where}: {bad} voxels are NaN or infinite{of_them}; accepted are finite intensities")
+    return cast

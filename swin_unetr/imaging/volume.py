@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,9 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from ..foreign import listed
-from ..preprocessing import finite
 from . import dicom
 from .itk import read_itk, write_itk
-from .nifti import BadCase, read_with_header
+from .nifti import BadCase, as_float32, read_with_header
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".mha", ".mhd")
@@ -118,7 +118,8 @@ def _file(path: Path, largest: float) -> Source:
 
 
 def _read_series(series: dicom.Series, largest: float) -> Volume:
-    return Volume(*dicom.read(series, largest))
+    values, affine = dicom.read(series, largest)
+    return Volume(as_float32(values, series.folder), affine)
 
 
 def read(path: Path, largest: float) -> Volume:
@@ -135,11 +136,8 @@ def read(path: Path, largest: float) -> Volume:
         values, affine = read_itk(path, largest)
         if values.ndim != 4:
             raise BadCase(f"{path}: has {values.ndim - 1} axes; accepted are three")
-    try:
-        finite(values, str(path))
-    except ValueError as error:
-        raise BadCase(str(error)) from error
-    return Volume(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32), affine, header)  # (C, X, Y, Z)
+    values = as_float32(values, path)
+    return Volume(np.ascontiguousarray(np.moveaxis(values, -1, 0)), affine, header)  # (C, X, Y, Z)
 
 
 def output_suffix(source: Source) -> str:
@@ -157,7 +155,9 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
         OSError: the file cannot be written.
     """
     suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
-    temporary = path.with_name(f".{path.name.removesuffix(suffix)}.part{'.mha' if suffix == '.mhd' else suffix}")
+    # A name of its own length: one made of `path` could be longer than the system allows.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{digest}.part{'.mha' if suffix == '.mhd' else suffix}")
     try:
         if suffix in NIFTI:
             header = nibabel.Nifti1Header() if volume.header is None else volume.header.copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -243,6 +244,50 @@ def test_a_broken_case_is_reported_and_the_others_go_on(inputs):
     assert set(summary) == {"good"}
     uncertain = np.asarray(nibabel.load(inputs / "out" / "entropy" / "good.nii.gz").dataobj)
     assert 0 < uncertain.min() < uncertain.max() <= 1
+
+
+def test_what_is_no_image_costs_nothing_and_is_named(inputs):
+    os.mkfifo(inputs / "in" / "fifo.nii.gz")
+    (inputs / "in" / "loop.nii.gz").symlink_to("loop.nii.gz")
+    (inputs / "in" / "READ<me>.txt").write_text("no image")
+    terminal = io.StringIO()
+    assert predict.run(options(inputs), Console(file=terminal, width=300)) == 1
+    page = (inputs / "out" / "report.html").read_text()
+    for said in (
+        "fifo.nii.gz: cannot be read: is a FIFO; accepted are regular files",
+        "loop.nii.gz: cannot be read: Too many levels of symbolic links",
+    ):
+        assert said in terminal.getvalue()
+        assert said in page
+    assert f"1 file left out of {inputs / 'in'}: READ<me>.txt (ends in none of" in terminal.getvalue()
+    assert "1 file of the input left out" in page
+    assert "READ&lt;me&gt;.txt</td><td>ends in none of" in page
+    assert (inputs / "out" / "good.nii.gz").exists()
+
+
+def test_largest_bounds_the_networks_grid_too(inputs):
+    """A file of voxels of a wrong unit: small itself, huge where it is resampled."""
+    nifti(inputs / "in" / "unit.nii.gz", image((12, 12, 12)), np.diag([32.0, 32.0, 32.0, 1.0]))
+    (inputs / "in" / "good.nii.gz").unlink()
+    terminal = io.StringIO()
+    assert predict.run(options(inputs, largest=0.001), Console(file=terminal, width=300)) == 1
+    # By MONAI's own transforms.
+    item = {"image": MetaTensor(torch.zeros(1, 12, 12, 12), affine=torch.diag(torch.tensor([32.0, 32.0, 32.0, 1.0])))}
+    for step in Preprocessing((2.0, 2.0, 3.0)).geometry(("image",)):
+        item = step(item)
+    size = item["image"].numel() * 4 / 2**30
+    grid = " × ".join(map(str, item["image"].shape[1:]))
+    assert f"takes {size:.3g} GiB on the network's grid of {grid} voxels; accepted are 0.001 (largest)" in (
+        terminal.getvalue()
+    )
+    assert "By its header its voxels are of 32 × 32 × 32 mm: is that right?" in terminal.getvalue()
+
+
+def test_intensities_that_overflow_the_preprocessing_are_refused(tmp_path):
+    ensemble = ensembles.load([checkpoint(tmp_path / "x.pt", intensity="zscore")], CPU)
+    found = imaging.Volume(volume().values * np.float32(1e36), affine())
+    with pytest.raises(ValueError, match="intensities are too large: some are not finite after preprocessing"):
+        predict.segment(found, ensemble, Windows(), CPU)
 
 
 def test_results_are_not_replaced_unasked(inputs):
