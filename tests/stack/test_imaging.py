@@ -117,6 +117,82 @@ def test_what_is_no_image_is_refused(tmp_path):
         imaging.find([tmp_path / "a", tmp_path / "b"], 1.0)
 
 
+NRRD = (
+    "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nspace: left-posterior-superior\n"
+    "space directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\nencoding: raw\n"
+)
+META = "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("x.nrrd", f"{NRRD}data file: {{secret}}\n"),
+        ("x.nrrd", f"{NRRD}DATA FILE:   ../secret\n"),
+        ("x.nrrd", f"{NRRD}datafile: own/../../secret\n"),
+        ("x.nrrd", f"{NRRD}content: x\rdata file: {{secret}}\n"),  # a lone carriage return ends a line there
+        ("x.nrrd", f"{NRRD}data file: LIST 3\n../secret\n"),
+        ("x.mhd", f"{META}ElementDataFile = {{secret}}\n"),
+        ("x.mha", f"{META} ElementDataFile\t:\t../secret\n"),
+        ("x.mhd", f"{META}ElementDataFile = LIST\n../secret\n"),
+        ("x.mhd", f"{META}ElementDataFile = ../secr%ct 101 101 1\n"),
+        ("x.mhd", f"{META}ElementDataFile = ..%csecret 47 47 1\n"),  # number 47 is a slash
+    ],
+)
+def test_headers_name_no_files_of_other_folders(tmp_path, name, header):
+    """Each of these is read by SimpleITK: the test of that keeps this list honest."""
+    (tmp_path / "own").mkdir()
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(range(64)))
+    path = tmp_path / "own" / name
+    (tmp_path / "own" / "own").mkdir()
+    path.write_bytes(header.format(secret=secret).encode())
+    assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).size == 64
+    with pytest.raises(imaging.BadCase, match=rf"{name}: its header names .* as its data; accepted are"):
+        only(path)
+
+
+def test_headers_name_files_of_their_own_folder(tmp_path):
+    values = np.arange(64, dtype=np.uint8)
+    values.tofile(tmp_path / "x.raw")
+    for number, plane in enumerate(values.reshape(4, 16)):
+        plane.tofile(tmp_path / f"plane{number:02d}.raw")
+    for name, header in (
+        ("a.nrrd", f"{NRRD}data file: ./x.raw\n"),
+        ("b.nrrd", f"{NRRD}data file: plane%02d.raw 0 3 1 2\n"),
+        ("c.mhd", f"{META}ElementDataFile = x.raw\n"),
+        ("d.mhd", f"{META}ElementDataFile = LIST\n" + "".join(f"plane{n:02d}.raw\n" for n in range(4))),
+        ("e.mhd", f"{META}ElementDataFile = plane%02d.raw 0 3 1\n"),
+    ):
+        (tmp_path / name).write_text(header)
+        np.testing.assert_array_equal(only(tmp_path / name).values[0].T.ravel(), values)
+    (tmp_path / "x.raw").unlink()
+    os.mkfifo(tmp_path / "x.raw")
+    with pytest.raises(imaging.BadCase, match=r"names 'x.raw' as its data, which cannot be read: is a FIFO"):
+        only(tmp_path / "c.mhd")
+
+
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.nrrd"])
+def test_voxels_are_finite_as_float32(tmp_path, name):
+    values = image((7, 5, 4)).astype(np.float64)
+    values[:2] = np.finfo(np.float64).max
+    if name.endswith(".nrrd"):
+        write_itk(values, affine(), tmp_path / name)
+    else:
+        nifti(tmp_path / name, values)
+    with pytest.raises(imaging.BadCase, match="40 voxels are NaN or infinite, 40 of them beyond the range of float32"):
+        only(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mhd"])
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path, suffix):
+    path = tmp_path / f"{'x' * (255 - len(suffix))}{suffix}"
+    imaging.write(np.ones((4, 4, 4), np.uint8), imaging.Volume(np.ones((1, 4, 4, 4), np.float32), affine()), path)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    if suffix != ".mhd":
+        assert only(path).values.sum() == 64
+
+
 # --- DICOM ---
 
 ORIENTATIONS = {"axial": (1, 0, 0, 0, 1, 0), "coronal": (1, 0, 0, 0, 0, -1), "sagittal": (0, 1, 0, 0, 0, -1)}
@@ -280,6 +356,18 @@ def test_a_damaged_header_costs_its_own_series_alone(tmp_path):
     assert whole.read().values.shape == (1, 6, 5, 4)
     with pytest.raises(imaging.BadCase, match=rf"{path.name}: cannot be read: .*x\.0"):
         broken.read()
+
+
+def test_slices_are_finite_and_names_short_enough(tmp_path):
+    series(tmp_path / "d", image((6, 5, 3)), SeriesDescription="long " * 12, RescaleSlope="1e40")
+    (tmp_path / ("f" * 240)).mkdir()
+    (tmp_path / "d").rename(tmp_path / ("f" * 240) / "d")
+    series(tmp_path / "d", image((6, 5, 3)), SeriesDescription="long " * 12)
+    found = imaging.find([tmp_path], 1.0)
+    assert len({source.name for source in found}) == 2
+    assert all(len(source.name) < 240 for source in found)
+    with pytest.raises(imaging.BadCase, match=r"voxels are NaN or infinite"):
+        next(source for source in found if "f" * 240 in str(source.path)).read()
 
 
 ROWS, UID = b"\x28\x00\x10\x00US", b"\x20\x00\x0e\x00UI"
