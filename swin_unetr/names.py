@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import html
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
 """How files are written: names of files need not be UTF-8, and must not cost what has been computed."""
@@ -25,6 +29,11 @@ def markup(text: object) -> str:
 def shown(text: object) -> str:
     """Text that any terminal and font can show: what cannot be printed stands as an escape."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+
+
+def say(console: Console, text: str, style: str | None = None, **how: bool) -> None:
+    """Print `text` as it is: brackets in it are no markup."""
+    console.print(shown(text), style=style, markup=False, highlight=False, **how)
 
 
 def some(names: Sequence[object], most: int = 3) -> str:

@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import monai
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import swin_kernels
 
 from . import distributed, imaging
-from .names import shown, some
+from .names import say, some
 from .prediction import ensemble as ensembles
 from .prediction import report, volumes
 from .prediction.ensemble import Ensemble, Mirrored
@@ -241,19 +242,17 @@ def _show(
     options: Options,
     console: Console,
 ) -> None:
-    def say(text: str, style: str | None = None) -> None:
-        console.print(shown(text), style=style, markup=False, highlight=False)
-
+    tell = partial(say, console)
     for case in done:
         organs = ", ".join(f"{organ.name} {organ.millilitres:,.1f} ml" for organ in case.organs)
-        say(f"{case.output}: {organs} ({case.seconds:.1f} s)")
+        tell(f"{case.output}: {organs} ({case.seconds:.1f} s)")
         for text in (*case.warnings, *case.notes):
-            say(f"  {text}", "yellow")
+            tell(f"  {text}", "yellow")
     by_folder: dict[Path, list[str]] = {}
     for path, why in left_out:
         by_folder.setdefault(path.parent, []).append(f"{path.name} ({why})")
     for folder, files in by_folder.items():
-        say(f"{len(files)} file{'s' * (len(files) != 1)} left out of {folder}: {some(files)}", "yellow")
+        tell(f"{len(files)} file{'s' * (len(files) != 1)} left out of {folder}: {some(files)}", "yellow")
     for name, why in failed.items():
-        say(f"not segmented: {name}: {why}", "red")
-    say(f"in {options.out}: report.html, volumes.csv, volumes.json")
+        tell(f"not segmented: {name}: {why}", "red")
+    tell(f"in {options.out}: report.html, volumes.csv, volumes.json")
