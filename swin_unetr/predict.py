@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import monai
 import numpy as np
@@ -24,12 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import swin_kernels
 
 from . import distributed, imaging
+from .imaging import dicom
 from .names import say, some
 from .prediction import ensemble as ensembles
 from .prediction import report, volumes
 from .prediction.ensemble import Ensemble, Mirrored
 from .prediction.restore import Restored, axes_between
-from .prediction.windows import Windows, slabs
+from .prediction.windows import GIB, Windows, slabs
 
 ENTROPY = "entropy"
 """Folder of the entropy maps, inside of that of the results."""
@@ -53,6 +55,8 @@ class Options:
         windows: how a volume is cut, and how much memory is used.
         mirror: axes of the network's volume that are mirrored too, the mean deciding: [0, 1, 2] takes 8 times as long.
         entropy: write maps of the prediction's entropy into entropy/: 0 is certain, 1 is not knowing anything.
+        identify: begin the names of DICOM series, and so those of their results, with the accession number (accession)
+            or the patient's ID (patient); by default no results have data of patients but the names of their folders.
         overwrite: replace results that are there.
         largest: GiB that one image may take as float32, in its file and resampled to the network's spacing.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
@@ -64,6 +68,7 @@ class Options:
     windows: Windows = field(default_factory=Windows)
     mirror: tuple[int, ...] = ()
     entropy: bool = False
+    identify: Literal["accession", "patient"] | None = None
     overwrite: bool = False
     largest: float = 16.0
     device: str | None = None
@@ -74,6 +79,8 @@ class Options:
                 raise ValueError(f"{name} is empty; accepted is one path or more")
         if len(set(self.mirror)) < len(self.mirror) or not set(self.mirror) <= {0, 1, 2}:
             raise ValueError(f"mirror is {tuple(self.mirror)}; accepted are different axes of (0, 1, 2)")
+        if self.identify not in (None, *dicom.IDENTITIES):
+            raise ValueError(f"identify is {self.identify!r}; accepted are {', '.join(dicom.IDENTITIES)} and null")
         if not self.largest > 0:
             raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
 
@@ -93,7 +100,9 @@ def run(options: Options, console: Console | None = None) -> int:
 
 def _run(options: Options, device: torch.device, console: Console) -> int:
     left_out: list[tuple[Path, str]] = []
-    sources = imaging.find(options.input, options.largest, lambda path, why: left_out.append((path, why)))
+    sources = imaging.find(
+        options.input, options.largest, lambda path, why: left_out.append((path, why)), options.identify
+    )
     outputs = {source.name: options.out / f"{source.name}{imaging.output_suffix(source)}" for source in sources}
     distributed.first(lambda: _prepare(options, sources, outputs.values()))
     ensemble = ensembles.load(options.checkpoint, device)
@@ -194,6 +203,12 @@ def segment(
     grid = tuple(prepared.shape[1:])
     affine = prepared.affine.numpy().astype(np.float64)
     axes = axes_between(volume.affine, volume.values.shape[1:], affine, grid)
+    classes = 4 * ensemble.labels.channels * math.prod(grid)  # bytes of all probabilities
+    if axes is None and classes > largest * GIB:
+        raise ValueError(
+            f"the image's axes are not at right angles (a tilted gantry?), which takes {classes / GIB:.3g} GiB for "
+            f"the classes of the whole volume at once; accepted are {largest:g} (largest)"
+        )
     restored = Restored(volume.values.shape[1:], axes, ensemble.labels, entropy)
     # As MONAI's sliding window does where a volume is smaller than the window: zeros on both sides.
     lack = [max(0, extent - have) for extent, have in zip(ensemble.roi, grid, strict=True)]

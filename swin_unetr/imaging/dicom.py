@@ -31,6 +31,8 @@ TAGS = (
     "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames",
     "SamplesPerPixel",
 )  # fmt: skip
+IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
+"""What else may be part of a series' name, where a user asks for it."""
 PREAMBLE = 128  # bytes
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 """Of DICOM without preamble: the group of the first element, 2 or 8, in either order of bytes."""
@@ -116,7 +118,9 @@ class Series:
     notes: tuple[str, ...] = ()
 
 
-def find(folder: Path, skip: Callable[[Path, str], None] = lambda path, why: None) -> list[Series]:
+def find(
+    folder: Path, skip: Callable[[Path, str], None] = lambda path, why: None, identify: str | None = None
+) -> list[Series]:
     """The series among the files in `folder` and below it, by folder.
 
     Slices of one series that differ in echo, orientation, extents or extents of pixels are series of their own. A
@@ -125,8 +129,9 @@ def find(folder: Path, skip: Callable[[Path, str], None] = lambda path, why: Non
 
     Args:
         skip: is told of every file that is no slice, and why.
+        identify: one of `IDENTITIES`, which labels begin with then: patients' data.
     """
-    files = [_file(path) if why is None else Other(path, why) for path, why in walk(folder)]
+    files = [_file(path, identify) if why is None else Other(path, why) for path, why in walk(folder)]
     groups = _groups(file for file in files if isinstance(file, Slice))
     known = {group[0].series for group in groups}
     damaged: dict[str | Path, list[Other]] = defaultdict(list)  # by series, or by folder where that is not known
@@ -149,7 +154,7 @@ def find(folder: Path, skip: Callable[[Path, str], None] = lambda path, why: Non
     return sorted(found, key=lambda one: (one.folder, one.label))
 
 
-def _file(path: Path) -> Slice | Other:
+def _file(path: Path, identify: str | None) -> Slice | Other:
     """What a regular file holds."""
     dicom = False
     try:
@@ -159,12 +164,13 @@ def _file(path: Path) -> Slice | Other:
             if not dicom and head[:2] not in STARTS:
                 return Other(path, "is no DICOM file" if head else "is empty")
             file.seek(0)
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(TAGS), force=True)
+            tags = [*TAGS, IDENTITIES[identify]] if identify else list(TAGS)
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
             series = str(header.get("SeriesInstanceUID") or "")
             if not series or not header.get("Rows"):
                 kind = getattr(header.get("SOPClassUID"), "name", None)
                 return Other(path, f"is DICOM without an image{f' ({kind})' if kind else ''}", series)
-            return _slice(path, series, header)
+            return _slice(path, series, header, str(header.get(IDENTITIES[identify]) or "") if identify else "")
     except BadCase as error:
         return Other(path, str(error).removeprefix(f"{path}: "), _series_of(path), dicom)
 
@@ -180,7 +186,7 @@ def _series_of(path: Path) -> str:
         return ""
 
 
-def _slice(path: Path, series: str, header: pydicom.Dataset) -> Slice:
+def _slice(path: Path, series: str, header: pydicom.Dataset, identity: str) -> Slice:
     axes, spacing = _numbers(header, "ImageOrientationPatient", 6), _numbers(header, "PixelSpacing", 2)
     if axes is not None:
         lengths = [np.linalg.norm(part) for part in (axes[:3], axes[3:], np.cross(axes[:3], axes[3:]))]
@@ -188,7 +194,7 @@ def _slice(path: Path, series: str, header: pydicom.Dataset) -> Slice:
             raise ValueError(f"ImageOrientationPatient is {axes}; accepted are two directions at right angles")
     if spacing is not None and not min(spacing) > 0:
         raise ValueError(f"PixelSpacing is {spacing}; accepted are mm above 0")
-    parts = ("series", str(header.get("SeriesNumber") or ""), str(header.get("SeriesDescription") or ""))
+    parts = (identity, "series", str(header.get("SeriesNumber") or ""), str(header.get("SeriesDescription") or ""))
     return Slice(
         path=path,
         series=series,

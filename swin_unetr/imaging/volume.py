@@ -64,13 +64,17 @@ class Source:
 
 
 def find(
-    paths: Sequence[Path], largest: float, skip: Callable[[Path, str], None] = lambda path, why: None
+    paths: Sequence[Path],
+    largest: float,
+    skip: Callable[[Path, str], None] = lambda path, why: None,
+    identify: str | None = None,
 ) -> list[Source]:
     """The images that `paths` name: a file; a folder of volumes; a folder of DICOM files, each series by itself.
 
     Args:
         largest: GiB that one image may take uncompressed.
         skip: is told of every file in the folders that is left out, and why.
+        identify: what the names of DICOM series begin with: accession (number), patient (ID), or nothing of a patient.
 
     Raises:
         ValueError: a path is missing, of an unknown kind or holds no image, or two images have one name.
@@ -84,7 +88,7 @@ def find(
             sources.append(_file(path, largest))
         elif volumes := _volumes(path, skip):
             sources += [_file(volume, largest) for volume in volumes]
-        elif found := dicom.find(path, skip):
+        elif found := dicom.find(path, skip, identify):
             series += found
         else:
             raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")

@@ -346,6 +346,13 @@ def test_patients_with_equal_series_are_told_apart(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("identify", "start"), [("patient", "secret"), ("accession", "a_17")])
+def test_names_have_data_of_patients_where_asked_for(tmp_path, identify, start):
+    series(tmp_path / "d", image((6, 5, 4)), AccessionNumber="A/17")
+    names = [imaging.find([tmp_path / "d"], 1.0, identify=asked)[0].name for asked in (None, identify)]
+    assert names == ["series_3_thorax_2_5", f"{start}_series_3_thorax_2_5"]
+
+
 def test_a_damaged_header_costs_its_own_series_alone(tmp_path):
     series(tmp_path / "d", image((6, 5, 4)))
     path = next((tmp_path / "d").iterdir())

@@ -83,6 +83,9 @@ def test_a_tilted_gantry_is_interpolated_in_space(tmp_path):
     found = imaging.Volume(volume().values, place)
     ours = predict.segment(found, ensemble, Windows(), CPU, say=said.append).labels
     assert "tilted gantry" in said[0]
+    # The image takes 0.0007 GiB on the network's grid, and there are three classes.
+    with pytest.raises(ValueError, match=r"for the classes of the whole volume at once; accepted are .* \(largest\)"):
+        predict.segment(found, ensemble, Windows(), CPU, largest=0.001)
     assert (ours == by_monai(ensemble, found, 0.5)).mean() > 0.9999
 
 
@@ -407,6 +410,7 @@ def test_bad_options_are_named(inputs, capsys):
         (["--mirror", "[0, 0]"], "mirror is (0, 0); accepted are different axes of (0, 1, 2)"),
         (["--checkpoint", "[none.pt]"], "checkpoint: none.pt does not exist"),
         (["--input", "[nowhere]"], "input: nowhere does not exist"),
+        (["--identify", "name"], "identify"),
         (["--windows.overlap", "1"], "overlap is 1.0; accepted is 0 ≤ overlap < 1"),
     ):
         assert _status([*base, "--out", str(inputs / "out"), *more]) == 2
