@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .evaluation import label_maps, report, statistics
 from .evaluation.scores import METRICS, Score, by_case, scores
+from .foreign import BadFile, reading
 from .labels import by_name
+from .names import some
 
 FORMAT = "swin-unetr evaluation 1"
 
@@ -31,12 +32,13 @@ class Options:
         labels: folder of labels; a prediction belongs to the label of the same name, or of that name before "_...".
         out: folder for the results; those of an earlier evaluation in it are overwritten.
         classes: label values by class name, such as {liver: [1, 2], cancer: 2}; classes may overlap. By default every
-            value above 0 that the labels have is a class.
+            value above 0 that the labels have is a class, unless they have more than a label map would.
         tolerance: mm up to which surfaces agree, for NSD.
         resamples: draws of the bootstrap.
         confidence: of the intervals.
         seed: of the draws.
         compare: evaluation.json of another run on the same labels; differences are this run minus that.
+        largest: GiB that one label map may take uncompressed.
     """
 
     predictions: Path
@@ -48,6 +50,7 @@ class Options:
     confidence: float = 0.95
     seed: int = 0
     compare: Path | None = None
+    largest: float = 16.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
@@ -56,6 +59,8 @@ class Options:
             self.classes = by_name(self.classes)
         if self.classes is not None and not (self.classes and all(self.classes.values())):
             raise ValueError(f"classes is {self.classes}; accepted is at least one class, each with a label value")
+        if not self.largest > 0:
+            raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
         if self.classes is not None and statistics.MEAN in self.classes:
             raise ValueError(f"classes has {statistics.MEAN!r}, the name of the mean over classes; accepted is another")
 
@@ -91,14 +96,14 @@ def _score_cases(options: Options, console: Console) -> dict[str, object]:
             f"no prediction in {options.predictions} belongs to a label in {options.labels}: "
             f"{_examples(predictions)} against {_examples(labels)}"
         )
-    classes = options.classes or _values_of(labels[name] for name in pairs)
+    classes = options.classes or _values_of([labels[name] for name in pairs], options.largest)
     scored: dict[str, dict[str, Score]] = {}
     failed: dict[str, str] = {}
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for name in progress.track(sorted(pairs)):
             try:
-                prediction, label = label_maps.read(pairs[name]), label_maps.read(labels[name])
+                prediction, label = (label_maps.read(of[name], options.largest) for of in (pairs, labels))
                 label_maps.check_same_grid(prediction, label)
             except ValueError as error:
                 failed[name] = str(error)
@@ -117,35 +122,48 @@ def _score_cases(options: Options, console: Console) -> dict[str, object]:
     }
 
 
-def _values_of(labels) -> dict[str, list[int]]:
-    """A class for each value above 0 in the files `labels`; a file that cannot be read is the scoring's to report."""
+def _values_of(labels: Sequence[Path], largest: float) -> dict[str, list[int]]:
+    """A class for each value above 0 in the files `labels`; a file that cannot be read is the scoring's to report.
+
+    Raises:
+        ValueError: there is none, or a file has so many that it is an image.
+    """
     values: set[int] = set()
+    unread: list[str] = []
     for path in labels:
         try:
-            values |= {int(value) for value in np.unique(label_maps.read(path).values)}
-        except ValueError:
+            found = label_maps.read(path, largest).values
+        except ValueError as error:
+            unread.append(str(error))
             continue
+        values |= label_maps.check_values(path, found, label_maps.MOST_CLASSES, "; where these have more, name classes")
     classes = {str(value): [value] for value in sorted(values) if value > 0}
     if not classes:
-        raise ValueError("the labels have no value above 0: there is nothing to score")
+        why = f": {some(unread, 1)}" if unread else ""
+        raise ValueError(f"the labels have no value above 0: there is nothing to score{why}")
     return classes
 
 
 def _read_other(path: Path) -> dict[str, object]:
     """The evaluation in a file, its scores as `Score`."""
     try:
-        other = json.loads(path.read_text())
-        if other["format"] != FORMAT:
-            raise ValueError(f"format is {other['format']!r}; accepted is {FORMAT!r}")
-        other["scores"] = {
-            case: {
-                name: Score(**{key: math.nan if value is None else value for key, value in score.items()})
-                for name, score in classes.items()
+        with reading(path, says="is no evaluation"):
+            other = json.loads(path.read_text(encoding="utf-8"))
+            if other["format"] != FORMAT:
+                raise ValueError(f"format is {other['format']!r}; accepted is {FORMAT!r}")
+            float(other["options"]["tolerance"])
+            other["scores"] = {
+                case: {
+                    name: Score(**{key: math.nan if value is None else float(value) for key, value in score.items()})
+                    for name, score in classes.items()
+                }
+                for case, classes in other["scores"].items()
             }
-            for case, classes in other["scores"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"compare: {path} is no evaluation: {type(error).__name__}: {error}") from error
+            strange = [case for case, classes in other["scores"].items() if set(classes) != set(other["classes"])]
+            if strange:
+                raise ValueError(f"case {strange[0]!r} has other classes than {list(other['classes'])}")
+    except BadFile as error:
+        raise ValueError(f"compare: {error}") from error
     return other
 
 
@@ -187,5 +205,4 @@ def _compare(results: Mapping, other: Mapping, options: Options, how: statistics
 
 
 def _examples(names) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
+    return some(list(names))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import math
+import os
 import platform
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import monai
 import numpy as np
@@ -21,12 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import swin_kernels
 
 from . import distributed, imaging
+from .imaging import dicom
 from .interruption import Interrupted, status
+from .names import say, some
 from .prediction import ensemble as ensembles
 from .prediction import report, volumes
 from .prediction.ensemble import Ensemble, Mirrored
 from .prediction.restore import Restored, axes_between
-from .prediction.windows import Windows, slabs
+from .prediction.windows import GIB, Windows, slabs
 
 ENTROPY = "entropy"
 """Folder of the entropy maps, inside of that of the results."""
@@ -50,8 +56,10 @@ class Options:
         windows: how a volume is cut, and how much memory is used.
         mirror: axes of the network's volume that are mirrored too, the mean deciding: [0, 1, 2] takes 8 times as long.
         entropy: write maps of the prediction's entropy into entropy/: 0 is certain, 1 is not knowing anything.
+        identify: begin the names of DICOM series, and so those of their results, with the accession number (accession)
+            or the patient's ID (patient); by default no results have data of patients but the names of their folders.
         overwrite: replace results that are there.
-        largest: GiB that one image may take uncompressed.
+        largest: GiB that one image may take as float32, in its file and resampled to the network's spacing.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
     """
 
@@ -61,6 +69,7 @@ class Options:
     windows: Windows = field(default_factory=Windows)
     mirror: tuple[int, ...] = ()
     entropy: bool = False
+    identify: Literal["accession", "patient"] | None = None
     overwrite: bool = False
     largest: float = 16.0
     device: str | None = None
@@ -71,6 +80,8 @@ class Options:
                 raise ValueError(f"{name} is empty; accepted is one path or more")
         if len(set(self.mirror)) < len(self.mirror) or not set(self.mirror) <= {0, 1, 2}:
             raise ValueError(f"mirror is {tuple(self.mirror)}; accepted are different axes of (0, 1, 2)")
+        if self.identify not in (None, *dicom.IDENTITIES):
+            raise ValueError(f"identify is {self.identify!r}; accepted are {', '.join(dicom.IDENTITIES)} and null")
         if not self.largest > 0:
             raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
 
@@ -89,7 +100,10 @@ def run(options: Options, console: Console | None = None) -> int:
 
 
 def _run(options: Options, device: torch.device, console: Console) -> int:
-    sources = imaging.find(options.input, options.largest)
+    left_out: list[tuple[Path, str]] = []
+    sources = imaging.find(
+        options.input, options.largest, lambda path, why: left_out.append((path, why)), options.identify
+    )
     outputs = {source.name: options.out / f"{source.name}{imaging.output_suffix(source)}" for source in sources}
     distributed.first(lambda: _prepare(options, sources, outputs.values()))
     ensemble = ensembles.load(options.checkpoint, device)
@@ -115,8 +129,8 @@ def _run(options: Options, device: torch.device, console: Console) -> int:
     done = sorted((case for of_rank, _, _ in everywhere for case in of_rank), key=lambda case: case.name)
     failed = {name: why for _, of_rank, _ in everywhere for name, why in sorted(of_rank.items())}
     signals = [number for *_, of_rank in everywhere for number in of_rank]
-    distributed.first(lambda: _write(done, failed, ensemble, options, device))
-    _show(done, failed, options, console)
+    distributed.first(lambda: _write(done, failed, left_out, ensemble, options, device))
+    _show(done, failed, left_out, options, console)
     if signals:
         return status(signals[0])
     return 1 if failed else 0
@@ -127,9 +141,10 @@ def _prepare(options: Options, sources: Sequence[imaging.Source], outputs: Colle
     files = [*outputs, *(options.out / name for name in ("volumes.csv", "volumes.json", "report.html"))]
     if options.entropy:
         files += [options.out / ENTROPY / path.name for path in outputs]
-    images = {source.path.resolve() for source in sources}
+    # Not `Path.resolve`, which raises where links lead around in a circle.
+    images = {os.path.realpath(source.path) for source in sources}
     for path in files:
-        if path.resolve() in images:
+        if os.path.realpath(path) in images:
             raise ValueError(f"out: {path} is an image to segment; accepted is another folder")
     present = [path for path in files if path.exists()]
     if present and not options.overwrite:
@@ -139,9 +154,11 @@ def _prepare(options: Options, sources: Sequence[imaging.Source], outputs: Colle
 
 def _case(source, output: Path, ensemble: Ensemble, options: Options, device: torch.device) -> report.Case:
     started = time.perf_counter()
-    notes: list[str] = []
+    notes = list(source.notes)
     volume = source.read()
-    found = segment(volume, ensemble, options.windows, device, options.mirror, options.entropy, notes.append)
+    found = segment(
+        volume, ensemble, options.windows, device, options.mirror, options.entropy, notes.append, options.largest
+    )
     imaging.write(found.labels, volume, output)
     entropy = ""
     if found.entropy is not None:
@@ -173,24 +190,37 @@ def segment(
     mirror: Sequence[int] = (),
     entropy: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    largest: float = math.inf,
 ) -> Restored:
     """Label map of `volume` on its own grid, and its entropy if asked for.
 
     Args:
         mirror: axes that are mirrored too.
         say: is told what a reader of the result should know of how it was made.
+        largest: GiB that the image may take on the network's grid.
 
     Raises:
-        ValueError: the volume has other channels than the networks.
+        ValueError: the volume has other channels than the networks, takes more than `largest` on their grid, or has
+            intensities there that are not finite.
     """
     if len(volume.values) != ensemble.channels:
         raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")
-    image = MetaTensor(torch.from_numpy(volume.values), affine=torch.from_numpy(volume.affine))
+    # A copy: MONAI's transforms write into what they are given wherever they can, and `volume` is measured afterwards.
+    image = MetaTensor(torch.tensor(volume.values), affine=torch.tensor(volume.affine))
     preprocessing = ensemble.preprocessing
+    preprocessing.check_grid(image, largest)
     prepared = Compose([*preprocessing.geometry(("image",)), *preprocessing.scale()])({"image": image})["image"]
+    if not prepared.isfinite().all():
+        raise ValueError("the image's intensities are too large: some are not finite after preprocessing")
     grid = tuple(prepared.shape[1:])
     affine = prepared.affine.numpy().astype(np.float64)
     axes = axes_between(volume.affine, volume.values.shape[1:], affine, grid)
+    classes = 4 * ensemble.labels.channels * math.prod(grid)  # bytes of all probabilities
+    if axes is None and classes > largest * GIB:
+        raise ValueError(
+            f"the image's axes are not at right angles (a tilted gantry?), which takes {classes / GIB:.3g} GiB for "
+            f"the classes of the whole volume at once; accepted are {largest:g} (largest)"
+        )
     restored = Restored(volume.values.shape[1:], axes, ensemble.labels, entropy)
     # As MONAI's sliding window does where a volume is smaller than the window: zeros on both sides.
     lack = [max(0, extent - have) for extent, have in zip(ensemble.roi, grid, strict=True)]
@@ -214,7 +244,7 @@ def segment(
     return restored
 
 
-def _write(done, failed, ensemble: Ensemble, options: Options, device: torch.device) -> None:
+def _write(done, failed, left_out, ensemble: Ensemble, options: Options, device: torch.device) -> None:
     report.write_tables(done, options.out)
     prepared = (
         f"{name} {value}" for name, value in asdict(ensemble.preprocessing).items() if name != "crop_foreground"
@@ -229,15 +259,27 @@ def _write(done, failed, ensemble: Ensemble, options: Options, device: torch.dev
         f"Python {platform.python_version()}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    report.write(done, failed, how, ensemble.labels, options.out / "report.html")
+    report.write(done, failed, how, ensemble.labels, options.out / "report.html", left_out)
 
 
-def _show(done: Sequence[report.Case], failed: dict[str, str], options: Options, console: Console) -> None:
+def _show(
+    done: Sequence[report.Case],
+    failed: dict[str, str],
+    left_out: Sequence[tuple[Path, str]],
+    options: Options,
+    console: Console,
+) -> None:
+    tell = partial(say, console)
     for case in done:
         organs = ", ".join(f"{organ.name} {organ.millilitres:,.1f} ml" for organ in case.organs)
-        console.print(f"{case.output}: {organs} ({case.seconds:.1f} s)", markup=False, highlight=False)
+        tell(f"{case.output}: {organs} ({case.seconds:.1f} s)")
         for text in (*case.warnings, *case.notes):
-            console.print(f"  {text}", style="yellow", markup=False, highlight=False)
+            tell(f"  {text}", "yellow")
+    by_folder: dict[Path, list[str]] = {}
+    for path, why in left_out:
+        by_folder.setdefault(path.parent, []).append(f"{path.name} ({why})")
+    for folder, files in by_folder.items():
+        tell(f"{len(files)} file{'s' * (len(files) != 1)} left out of {folder}: {some(files)}", "yellow")
     for name, why in failed.items():
-        console.print(f"not segmented: {name}: {why}", style="red", markup=False, highlight=False)
-    console.print(f"in {options.out}: report.html, volumes.csv, volumes.json", markup=False, highlight=False)
+        tell(f"not segmented: {name}: {why}", "red")
+    tell(f"in {options.out}: report.html, volumes.csv, volumes.json")

@@ -10,8 +10,11 @@ from typing import Literal
 from . import lazily
 
 np = lazily.Module("numpy")
+torch = lazily.Module("torch")
+data = lazily.Module("monai.data")
 transforms = lazily.Module("monai.transforms")
 
+GIB = 2**30
 FINEST, COARSEST = 1e-4, 1e3
 """Extents of a voxel in mm, from microscopy to beyond any scanner."""
 
@@ -63,16 +66,23 @@ class Preprocessing:
             steps.append(transforms.Spacingd(keys, pixdim=self.spacing, mode=mode))
         return steps
 
+    def check_grid(self, image: data.MetaTensor, largest: float) -> None:
+        """Raise `ValueError` if ``image (C, *S)`` takes more than `largest` GiB on the grid that `geometry` makes."""
+        outline = data.MetaTensor(torch.zeros(()).expand(image.shape), affine=image.affine)  # of no memory
+        item = {"image": outline}
+        for step in self.geometry(("image",)):
+            item = step(item, lazy=True)
+        grid = tuple(int(extent) for extent in item["image"].peek_pending_shape())
+        size = 4 * len(image) * math.prod(grid) if min(grid) > 0 else math.inf  # what overflows comes out negative
+        if size > largest * GIB:
+            spacing = " × ".join(f"{float(extent):.3g}" for extent in image.pixdim)
+            raise ValueError(
+                f"the image takes {size / GIB:.3g} GiB on the network's grid of {' × '.join(map(str, grid))} voxels; "
+                f"accepted are {largest:g} (largest). By its header its voxels are of {spacing} mm: is that right?"
+            )
+
     def scale(self) -> list[transforms.Transform]:
         """Intensities of the key ``image``, ``(C, *S)``."""
         if self.intensity == "zscore":
             return [transforms.NormalizeIntensityd("image", nonzero=True, channel_wise=True)]
         return [transforms.ScaleIntensityRanged("image", *self.window, 0.0, 1.0, clip=True)]
-
-
-def finite(image: np.ndarray, where: str) -> np.ndarray:
-    """`image`, or `ValueError` that names `where` it came from if a voxel is NaN or infinite."""
-    bad = int(np.count_nonzero(~np.isfinite(image)))
-    if bad:
-        raise ValueError(f"{where}: {bad} voxels are NaN or infinite; accepted are finite intensities")
-    return image

@@ -13,6 +13,8 @@ from typing import Any
 from monai.data.utils import partition_dataset
 
 from ..evaluation.label_maps import case_name
+from ..foreign import BadFile, irregular, reading
+from ..names import some
 from .options import Data
 
 
@@ -71,9 +73,10 @@ def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[
 
 def _json(path: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"datalist: {path} cannot be read as JSON: {error}") from error
+        with reading(path, says="cannot be read as JSON"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except BadFile as error:
+        raise ValueError(f"datalist: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(
             f"datalist: {path} holds a {type(content).__name__}; accepted is an object with lists of cases"
@@ -143,10 +146,10 @@ def _name(images: Sequence[Path]) -> str:
 
 
 def _check_files(cases: Iterable[Case], datalist: Path) -> None:
-    missing = [str(file) for case in cases for file in case.files if not file.is_file()]
+    reasons = {file: irregular(file) for case in cases for file in case.files}
+    missing = [f"{file} ({why})" for file, why in reasons.items() if why is not None]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"{datalist}: lists files that are missing: {', '.join(missing[:3])}{more}")
+        raise ValueError(f"{datalist}: lists files that are missing: {some(missing)}")
     unknown = [str(file) for case in cases for file in case.files if not file.name.endswith((".nii", ".nii.gz"))]
     if unknown:
         raise ValueError(f"{datalist}: lists {unknown[0]}; accepted are NIfTI files, .nii or .nii.gz")

@@ -11,8 +11,8 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 from nibabel.affines import apply_affine, voxel_sizes
 
-from ..imaging.nifti import BadCase, read_nifti
-from ..preprocessing import finite
+from ..imaging.nifti import BadCase, as_float32, read_nifti
+from ..names import some
 from .datalist import Case
 
 AGREEMENT = 1e-3  # mm; files keep float32 geometry
@@ -40,8 +40,7 @@ class ReadCase(Transform):
         parts, affine = [], None
         for path in case.images:
             values, place = read_nifti(path, self.largest)
-            finite_or_bad(values, path)
-            values = values.astype(np.float32)
+            values = as_float32(values, path)
             parts.append(np.moveaxis(values, -1, 0) if values.ndim == 4 else values[None])  # (C, X, Y, Z)
             if affine is None:
                 affine = place
@@ -61,22 +60,18 @@ class ReadCase(Transform):
         """`label` as uint8."""
         with np.errstate(invalid="ignore"):
             small = label.astype(np.uint8)
-        strange = set(np.unique(label[small != label]).tolist())  # no whole numbers from 0 to 255
-        counts = torch.bincount(torch.from_numpy(small.reshape(-1)), minlength=256)
-        strange.update(value for value in counts.nonzero().flatten().tolist() if value not in self.values)
+        other = small != label  # no whole numbers from 0 to 255
+        # Scalars of NumPy say what they are in full: of a float32 just below 2, 1.9999999.
+        strange = list(np.unique(label[other]))
+        whole = small[~other] if strange else small
+        counts = torch.bincount(torch.from_numpy(whole.reshape(-1)), minlength=256)
+        strange += [value for value in counts.nonzero().flatten().tolist() if value not in self.values]
         if strange:
             raise BadCase(
-                f"{path}: has label values {', '.join(f'{value:g}' for value in sorted(strange)[:5])}; accepted are "
-                f"those of classes and of background, {sorted(self.values)}"
+                f"{path}: has label values {some(strange, 5)}; accepted are those of classes and of background, "
+                f"{sorted(self.values)}"
             )
         return small
-
-
-def finite_or_bad(values: np.ndarray, path: Path) -> None:
-    try:
-        finite(values, str(path))
-    except ValueError as error:
-        raise BadCase(str(error)) from error
 
 
 def _tensor(values: np.ndarray, affine: np.ndarray) -> MetaTensor:

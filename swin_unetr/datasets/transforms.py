@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from monai import transforms
+from monai.data import MetaTensor
 from monai.transforms.utils import map_binary_to_indices
 
 from ..preprocessing import Preprocessing
@@ -22,7 +23,19 @@ than the image."""
 def preprocess(read: ReadCase, preprocessing: Preprocessing) -> list[transforms.Transform]:
     """`Case` to image and label ``(C, *S)`` on the grid and in the intensities that the network sees."""
     keys = ("image",) if read.values is None else ("image", "label")
-    return [read, *preprocessing.geometry(keys), *preprocessing.scale()]
+    return [read, Fits(preprocessing, read.largest), *preprocessing.geometry(keys), *preprocessing.scale()]
+
+
+class Fits(transforms.Transform):
+    """Refuses a case whose image takes more than `largest` GiB on the grid it is resampled to."""
+
+    def __init__(self, preprocessing: Preprocessing, largest: float) -> None:
+        self.preprocessing = preprocessing
+        self.largest = largest
+
+    def __call__(self, case: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
+        self.preprocessing.check_grid(case["image"], self.largest)
+        return case
 
 
 def _plain(keys: Sequence[str]) -> list[transforms.Transform]:

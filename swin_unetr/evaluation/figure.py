@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..names import shown
 from .scores import HIGHER_IS_BETTER, METRICS
 from .statistics import Estimate
 
@@ -73,21 +74,24 @@ def draw_differences(estimates: Mapping[str, Mapping[str, Estimate]], title: str
 def _panels(rows: list[str], title: str, caption: str) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each metric, rows from the top."""
     height = 1.5 + 0.45 * len(rows)
-    longest = max(len(row) for row in rows)
+    shown_rows = [shown(row) for row in rows]
+    longest = max(len(row) for row in shown_rows)
     figure = Figure(figsize=(12, height), facecolor="white")
     left = 0.03 + min(0.25, 0.007 * longest)
     grid = {"left": left, "right": 0.985, "top": 1 - 0.85 / height, "bottom": 0.55 / height, "wspace": 0.1}
     panels = figure.subplots(1, len(METRICS), gridspec_kw=grid)
     for index, axes in enumerate(panels):
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(rows)), rows if index == 0 else [""] * len(rows), color=INK)
+        axes.set_yticks(range(len(rows)), shown_rows if index == 0 else [""] * len(rows), color=INK, parse_math=False)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", colors=MUTED, labelsize=9)
         axes.grid(axis="x", color="#e4e9ef", linewidth=0.8)
         axes.set_axisbelow(True)
         for side in axes.spines.values():
             side.set_visible(False)
-    figure.text(0.015, 1 - 0.2 / height, title, color=INK, fontsize=13, weight="bold", va="center")
+    figure.text(
+        0.015, 1 - 0.2 / height, shown(title), parse_math=False, color=INK, fontsize=13, weight="bold", va="center"
+    )
     figure.text(0.015, 0.17 / height, caption, color=MUTED, fontsize=9, va="center")
     return figure, list(panels)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,18 @@ import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
+from ..foreign import listed
 from ..imaging.itk import read_itk
 from ..imaging.nifti import read_any
 from ..imaging.volume import NIFTI
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mhd")
 AGREEMENT = 1e-3  # mm; files keep float32 geometry
+INT32 = np.iinfo(np.int32)
+MOST_CLASSES = 64
+"""Values of a label map that are taken for classes unasked: an image has more."""
+MOST_VALUES = 1024
+"""Values that a label map may have at all: more than any atlas has."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +50,10 @@ def find(folder: Path) -> dict[str, Path]:
     Raises:
         ValueError: `folder` is no folder or has none, or two of them have one name.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"{folder} is no folder")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in listed(folder):
         if path.name.startswith(".") or not path.name.endswith(SUFFIXES):
             continue
         name = case_name(path)
@@ -85,24 +93,45 @@ def pair(predictions: Mapping[str, Path], labels: Iterable[str]) -> dict[str, Pa
     return found
 
 
-def read(path: Path) -> LabelMap:
+def read(path: Path, largest: float = math.inf) -> LabelMap:
     """The label map in a file.
 
+    Args:
+        largest: GiB that it may take uncompressed.
+
     Raises:
-        ValueError: the file is damaged or no label map; its name is in the message.
+        ValueError: the file is damaged, too large or no label map; its name is in the message.
     """
     if path.name.endswith(NIFTI):
-        values, affine, _ = read_any(path)
+        values, affine, _ = read_any(path, largest)
     else:
-        values, affine = _read_itk(path)
+        values, affine = _read_itk(path, largest)
     if values.ndim not in (2, 3):
         raise ValueError(f"{path}: has shape {values.shape}; accepted is a label map of 2 or 3 axes")
     if not np.issubdtype(values.dtype, np.integer):
-        rounded = np.rint(values)
-        if not np.array_equal(rounded, values):
-            raise ValueError(f"{path}: has values that are no integers; accepted is a label map")
-        values = rounded.astype(np.int64)
+        other = values[(np.rint(values) != values) | (np.abs(values) > INT32.max)]
+        if other.size:
+            raise ValueError(f"{path}: has values that are no integers, such as {other[0]!s}; accepted is a label map")
+        values = values.astype(np.int32)
+    # The range first: to count values takes longer.
+    if int(values.max()) - int(values.min()) > MOST_VALUES:
+        check_values(path, values, MOST_VALUES)
     return LabelMap(values, affine)
+
+
+def check_values(path: Path, values: np.ndarray, most: int, hint: str = "") -> set[int]:
+    """The different `values` of a label map.
+
+    Raises:
+        ValueError: there are more than `most`: the file is an image.
+    """
+    found = np.unique(values)
+    if len(found) > most:
+        raise ValueError(
+            f"{path}: has {len(found)} different values, from {found[0]} to {found[-1]}: is it an image? Accepted are "
+            f"label maps of up to {most} values{hint}"
+        )
+    return {int(value) for value in found}
 
 
 def check_same_grid(prediction: LabelMap, label: LabelMap) -> None:
@@ -121,8 +150,8 @@ def _corners(of: LabelMap) -> np.ndarray:
     return nibabel.affines.apply_affine(of.affine, corners)
 
 
-def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    values, affine = read_itk(path)  # (X, Y[, Z], C)
+def _read_itk(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray]:
+    values, affine = read_itk(path, largest)  # (X, Y[, Z], C)
     if values.shape[-1] != 1:
         raise ValueError(f"{path}: has {values.shape[-1]} components a voxel; accepted is one")
     return values[..., 0], affine

@@ -12,7 +12,9 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ..names import TEXT, cell, say, shown
 from . import figure, statistics
 from .scores import METRICS, Score, by_case
 
@@ -26,7 +28,7 @@ FILES = {
 
 def write(results: Mapping, out: Path) -> None:
     """Write `FILES` into the folder `out`, the comparison only if there is one."""
-    (out / FILES["evaluation"]).write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
+    (out / FILES["evaluation"]).write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n", **TEXT)
     _write_table(results["scores"], out / FILES["scores"])
     summary, options = results["summary"], results["options"]
     by_metric = {metric: by_case(results["scores"], metric) for metric in METRICS}
@@ -56,13 +58,13 @@ def write(results: Mapping, out: Path) -> None:
 def _write_table(scores: Mapping[str, Mapping[str, Score]], path: Path) -> None:
     """One line a case and class; an unknown score is an empty cell."""
     columns = [field.name for field in fields(Score)]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", **TEXT) as file:
         table = csv.writer(file)
         table.writerow(["case", "class", *columns])
         for case, classes in scores.items():
             for name, score in classes.items():
                 values = (getattr(score, column) for column in columns)
-                table.writerow([case, name, *("" if math.isnan(value) else value for value in values)])
+                table.writerow([cell(case), cell(name), *("" if math.isnan(value) else value for value in values)])
 
 
 def _value(case: Mapping[str, float], name: str) -> float:
@@ -77,7 +79,7 @@ def show(results: Mapping, out: Path, console: Console) -> None:
     for name in summary["dice"]:
         cells = [_cell(summary[metric][name], "" if metric != "hd95" else "mm") for metric in METRICS]
         style = "bold" if name == statistics.MEAN else None
-        table.add_row(name, str(summary["dice"][name].cases), *cells, style=style)
+        table.add_row(Text(shown(name)), str(summary["dice"][name].cases), *cells, style=style)
     console.print(table)
     note = f"Means over cases [{results['options']['confidence']:.0%} bootstrap interval]."
     console.print(note, style="dim", markup=False)
@@ -86,20 +88,26 @@ def show(results: Mapping, out: Path, console: Console) -> None:
         table = _table("class", "cases", "Δ Dice", "Δ NSD", "Δ HD95 in mm")
         for name in comparison["differences"]["dice"]:
             row = [comparison["differences"][metric][name] for metric in METRICS]
-            table.add_row(name, str(row[0].cases), *(_cell(e, "mm" if i == 2 else "", "+") for i, e in enumerate(row)))
-        console.print(f"\nThis run minus {comparison['with']}, paired by case", markup=False, highlight=False)
+            table.add_row(
+                Text(shown(name)),
+                str(row[0].cases),
+                *(_cell(e, "mm" if i == 2 else "", "+") for i, e in enumerate(row)),
+            )
+        console.print()
+        say(console, f"This run minus {comparison['with']}, paired by case")
         console.print(table)
         for key, where in (("only_here", "only in this run"), ("only_there", "only in the other")):
             if comparison[key]:
-                console.print(f"Not compared, {where}: {', '.join(comparison[key])}", style="yellow", markup=False)
+                say(console, f"Not compared, {where}: {', '.join(comparison[key])}", "yellow")
     for name, why in results["failed"].items():
-        console.print(f"Not scored: {name}: {why}", style="red", markup=False)
+        say(console, f"Not scored: {name}: {why}", "red")
     if results["without_prediction"]:
-        console.print(f"No prediction for: {', '.join(results['without_prediction'])}", style="red", markup=False)
+        say(console, f"No prediction for: {', '.join(results['without_prediction'])}", "red")
     if results["without_label"]:
-        console.print(f"No label for: {', '.join(results['without_label'])}", style="yellow", markup=False)
+        say(console, f"No label for: {', '.join(results['without_label'])}", "yellow")
     written = [name for key, name in FILES.items() if key != "comparison" or "comparison" in results]
-    console.print(f"\nIn {out}: {', '.join(written)}", markup=False, highlight=False, soft_wrap=True)
+    console.print()
+    say(console, f"In {out}: {', '.join(written)}", soft_wrap=True)
 
 
 def _end(path: str) -> str:

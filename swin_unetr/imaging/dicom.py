@@ -5,44 +5,97 @@ Source: DICOM PS3.3, C.7.6.2 (Image Plane Module), for the equation from pixels 
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk
-from pydicom.errors import InvalidDicomError
+from pydicom.config import disable_value_validation
+from pydicom.datadict import tag_for_keyword
+from pydicom.filereader import read_partial
+from pydicom.multival import MultiValue
 
+from ..foreign import BadFile, reading, walk
+from ..names import shorten, some
 from .itk import TO_RAS
 from .nifti import GIB, BadCase
 
 TAGS = (
-    "SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "EchoNumbers", "EchoTime", "ImageOrientationPatient",
-    "ImagePositionPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel",
+    "SOPClassUID", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "EchoNumbers", "EchoTime",
+    "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames",
+    "SamplesPerPixel",
 )  # fmt: skip
-UNEVEN = 0.02
-"""Part of the distance of slices that one distance may differ from the others."""
+IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
+"""What else may be part of a series' name, where a user asks for it."""
+PREAMBLE = 128  # bytes
+STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
+"""Of DICOM without preamble: the group of the first element, 2 or 8, in either order of bytes."""
 PARALLEL = 1e-3
 """How much the components of a direction may differ between slices of one volume."""
+SQUARE = 0.05
+"""How much the lengths of directions, and of what is at right angles to both, may differ from 1."""
+WRITTEN = 0.01
+"""Part by which a number may differ between slices of one volume, which write it with other digits."""
+UNEVEN = 0.02
+"""Part of the distance of slices that one distance may differ from the others."""
+ROUNDED = 0.01
+"""mm to which positions are written, or better."""
+LONGEST_LABEL = 80
+"""Letters of a series' name that its header gives: a file's name has room for 255 bytes."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A file and what it says of its place: mm in LPS, as DICOM has them."""
+    """A file and what it says of itself: numbers, or None where it says nothing.
+
+    Attributes:
+        series: UID.
+        label: from number and description of the series; no patient's data unless asked for.
+        echo_time: ms.
+        axes: directions of rows and of columns, in LPS as DICOM has them.
+        position: of the first pixel's centre, mm in LPS.
+        spacing: mm from row to row, and from column to column.
+    """
 
     path: Path
-    header: pydicom.Dataset
+    series: str
+    label: str
+    rows: int
+    columns: int
+    frames: int
+    samples: int
+    echoes: tuple[float, ...] | None
+    echo_time: tuple[float, ...] | None
+    axes: tuple[float, ...] | None
+    position: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None
 
     @property
-    def axes(self) -> np.ndarray:
-        """Directions of rows and columns: ``(2, 3)``."""
-        return np.array(self.header.ImageOrientationPatient, float).reshape(2, 3)
+    def normal(self) -> np.ndarray:
+        """Of the slice's plane: ``(3,)``."""
+        return np.cross(self.axes[:3], self.axes[3:])
 
-    @property
-    def position(self) -> np.ndarray:
-        return np.array(self.header.ImagePositionPatient, float)
+
+@dataclass(frozen=True)
+class Other:
+    """A file that is no slice.
+
+    Attributes:
+        why: what it is, or what is wrong with it.
+        series: UID, where it is DICOM and tells it.
+        damaged: whether it is DICOM that cannot be read, so that a series may lack a slice.
+    """
+
+    path: Path
+    why: str
+    series: str = ""
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,70 +103,214 @@ class Series:
     """Slices of one acquisition.
 
     Attributes:
-        name: from series number, description and what else tells it from others in the folder; no patient's data.
+        label: what its headers call it, or its folder's name where no header can be read.
+        folder: of its slices: the innermost that holds them all.
+        difference: what tells it from others of the same series: its echo, the plane it lies in, or its extents.
+        damaged: why it cannot be read, where a file of it is damaged.
+        notes: what a reader of a result should know of its files.
     """
 
-    name: str
+    label: str
+    folder: Path
     slices: tuple[Slice, ...]
+    difference: str = ""
+    damaged: BadCase | None = None
+    notes: tuple[str, ...] = ()
 
 
-def find(folder: Path) -> list[Series]:
-    """The series among the files in `folder` and below it; files that are no images in DICOM are left out.
+def find(
+    folder: Path, skip: Callable[[Path, str], None] = lambda path, why: None, identify: str | None = None
+) -> list[Series]:
+    """The series among the files in `folder` and below it, by folder.
 
-    Slices of one series that differ in echo, orientation, extents or extents of pixels are series of their own.
+    Slices of one series that differ in echo, orientation, extents or extents of pixels are series of their own. A
+    series with a damaged file is found too, and refused when it is read, for it would lack a slice; so is a folder with
+    damaged files that do not tell their series.
 
-    Raises:
-        BadCase: the header of a DICOM file is damaged.
+    Args:
+        skip: is told of every file that is no slice, and why.
+        identify: one of `IDENTITIES`, which labels begin with then: patients' data.
     """
-    groups: dict[tuple, list[Slice]] = defaultdict(list)
-    planes: list[tuple[float, ...]] = []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
-            if "SeriesInstanceUID" in header and "Rows" in header:
-                groups[_kind(header, planes)].append(Slice(path, header))
-        except InvalidDicomError:
+    files = [_file(path, identify) if why is None else Other(path, why) for path, why in walk(folder)]
+    groups = _groups(file for file in files if isinstance(file, Slice))
+    known = {group[0].series for group in groups}
+    damaged: dict[str | Path, list[Other]] = defaultdict(list)  # by series, or by folder where that is not known
+    skipped: dict[Path, list[Other]] = defaultdict(list)
+    for file in files:
+        if isinstance(file, Slice):
             continue
-        # Without its header nobody knows which series would lack this slice.
-        except (OSError, EOFError, ValueError, TypeError) as error:
-            raise BadCase(f"{path}: cannot be read: {str(error).strip() or type(error).__name__}") from error
-    labels = {key: _label(slices[0].header) for key, slices in groups.items()}
-    shared = Counter(labels.values())
-    names, taken = {}, Counter()
-    for key, label in labels.items():
-        taken[label] += 1
-        names[key] = label if shared[label] == 1 else f"{label}_{_difference(key, groups)}_{taken[label]}"
-    return [Series(names[key], tuple(slices)) for key, slices in groups.items()]
+        # A series of images holds nothing else: what has no pixels there was cut off.
+        if file.damaged or file.series in known:
+            damaged[file.series if file.series in known else file.path.parent].append(file)
+        else:
+            skipped[file.path.parent].append(file)
+            skip(file.path, file.why)
+    found = [_series(group, groups, damaged, skipped) for group in groups]
+    found += [
+        Series(Path(os.path.abspath(where)).name, where, (), damaged=_bad(others))
+        for where, others in damaged.items()
+        if isinstance(where, Path)
+    ]
+    return sorted(found, key=lambda one: (one.folder, one.label))
 
 
-def _kind(header: pydicom.Dataset, planes: list[tuple[float, ...]]) -> tuple:
-    """What slices of one volume have in common; an orientation like none of `planes` is added to them."""
-    own = tuple(float(x) for x in header.get("ImageOrientationPatient") or ())
-    alike = (plane for plane in planes if len(plane) == len(own) and np.allclose(plane, own, rtol=0, atol=PARALLEL))
-    orientation = next(alike, None)
-    if orientation is None:
-        orientation = own
-        planes.append(own)
-    echo = str(header.get("EchoNumbers", "")), str(header.get("EchoTime", ""))
-    pixel = tuple(round(float(x), 4) for x in header.get("PixelSpacing") or ())
-    return str(header.SeriesInstanceUID), echo, orientation, int(header.Rows), int(header.Columns), pixel
+def _file(path: Path, identify: str | None) -> Slice | Other:
+    """What a regular file holds."""
+    dicom = False
+    try:
+        with reading(path, BadCase), path.open("rb") as file, disable_value_validation():
+            head = file.read(PREAMBLE + 4)
+            dicom = head[PREAMBLE:] == b"DICM"
+            if not dicom and head[:2] not in STARTS:
+                return Other(path, "is no DICOM file" if head else "is empty")
+            file.seek(0)
+            tags = [*TAGS, IDENTITIES[identify]] if identify else list(TAGS)
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
+            series = str(header.get("SeriesInstanceUID") or "")
+            if not series or not header.get("Rows"):
+                kind = getattr(header.get("SOPClassUID"), "name", None)
+                return Other(path, f"is DICOM without an image{f' ({kind})' if kind else ''}", series)
+            return _slice(path, series, header, str(header.get(IDENTITIES[identify]) or "") if identify else "")
+    except BadCase as error:
+        return Other(path, str(error).removeprefix(f"{path}: "), _series_of(path), dicom)
 
 
-def _label(header: pydicom.Dataset) -> str:
-    parts = ["series", str(header.get("SeriesNumber") or ""), str(header.get("SeriesDescription") or "")]
-    return re.sub(r"[^A-Za-z0-9]+", "_", "_".join(part for part in parts if part)).strip("_").lower()
+def _series_of(path: Path) -> str:
+    """UID of the series of a damaged file; "" where what is damaged comes before it."""
+    last = tag_for_keyword("SeriesInstanceUID")
+    try:
+        with reading(path), path.open("rb") as file:
+            header = read_partial(file, stop_when=lambda tag, vr, length: tag > last, force=True)
+            return str(header.get("SeriesInstanceUID") or "")
+    except BadFile:
+        return ""
 
 
-def _difference(key: tuple, groups: dict[tuple, list[Slice]]) -> str:
-    """What tells a group from the others of its series: its echo, the plane it lies in, or its extents."""
-    _, echo, orientation, rows, columns, _ = key
-    siblings = [other for other in groups if other[0] == key[0]]
-    if len({other[1] for other in siblings}) > 1:
-        return f"echo{re.sub(r'[^0-9.]+', '', echo[0] or echo[1])}"
-    if len({other[2] for other in siblings}) > 1 and len(orientation) == 6:
-        normal = np.abs(np.cross(orientation[:3], orientation[3:]))
-        return ("sagittal", "coronal", "axial")[int(normal.argmax())]
-    return f"{columns}x{rows}"
+def _slice(path: Path, series: str, header: pydicom.Dataset, identity: str) -> Slice:
+    axes, spacing = _numbers(header, "ImageOrientationPatient", 6), _numbers(header, "PixelSpacing", 2)
+    if axes is not None:
+        lengths = [np.linalg.norm(part) for part in (axes[:3], axes[3:], np.cross(axes[:3], axes[3:]))]
+        if not np.allclose(lengths, 1, rtol=0, atol=SQUARE):
+            raise ValueError(f"ImageOrientationPatient is {axes}; accepted are two directions at right angles")
+    if spacing is not None and not min(spacing) > 0:
+        raise ValueError(f"PixelSpacing is {spacing}; accepted are mm above 0")
+    parts = (identity, "series", str(header.get("SeriesNumber") or ""), str(header.get("SeriesDescription") or ""))
+    return Slice(
+        path=path,
+        series=series,
+        label=_plain("_".join(part for part in parts if part)),
+        rows=int(header.Rows),
+        columns=int(header.Columns),
+        frames=int(header.get("NumberOfFrames") or 1),
+        samples=int(header.get("SamplesPerPixel") or 1),
+        echoes=_numbers(header, "EchoNumbers"),
+        echo_time=_numbers(header, "EchoTime", 1),
+        axes=axes,
+        position=_numbers(header, "ImagePositionPatient", 3),
+        spacing=spacing,
+    )
+
+
+def _numbers(header: pydicom.Dataset, name: str, count: int | None = None) -> tuple[float, ...] | None:
+    value = header.get(name)
+    if value is None or value == "":
+        return None
+    values = tuple(float(x) for x in (value if isinstance(value, MultiValue) else [value]))
+    if count not in (None, len(values)) or not all(map(math.isfinite, values)):
+        raise ValueError(f"{name} is {value}; accepted are {count or ''} finite numbers")
+    return values
+
+
+def _plain(text: str) -> str:
+    """`text` as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()[:LONGEST_LABEL]
+
+
+def _groups(slices: Iterable[Slice]) -> list[list[Slice]]:
+    """Slices that may be of one volume."""
+    groups: dict[tuple, list[list[Slice]]] = defaultdict(list)
+    for one in slices:
+        alike = groups[one.series, one.rows, one.columns, one.echoes]
+        group = next((group for group in alike if _alike(group[0], one)), None)
+        if group is None:
+            alike.append([one])
+        else:
+            group.append(one)
+    return [group for alike in groups.values() for group in alike]
+
+
+def _alike(one: Slice, other: Slice) -> bool:
+    """Whether both have one plane, pixel and echo, up to how numbers are written."""
+    return (
+        _close(one.axes, other.axes, atol=PARALLEL)
+        and _close(one.spacing, other.spacing, rtol=WRITTEN)
+        and _close(one.echo_time, other.echo_time, rtol=WRITTEN)
+    )
+
+
+def _close(one: tuple[float, ...] | None, other: tuple[float, ...] | None, rtol: float = 0, atol: float = 0) -> bool:
+    if one is None or other is None:
+        return one is other
+    return len(one) == len(other) and np.allclose(one, other, rtol=rtol, atol=atol)
+
+
+def _series(
+    group: list[Slice],
+    groups: Sequence[list[Slice]],
+    damaged: Mapping[str | Path, list[Other]],
+    skipped: Mapping[Path, list[Other]],
+) -> Series:
+    folders = sorted({one.path.parent for one in group})
+    own = damaged.get(group[0].series)
+    unknown, beside = ([one.path.name for folder in folders for one in of.get(folder, ())] for of in (damaged, skipped))
+    notes = []
+    if unknown:
+        notes.append(f"if a damaged file of its folder is of this series, the volume is short: {some(unknown)}")
+    if beside:
+        notes.append(f"left out of its folder: {some(beside)}")
+    return Series(
+        label=group[0].label,
+        folder=Path(os.path.commonpath(folders)),
+        slices=tuple(group),
+        difference=_difference(group[0], [other[0] for other in groups if other[0].series == group[0].series]),
+        damaged=_bad(own) if own else None,
+        notes=tuple(notes),
+    )
+
+
+def _bad(damaged: Sequence[Other]) -> BadCase:
+    first, *more = damaged
+    cut = "" if first.damaged else ", in a series of images: is it cut off?"
+    return BadCase(f"{first.path}: {first.why}{cut}" + (f"; {len(more)} more files are damaged" if more else ""))
+
+
+def _difference(one: Slice, siblings: Sequence[Slice]) -> str:
+    """What tells `one` from the others of its series: its echo, the plane it lies in, or its extents."""
+    if len({other.echoes for other in siblings}) > 1:
+        return "echo" + "_".join(f"{number:g}" for number in one.echoes or ())
+    if not all(_close(one.echo_time, other.echo_time, rtol=WRITTEN) for other in siblings):
+        return "echo" + "".join(f"{time:g}" for time in one.echo_time or ())
+    if one.axes is not None and not all(_close(one.axes, other.axes, atol=PARALLEL) for other in siblings):
+        return ("sagittal", "coronal", "axial")[int(np.abs(one.normal).argmax())]
+    return f"{one.columns}x{one.rows}"
+
+
+def names(found: Sequence[Series]) -> list[str]:
+    """A name for each, different ones: its label; where several share it, after what their folders differ in; and where
+    that is the same, followed by their difference and a number."""
+    alike: dict[str, list[Series]] = defaultdict(list)
+    for one in found:
+        alike[one.label].append(one)
+    wanted = []
+    for one in found:
+        folders = [os.path.abspath(other.folder) for other in alike[one.label]]
+        start = os.path.commonpath(folders)
+        wanted.append("_".join([*Path(os.path.abspath(one.folder)).relative_to(start).parts, one.label]))
+    shared, taken, chosen = Counter(wanted), Counter(), []
+    for one, name in zip(found, wanted, strict=True):
+        taken[name] += 1
+        chosen.append(shorten(name if shared[name] == 1 else f"{name}_{one.difference}_{taken[name]}"))
+    return chosen
 
 
 def read(series: Series, largest: float) -> tuple[np.ndarray, np.ndarray]:
@@ -125,32 +322,32 @@ def read(series: Series, largest: float) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         BadCase: slices are missing, doubled or not evenly spaced, have no place in space, or cannot be decoded.
     """
+    if series.damaged is not None:
+        raise series.damaged
     first = series.slices[0]
-    where = f"{first.path.parent}, series {series.name}"
+    where = f"{series.folder}, series {series.label}"
     for one in series.slices:
-        missing = [
-            tag for tag in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing") if tag not in one.header
-        ]
-        if missing:
-            frames = int(one.header.get("NumberOfFrames") or 1)
-            kind = f" (a file of {frames} frames; convert it to NIfTI first)" if frames > 1 else ""
-            raise BadCase(f"{one.path}: has no {', '.join(missing)}{kind}; accepted are slices with a place in space")
-        if int(one.header.get("SamplesPerPixel") or 1) != 1:
+        if one.frames > 1:
+            raise BadCase(f"{one.path}: has {one.frames} frames; accepted is one a file: convert it to NIfTI first")
+        place = {"ImageOrientationPatient": one.axes, "ImagePositionPatient": one.position, "PixelSpacing": one.spacing}
+        if missing := [tag for tag, value in place.items() if value is None]:
+            raise BadCase(f"{one.path}: has no {', '.join(missing)}; accepted are slices with a place in space")
+        if one.samples != 1:
             raise BadCase(f"{one.path}: is a colour image; accepted is one sample a pixel")
-    normal = np.cross(*first.axes)
-    slices = sorted(series.slices, key=lambda one: float(one.position @ normal))
+    normal = first.normal
+    slices = sorted(series.slices, key=lambda one: float(np.dot(one.position, normal)))
     step = _step(slices, normal, where)
-    rows, columns = int(first.header.Rows), int(first.header.Columns)
+    rows, columns = first.rows, first.columns
     if (size := rows * columns * len(slices) * 4) > largest * GIB:
         raise BadCase(f"{where}: takes {size / GIB:.3g} GiB; accepted are {largest:g} (largest)")
     values = np.empty((columns, rows, len(slices)), np.float32)  # (X, Y, Z)
     for index, one in enumerate(slices):
         values[:, :, index] = _pixels(one).T
     # PixelSpacing is from row to row, then from column to column; a row runs along the first axis.
-    between_rows, between_columns = (float(extent) for extent in first.header.PixelSpacing)
+    between_rows, between_columns = first.spacing
     affine = np.eye(4)
-    affine[:3, 0] = first.axes[0] * between_columns
-    affine[:3, 1] = first.axes[1] * between_rows
+    affine[:3, 0] = np.multiply(first.axes[:3], between_columns)
+    affine[:3, 1] = np.multiply(first.axes[3:], between_rows)
     affine[:3, 2] = step
     affine[:3, 3] = slices[0].position
     return values[None], TO_RAS @ affine
@@ -160,7 +357,7 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
     """From one slice to the next ``(3,)`` in mm."""
     if len(slices) < 2:
         raise BadCase(f"{where}: has 1 slice; accepted is a volume of 2 or more")
-    along = np.array([float(one.position @ normal) for one in slices])
+    along = np.array([float(np.dot(one.position, normal)) for one in slices])
     gaps = np.diff(along)
     usual = float(np.median(gaps))
     if (gaps < 1e-3).any():
@@ -169,7 +366,9 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
             f"{where}: {slices[index].path.name} and {slices[index + 1].path.name} lie at the same place, "
             f"{along[index]:.2f} mm; accepted is one slice at each"
         )
-    if (np.abs(gaps - usual) > UNEVEN * usual).any():
+    # Rounding moves both ends of a distance, and of the usual one, but never by as much as a missing slice.
+    uneven = min(max(UNEVEN * usual, 2 * ROUNDED * float(np.abs(normal).sum())), usual / 2)
+    if (np.abs(gaps - usual) > uneven).any():
         index = int(np.abs(gaps - usual).argmax())
         missing = round(gaps[index] / usual) - 1
         reason = f"{missing} missing" if missing > 0 else "unevenly spaced"
@@ -177,10 +376,11 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
             f"{where}: slices are {reason} between {along[index]:.2f} and {along[index + 1]:.2f} mm: "
             f"{gaps[index]:.3g} mm apart where the others are {usual:.3g} mm; accepted are evenly spaced slices"
         )
-    step = (slices[-1].position - slices[0].position) / (len(slices) - 1)
-    off = np.array([one.position - slices[0].position - index * step for index, one in enumerate(slices)])  # (n, 3)
+    positions = np.array([one.position for one in slices])  # (n, 3)
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    off = positions - positions[0] - np.arange(len(slices))[:, None] * step  # (n, 3)
     beside = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1)  # (n,)
-    if beside.max() > min(map(float, slices[0].header.PixelSpacing)):
+    if beside.max() > min(slices[0].spacing):
         index = int(beside.argmax())
         raise BadCase(
             f"{where}: {slices[index].path.name} lies {beside[index]:.3g} mm beside the line of the other slices; "
@@ -191,9 +391,12 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
 
 def _pixels(one: Slice) -> np.ndarray:
     """Of a slice, with its own slope and intercept applied: ``(rows, columns)``."""
-    try:
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(one.path), sitk.sitkFloat32))[0]
-    except RuntimeError as error:
-        syntax = pydicom.dcmread(one.path, stop_before_pixels=True).file_meta.get("TransferSyntaxUID")
-        kind = getattr(syntax, "name", None) or "an unknown transfer syntax"
-        raise BadCase(f"{one.path}: cannot be decoded ({kind}): {str(error).strip().splitlines()[-1]}") from error
+    with reading(one.path, BadCase):
+        with disable_value_validation():
+            meta = pydicom.dcmread(one.path, stop_before_pixels=True, specific_tags=[], force=True).file_meta
+        syntax = getattr(meta.get("TransferSyntaxUID"), "name", None) or "an unknown transfer syntax"
+    with reading(one.path, BadCase, f"cannot be decoded ({syntax})"):
+        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path), sitk.sitkFloat32, "GDCMImageIO"))
+        if pixels.shape != (1, one.rows, one.columns):
+            raise ValueError(f"has pixels {pixels.shape[1:]} where its header says {(one.rows, one.columns)}")
+    return pixels[0]

@@ -10,11 +10,13 @@ from typing import IO
 import nibabel
 import numpy as np
 
+from ..foreign import BadFile, reading
+
 GIB = 2**30
 LONGEST_HEADER = 540  # bytes, of NIfTI-2
 
 
-class BadCase(ValueError):
+class BadCase(BadFile):
     """A case cannot be used; the message names its file."""
 
 
@@ -49,28 +51,22 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
     Raises:
         BadCase: the file is damaged, larger than `largest` or than its header implies, or no grid of numbers in space.
     """
-    try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
-            kind, size = _implied(stream)
-            if size > largest * GIB:
-                raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
-            image = kind.from_stream(stream)
-            values = np.asanyarray(image.dataobj)
-            stream.seek(size)
-            if stream.read(1):
-                raise BadCase(f"{path}: is larger than its header says: it goes on after {size} bytes")
-    except BadCase:
-        raise
-    # What a damaged file makes nibabel, gzip and NumPy raise is of many kinds; the file's name is what counts.
-    except Exception as error:
-        raise BadCase(f"{path}: cannot be read: {str(error).strip() or type(error).__name__}") from error
+    with reading(path, BadCase), (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
+        kind, size = _implied(stream)
+        if size > largest * GIB:
+            raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
+        image = kind.from_stream(stream)
+        affine = image.affine
+        values = np.asanyarray(image.dataobj)
+        stream.seek(size)
+        if stream.read(1):
+            raise BadCase(f"{path}: is larger than its header says: it goes on after {size} bytes")
     if values.dtype.kind not in "iufb":
         raise BadCase(f"{path}: has voxels of type {values.dtype}; accepted are real numbers")
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]  # (X, Y, Z, 1) -> (X, Y, Z)
     if not values.size:
         raise BadCase(f"{path}: has shape {values.shape}; accepted is one voxel or more")
-    affine = image.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise BadCase(f"{path}: has an affine that cannot be inverted; accepted is a voxel grid in space")
     return values, affine, image.header
@@ -86,3 +82,19 @@ def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], int]:
             voxels = math.prod(map(int, header.get_data_shape()))
             return kind, int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
     raise ValueError("is no NIfTI file")
+
+
+def as_float32(values: np.ndarray, where: object) -> np.ndarray:
+    """`values` as float32.
+
+    Raises:
+        BadCase: one of them is NaN or infinite then; the message names `where` they came from.
+    """
+    with np.errstate(over="ignore"):
+        cast = values.astype(np.float32, copy=False)
+    bad = int(np.count_nonzero(~np.isfinite(cast)))
+    if bad:
+        beyond = bad - int(np.count_nonzero(~np.isfinite(values)))
+        of_them = f", {beyond} of them beyond the range of float32" if beyond else ""
+        raise BadCase(f"{where}: {bad} voxels are NaN or infinite{of_them}; accepted are finite intensities")
+    return cast

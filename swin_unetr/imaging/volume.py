@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +13,16 @@ import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
-from ..preprocessing import finite
+from ..foreign import listed
 from . import dicom
 from .itk import read_itk, write_itk
-from .nifti import BadCase, read_with_header
+from .nifti import BadCase, as_float32, read_with_header
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".mha", ".mhd")
 SUFFIXES = (*NIFTI, *ITK)
+DATA = (".raw", ".zraw")
+"""Of files that hold the values of a MetaImage."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +50,50 @@ class Source:
     """An image that can be read.
 
     Attributes:
-        name: of the case: the file's without suffix, or what a DICOM series says of itself, after its folder's name
-            where several say the same.
-        path: file, or folder of the series.
+        name: of the case: the file's without suffix, or what a DICOM series says of itself, after its folders where
+            several say the same.
+        path: file, or folder of the series' slices.
         read: reads it; raises `BadCase`, which names the file.
+        notes: what a reader of a result should know of how it was found.
     """
 
     name: str
     path: Path
     read: Callable[[], Volume]
+    notes: tuple[str, ...] = ()
 
 
-def find(paths: Sequence[Path], largest: float) -> list[Source]:
+def find(
+    paths: Sequence[Path],
+    largest: float,
+    skip: Callable[[Path, str], None] = lambda path, why: None,
+    identify: str | None = None,
+) -> list[Source]:
     """The images that `paths` name: a file; a folder of volumes; a folder of DICOM files, each series by itself.
 
     Args:
         largest: GiB that one image may take uncompressed.
+        skip: is told of every file in the folders that is left out, and why.
+        identify: what the names of DICOM series begin with: accession (number), patient (ID), or nothing of a patient.
 
     Raises:
         ValueError: a path is missing, of an unknown kind or holds no image, or two images have one name.
     """
-    sources = [source for path in paths for source in _sources(Path(path), largest)]
-    # Series of several patients are often named alike; their folders tell them apart.
-    shared = Counter(source.name for source in sources)
-    sources = [
-        replace(source, name=f"{source.path.resolve().name}_{source.name}")
-        if shared[source.name] > 1 and source.path.is_dir()
-        else source
-        for source in sources
-    ]
+    sources: list[Source] = []
+    series: list[dicom.Series] = []
+    for path in map(Path, paths):
+        if not os.path.exists(path):
+            raise ValueError(f"input: {path} does not exist")
+        if not os.path.isdir(path):
+            sources.append(_file(path, largest))
+        elif volumes := _volumes(path, skip):
+            sources += [_file(volume, largest) for volume in volumes]
+        elif found := dicom.find(path, skip, identify):
+            series += found
+        else:
+            raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")
+    for one, name in zip(series, dicom.names(series), strict=True):
+        sources.append(Source(name, one.folder, partial(_read_series, one, largest), one.notes))
     by_name: dict[str, Source] = {}
     for source in sources:
         other = by_name.setdefault(source.name, source)
@@ -87,32 +104,26 @@ def find(paths: Sequence[Path], largest: float) -> list[Source]:
     return sources
 
 
-def _sources(path: Path, largest: float) -> list[Source]:
-    if not path.exists():
-        raise ValueError(f"input: {path} does not exist")
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"input: {path} ends in none of {', '.join(SUFFIXES)}; of DICOM, name the folder")
-        return [_file(path, largest)]
-    volumes = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
-    if volumes:
-        return [_file(volume, largest) for volume in volumes]
-    try:
-        series = dicom.find(path)
-    except BadCase as error:
-        return [Source(path.resolve().name, path, partial(_fail, error))]
-    if not series:
-        raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")
-    return [Source(one.name, path, lambda one=one: Volume(*dicom.read(one, largest))) for one in series]
-
-
-def _fail(error: BadCase) -> Volume:
-    raise error
+def _volumes(folder: Path, skip: Callable[[Path, str], None]) -> list[Path]:
+    """The images in `folder` itself, if it has any; what else is in it is left out."""
+    entries = [path for path in listed(folder) if not path.name.startswith(".")]
+    volumes = [path for path in entries if path.name.endswith(SUFFIXES)]
+    for path in entries if volumes else ():
+        if not path.name.endswith((*SUFFIXES, *DATA)):
+            skip(path, "is a folder" if os.path.isdir(path) else f"ends in none of {', '.join(SUFFIXES)}")
+    return volumes
 
 
 def _file(path: Path, largest: float) -> Source:
-    suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+    if suffix is None:
+        raise ValueError(f"input: {path} ends in none of {', '.join(SUFFIXES)}; of DICOM, name the folder")
     return Source(path.name.removesuffix(suffix), path, lambda: read(path, largest))
+
+
+def _read_series(series: dicom.Series, largest: float) -> Volume:
+    values, affine = dicom.read(series, largest)
+    return Volume(as_float32(values, series.folder), affine)
 
 
 def read(path: Path, largest: float) -> Volume:
@@ -129,17 +140,15 @@ def read(path: Path, largest: float) -> Volume:
         values, affine = read_itk(path, largest)
         if values.ndim != 4:
             raise BadCase(f"{path}: has {values.ndim - 1} axes; accepted are three")
-    try:
-        finite(values, str(path))
-    except ValueError as error:
-        raise BadCase(str(error)) from error
-    return Volume(np.ascontiguousarray(np.moveaxis(values, -1, 0), dtype=np.float32), affine, header)  # (C, X, Y, Z)
+    values = as_float32(values, path)
+    return Volume(np.ascontiguousarray(np.moveaxis(values, -1, 0)), affine, header)  # (C, X, Y, Z)
 
 
 def output_suffix(source: Source) -> str:
     """Of a label map for `source`: its own, and NIfTI for DICOM."""
     return next(
-        (suffix for suffix in SUFFIXES if source.path.name.endswith(suffix) and source.path.is_file()), ".nii.gz"
+        (suffix for suffix in SUFFIXES if source.path.name.endswith(suffix) and not os.path.isdir(source.path)),
+        ".nii.gz",
     )
 
 
@@ -150,7 +159,9 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
         OSError: the file cannot be written.
     """
     suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
-    temporary = path.with_name(f".{path.name.removesuffix(suffix)}.part{'.mha' if suffix == '.mhd' else suffix}")
+    # A name of its own length: one made of `path` could be longer than the system allows.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{digest}.part{'.mha' if suffix == '.mhd' else suffix}")
     try:
         if suffix in NIFTI:
             header = nibabel.Nifti1Header() if volume.header is None else volume.header.copy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ..imaging.planes import PLANES, ras_spacing, slice_of, tint, to_ras, write_letters
 from ..labels import Labels
+from ..names import TEXT, cell, markup
 from .volumes import Organ
 
 COLOURS = (
@@ -26,8 +26,6 @@ COLOURS = (
 )  # fmt: skip
 """Of the classes in turn: the palettes of Okabe and Ito and of P. Tol, told apart by colour-blind readers too."""
 DARK = "#101418"
-TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
-"""How files are written: names of files need not be UTF-8, and must not cost what has been computed."""
 NOTICE = "Research software, not a medical device: not for diagnosis or treatment."
 
 
@@ -118,7 +116,7 @@ def _colours(options: Labels) -> list[str]:
 
 
 def write_tables(cases: Sequence[Case], folder: Path) -> None:
-    """volumes.csv, one line a case and class, and volumes.json, which has the warnings too."""
+    """volumes.csv, one line a case and class, and volumes.json, which has sources and warnings too."""
     with (folder / "volumes.csv").open("w", newline="", **TEXT) as file:
         table = csv.writer(file)
         table.writerow(["case", "class", "millilitres", "mean", "std", "voxels", "cut"])
@@ -126,7 +124,7 @@ def write_tables(cases: Sequence[Case], folder: Path) -> None:
             for organ in case.organs:
                 numbers = ["" if math.isnan(x) else x for x in (organ.millilitres, organ.mean, organ.std)]
                 cut = " ".join(organ.cut)
-                table.writerow([_harmless(case.name), _harmless(organ.name), *numbers, organ.voxels, cut])
+                table.writerow([cell(case.name), cell(organ.name), *numbers, organ.voxels, cut])
     plain = {
         case.name: {
             "source": case.source,
@@ -134,16 +132,12 @@ def write_tables(cases: Sequence[Case], folder: Path) -> None:
             "spacing": list(case.spacing),
             "organs": [{k: _known(v) for k, v in asdict(organ).items()} for organ in case.organs],
             "warnings": case.warnings,
+            "notes": case.notes,
             "seconds": case.seconds,
         }
         for case in cases
     }
     (folder / "volumes.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
-
-
-def _harmless(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _known(value: object) -> object:
@@ -171,6 +165,7 @@ th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--li
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: var(--muted); font-size: 13px; }
 .how td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
 .how td:first-child { overflow-wrap: normal; min-width: 7.5em; color: var(--muted); }
+summary { cursor: pointer; font-weight: 600; font-size: 18px; } details table { margin-top: 8px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
 .warn { background: var(--warn-back); color: var(--warn); border-radius: 6px; padding: 8px 12px; margin: 0 0 12px; }
 .warn ul { margin: 0; padding-left: 18px; } .bad { color: var(--bad); }
@@ -182,13 +177,19 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; colo
 
 
 def write(
-    cases: Sequence[Case], failed: Mapping[str, str], how: Mapping[str, str], options: Labels, path: Path
+    cases: Sequence[Case],
+    failed: Mapping[str, str],
+    how: Mapping[str, str],
+    options: Labels,
+    path: Path,
+    left_out: Sequence[tuple[Path, str]] = (),
 ) -> None:
     """One HTML file: pictures, volumes and warnings of every case, and how it was made.
 
     Args:
         failed: reason by name of case.
         how: checkpoints, options and versions, by what they are.
+        left_out: files of the input that are no images, and why.
     """
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
@@ -196,24 +197,28 @@ def write(
         f"<h1>Segmentation of {_count(len(cases))}</h1><p class=notice>{NOTICE}</p>",
     ]
     if failed:
-        rows = "".join(f"<li><b>{_e(name)}</b>: {_e(why)}</li>" for name, why in failed.items())
+        rows = "".join(f"<li><b>{markup(name)}</b>: {markup(why)}</li>" for name, why in failed.items())
         parts.append(
             f"<section><h2 class=bad>{_count(len(failed))} could not be segmented</h2><ul>{rows}</ul></section>"
         )
     parts += [_case(case, options) for case in cases]
-    rows = "".join(f"<tr><td>{_e(name)}</td><td>{_e(value)}</td></tr>" for name, value in how.items())
+    if left_out:
+        rows = "".join(f"<tr><td>{markup(path)}</td><td>{markup(why)}</td></tr>" for path, why in left_out)
+        count = f"{len(left_out)} file{'s' * (len(left_out) != 1)} of the input left out"
+        parts.append(f"<section><details><summary>{count}</summary><table class=how>{rows}</table></details></section>")
+    rows = "".join(f"<tr><td>{markup(name)}</td><td>{markup(value)}</td></tr>" for name, value in how.items())
     parts.append(f"<section><h2>How it was made</h2><table class=how>{rows}</table></section></main></html>")
     path.write_text("\n".join(parts), **TEXT)
 
 
 def _case(case: Case, options: Labels) -> str:
     about = (
-        f"{_e(case.source)} → {_e(case.output)} · {' × '.join(map(str, case.shape))} voxels of "
+        f"{markup(case.source)} → {markup(case.output)} · {' × '.join(map(str, case.shape))} voxels of "
         f"{' × '.join(f'{extent:.3g}' for extent in case.spacing)} mm · {case.seconds:.1f} s"
     )
-    parts = [f"<section><h2>{_e(case.name)}</h2><p class=about>{about}</p>"]
+    parts = [f"<section><h2>{markup(case.name)}</h2><p class=about>{about}</p>"]
     if case.warnings or case.notes:
-        items = "".join(f"<li>{_e(text)}</li>" for text in (*case.warnings, *case.notes))
+        items = "".join(f"<li>{markup(text)}</li>" for text in (*case.warnings, *case.notes))
         parts.append(f"<div class=warn><ul>{items}</ul></div>")
     parts.append(
         _image(case.picture, "Axial, coronal and sagittal planes, each where most is segmented; radiological view")
@@ -223,7 +228,7 @@ def _case(case: Case, options: Labels) -> str:
             _image(case.entropy, "Entropy of the prediction in the same planes: dark is certain, bright is not")
         )
     rows = "".join(
-        f"<tr><td><span class=swatch style='background:{colour}'></span>{_e(organ.name)}</td>"
+        f"<tr><td><span class=swatch style='background:{colour}'></span>{markup(organ.name)}</td>"
         f"<td>{organ.millilitres:,.1f} ml</td><td>{_spread(organ)}</td></tr>"
         for colour, organ in zip(_colours(options), case.organs, strict=True)
     )
@@ -243,7 +248,3 @@ def _spread(organ: Organ) -> str:
 
 def _count(cases: int) -> str:
     return f"{cases} case" + "s" * (cases != 1)
-
-
-def _e(text: str) -> str:
-    return html.escape(str(text), quote=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import os
 import tracemalloc
 from itertools import islice
 from pathlib import Path
@@ -111,6 +112,18 @@ def test_files_that_are_no_datalists_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"dataset\.json"):
         datalist.read(Data(path), True)
+
+
+def test_what_is_no_regular_file_is_not_opened(own, tmp_path):
+    """A FIFO would be waited for for ever."""
+    os.mkfifo(tmp_path / "fifo.json")
+    with pytest.raises(ValueError, match=r"datalist: .*fifo.json: cannot be read as JSON: is a FIFO"):
+        datalist.read(Data(tmp_path / "fifo.json"), True)
+    image = own.parent / "imagesTr" / "case_01.nii.gz"
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(ValueError, match=r"case_01.nii.gz \(is a FIFO; accepted are regular files\)"):
+        datalist.read(Data(own), True)
 
 
 def test_entries_that_leave_the_root_are_refused_unless_it_is_trusted(own, tmp_path):

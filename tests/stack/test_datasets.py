@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import warnings
 from itertools import combinations, islice
@@ -211,6 +212,29 @@ def test_workers_outlast_the_signals_that_end_a_job(shared):
         next(stream)
     dataset.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ([0.0, 2 * np.float32(0.99999994)], "1.9999999"),
+        ([0.0, np.float32(1 + 2**-23)], "1.0000001"),
+        ([0.0, 1.0, 300.0], "300.0"),
+        ([0.0, 1.0, np.nan], "nan"),
+    ],
+)
+def test_label_values_are_named_in_full(own, values, named):
+    label = np.zeros((40, 36, 34), np.float32)
+    label.reshape(-1)[: len(values)] = values
+    synthetic.write(own.parent / "labelsTr" / "case_00.nii.gz", label)
+    with pytest.raises(ValueError, match=rf"has label values {re.escape(named)}; accepted are .* \[0, 1\]"):
+        opened(own)
+
+
+def test_largest_bounds_the_grid_that_cases_are_resampled_to(own):
+    assert opened(own, largest=0.001).validation
+    with pytest.raises(ValueError, match=r"on the network's grid of 391 × 351 × 331 voxels; accepted are 0.001 "):
+        opened(own, preprocessing=Preprocessing(spacing=(0.1, 0.1, 0.1)), largest=0.001)
 
 
 # --- the cache on disk ---

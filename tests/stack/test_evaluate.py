@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import math
+import os
+import re
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -286,7 +289,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
     with pytest.raises(ValueError, match=r"scores classes .*organ.* this run .*'1'"):
         evaluated(first, compare=record, classes=None, out=tmp_path / "c")
     (tmp_path / "text.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"compare: .*text.json is no evaluation: KeyError: 'format'"):
+    with pytest.raises(ValueError, match=r"compare: .*text.json: is no evaluation: KeyError: 'format'"):
         evaluated(first, compare=tmp_path / "text.json")
 
 
@@ -303,6 +306,81 @@ def test_a_broken_case_is_reported_and_the_others_go_on(tmp_path):
     assert [path for path in results["without_label"] if path.endswith("stranger.nii.gz")]
     for stated in ("Not scored: case_1", "Not scored: case_2", "No label for: "):
         assert stated in terminal
+
+
+def test_names_are_shown_and_written_as_they_are(tmp_path):
+    """Formulas, bytes that are not UTF-8, markup, control characters, what a plot takes for mathematics."""
+    names = [b"=cmd|' -C calc'!A0", b"caf\xe9", b"[bold]x[-y]", b"\x1b[31mred", b"$\\frac"]
+    label = cube((2, 2, 2), (9, 9, 9)) + cube((4, 4, 4), (7, 7, 7))
+    for folder in ("predictions", "labels"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / "x.nii.gz", label)
+        for name in names:
+            shutil.copy(tmp_path / "x.nii.gz", os.fsencode(tmp_path / folder) + b"/" + name + b".nii.gz")
+    (tmp_path / "predictions" / "[gone].nii.gz").write_text("no image")
+    write(tmp_path / "labels" / "[gone].nii.gz", label)
+    classes = {"[/x]": [1], "=2+3": [2], "$\\frac$": [1, 2], "caf\udce9": [1]}
+    status, results, terminal = evaluated(tmp_path, classes=classes)
+    assert status == 1
+    assert "Not scored: [gone]: " in terminal
+    assert "\x1b" not in terminal
+    for name in ("[/x]", "=2+3", "$\\frac$", "caf\\udce9"):
+        assert re.search(rf"^ *{re.escape(name)} +5 +1\.000", terminal, re.MULTILINE), name
+    with (tmp_path / "evaluation" / "scores.csv").open(encoding="utf-8") as file:
+        table = list(csv.reader(file))
+    assert len(table) == 1 + len(names) * len(classes)
+    assert {row[0] for row in table[1:]} == {
+        "'=cmd|' -C calc'!A0", "caf\\udce9", "[bold]x[-y]", "\x1b[31mred", "$\\frac",
+    }  # fmt: skip
+    assert {row[1] for row in table[1:]} == {"[/x]", "'=2+3", "$\\frac$", "caf\\udce9"}
+    assert {os.fsencode(name) for name in results["scores"]} == set(names)
+    assert (tmp_path / "evaluation" / "scores.png").stat().st_size > 5000
+    # And again, beside that run.
+    terminal = evaluated(tmp_path, classes=classes, compare=tmp_path / "evaluation" / "evaluation.json")[2]
+    assert terminal.count("[/x]") == 2
+
+
+def test_labels_that_are_images_are_refused_with_the_reason(tmp_path):
+    values = np.arange(24**3).reshape(24, 24, 24).astype(np.int16) % 3000 - 1000
+    write(tmp_path / "predictions" / "case_0.nii.gz", (values > 0).astype(np.uint8))
+    write(tmp_path / "labels" / "case_0.nii.gz", values)
+    counted = r"labels/case_0.nii.gz: has 3000 different values, from -1000 to 1999: is it an image\? Accepted are"
+    with pytest.raises(ValueError, match=counted):
+        evaluated(tmp_path)
+    with pytest.raises(ValueError, match=rf"labels have no value above 0: .*{counted}"):
+        evaluated(tmp_path, classes=None)
+    # What an image of 8 bits has.
+    write(tmp_path / "labels" / "case_0.nii.gz", (values % 256).astype(np.uint8))
+    with pytest.raises(ValueError, match=r"has 256 different values, .* up to 64 values; where these have more, name"):
+        evaluated(tmp_path, classes=None)
+    assert evaluated(tmp_path, classes={"organ": [7]})[0] == 0
+
+
+@pytest.mark.parametrize(("value", "named"), [(2 * np.float32(0.99999994), "1.9999999"), (1e30, "1e\\+30")])
+def test_values_that_are_no_labels_are_named_in_full(tmp_path, value, named):
+    write(tmp_path / "x.nii.gz", cube((2, 2, 2), (9, 9, 9)).astype(np.float32) * np.float32(value))
+    with pytest.raises(ValueError, match=rf"values that are no integers, such as {named}; accepted is a label map"):
+        label_maps.read(tmp_path / "x.nii.gz")
+
+
+def test_a_case_that_cannot_be_opened_costs_no_other(tmp_path):
+    run_of(tmp_path, 0.7, cases=4)
+    folder = tmp_path / "predictions"
+    for number in range(3):
+        (folder / f"case_{number}_seg.nii.gz").unlink()
+    os.mkfifo(folder / "case_0_seg.nii.gz")
+    (folder / "case_1_seg.nii.gz").symlink_to("case_1_seg.nii.gz")
+    (folder / "case_2_seg.nii.gz").mkdir()
+    status, results, _ = evaluated(tmp_path)
+    assert status == 1
+    assert list(results["scores"]) == ["case_3"]
+    assert [results["failed"][f"case_{n}"].split("cannot be read: ")[1] for n in range(3)] == [
+        "is a FIFO; accepted are regular files",
+        "Too many levels of symbolic links",
+        "is a folder; accepted are regular files",
+    ]
+    with pytest.raises(ValueError, match=r"case_3_seg.nii.gz: takes .* GiB by its header; accepted are 1e-06 "):
+        evaluated(tmp_path, largest=1e-6)
 
 
 def test_nothing_to_score(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import warnings
 
@@ -12,7 +13,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
+from pydicom.uid import BasicTextSRStorage, CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 
 from swin_unetr import imaging
 from swin_unetr.imaging import dicom
@@ -116,6 +117,82 @@ def test_what_is_no_image_is_refused(tmp_path):
         imaging.find([tmp_path / "a", tmp_path / "b"], 1.0)
 
 
+NRRD = (
+    "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nspace: left-posterior-superior\n"
+    "space directions: (1,0,0) (0,1,0) (0,0,1)\nspace origin: (0,0,0)\nencoding: raw\n"
+)
+META = "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("x.nrrd", f"{NRRD}data file: {{secret}}\n"),
+        ("x.nrrd", f"{NRRD}DATA FILE:   ../secret\n"),
+        ("x.nrrd", f"{NRRD}datafile: own/../../secret\n"),
+        ("x.nrrd", f"{NRRD}content: x\rdata file: {{secret}}\n"),  # a lone carriage return ends a line there
+        ("x.nrrd", f"{NRRD}data file: LIST 3\n../secret\n"),
+        ("x.mhd", f"{META}ElementDataFile = {{secret}}\n"),
+        ("x.mha", f"{META} ElementDataFile\t:\t../secret\n"),
+        ("x.mhd", f"{META}ElementDataFile = LIST\n../secret\n"),
+        ("x.mhd", f"{META}ElementDataFile = ../secr%ct 101 101 1\n"),
+        ("x.mhd", f"{META}ElementDataFile = ..%csecret 47 47 1\n"),  # number 47 is a slash
+    ],
+)
+def test_headers_name_no_files_of_other_folders(tmp_path, name, header):
+    """Each of these is read by SimpleITK: the test of that keeps this list honest."""
+    (tmp_path / "own").mkdir()
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(range(64)))
+    path = tmp_path / "own" / name
+    (tmp_path / "own" / "own").mkdir()
+    path.write_bytes(header.format(secret=secret).encode())
+    assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).size == 64
+    with pytest.raises(imaging.BadCase, match=rf"{name}: its header names .* as its data; accepted are"):
+        only(path)
+
+
+def test_headers_name_files_of_their_own_folder(tmp_path):
+    values = np.arange(64, dtype=np.uint8)
+    values.tofile(tmp_path / "x.raw")
+    for number, plane in enumerate(values.reshape(4, 16)):
+        plane.tofile(tmp_path / f"plane{number:02d}.raw")
+    for name, header in (
+        ("a.nrrd", f"{NRRD}data file: ./x.raw\n"),
+        ("b.nrrd", f"{NRRD}data file: plane%02d.raw 0 3 1 2\n"),
+        ("c.mhd", f"{META}ElementDataFile = x.raw\n"),
+        ("d.mhd", f"{META}ElementDataFile = LIST\n" + "".join(f"plane{n:02d}.raw\n" for n in range(4))),
+        ("e.mhd", f"{META}ElementDataFile = plane%02d.raw 0 3 1\n"),
+    ):
+        (tmp_path / name).write_text(header)
+        np.testing.assert_array_equal(only(tmp_path / name).values[0].T.ravel(), values)
+    (tmp_path / "x.raw").unlink()
+    os.mkfifo(tmp_path / "x.raw")
+    with pytest.raises(imaging.BadCase, match=r"names 'x.raw' as its data, which cannot be read: is a FIFO"):
+        only(tmp_path / "c.mhd")
+
+
+@pytest.mark.parametrize("name", ["x.nii.gz", "x.nrrd"])
+def test_voxels_are_finite_as_float32(tmp_path, name):
+    values = image((7, 5, 4)).astype(np.float64)
+    values[:2] = np.finfo(np.float64).max
+    if name.endswith(".nrrd"):
+        write_itk(values, affine(), tmp_path / name)
+    else:
+        nifti(tmp_path / name, values)
+    with pytest.raises(imaging.BadCase, match="40 voxels are NaN or infinite, 40 of them beyond the range of float32"):
+        only(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mhd"])
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path, suffix):
+    path = tmp_path / f"{'x' * (255 - len(suffix))}{suffix}"
+    imaging.write(np.ones((4, 4, 4), np.uint8), imaging.Volume(np.ones((1, 4, 4, 4), np.float32), affine()), path)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    if suffix != ".mhd":
+        assert only(path).values.sum() == 64
+
+
 # --- DICOM ---
 
 ORIENTATIONS = {"axial": (1, 0, 0, 0, 1, 0), "coronal": (1, 0, 0, 0, 0, -1), "sagittal": (0, 1, 0, 0, 0, -1)}
@@ -207,6 +284,45 @@ def test_slices_differ_by_rounding_but_not_in_the_extents_of_pixels(tmp_path):
     assert len(imaging.find([tmp_path / "d"], 1.0)) == 2
 
 
+@pytest.mark.parametrize(
+    ("tag", "written"),
+    [
+        ("EchoTime", ["4.92", "4.920"]),
+        ("EchoTime", ["30", "30.001"]),
+        ("EchoNumbers", ["1", "01"]),
+        ("PixelSpacing", [["0.78125", "0.78125"], ["0.7813", "0.7813"]]),
+        ("ImageOrientationPatient", [["1", "0", "0", "0", "1", "0"], ["1.000", "-1e-7", "0.0", "0", "1", "0"]]),
+    ],
+)
+def test_equal_values_are_equal_however_they_are_written(tmp_path, tag, written):
+    values = image((6, 5, 8))
+    series(tmp_path / "d", values)
+    paths = sorted((tmp_path / "d").iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    for number, path in enumerate(paths):
+        data = pydicom.dcmread(path)
+        with pydicom.config.disable_value_validation():
+            setattr(data, tag, written[number % 2])
+            data.save_as(path)
+    volume = only(tmp_path / "d")
+    np.testing.assert_array_equal(volume.values[0], 2.0 * values - 1000)
+    extents = (0.78125, 0.78125, 2.5) if tag == "PixelSpacing" else (0.75, 0.5, 2.5)
+    assert volume.spacing == pytest.approx(extents, rel=1e-4)
+
+
+@pytest.mark.parametrize("gap", [0.125, 0.3333, 0.625])
+def test_gaps_are_as_even_as_positions_are_written(tmp_path, gap):
+    """To 0.01 mm, which is more than the part of a distance that uneven slices differ by."""
+    series(tmp_path / "d", image((6, 5, 10)), gap=gap)
+    series(tmp_path / "short", image((6, 5, 10)), gap=gap, skip=(5,))
+    for path in [*(tmp_path / "d").iterdir(), *(tmp_path / "short").iterdir()]:
+        data = pydicom.dcmread(path)
+        data.ImagePositionPatient = [round(float(x), 2) for x in data.ImagePositionPatient]
+        data.save_as(path)
+    assert only(tmp_path / "d").spacing[2] == pytest.approx(gap, abs=0.01 / 9)
+    with pytest.raises(imaging.BadCase, match="1 missing between"):
+        only(tmp_path / "short")
+
+
 def test_series_named_alike_are_told_apart_by_their_folders(tmp_path):
     for folder in ("first", "second"):
         series(tmp_path / folder, image((6, 5, 4)))
@@ -214,14 +330,160 @@ def test_series_named_alike_are_told_apart_by_their_folders(tmp_path):
     assert names == ["first_series_3_thorax_2_5", "second_series_3_thorax_2_5"]
 
 
-def test_a_damaged_header_is_reported_with_its_folder(tmp_path):
+def test_patients_with_equal_series_are_told_apart(tmp_path):
+    """Also where the innermost folders are named alike, and where one patient has two of them."""
+    for folder in ("case_07", "case_12"):
+        (tmp_path / folder).mkdir()
+        series(tmp_path / folder / "scan", image((6, 5, 4)))
+    series(tmp_path / "case_12" / "scan", image((6, 5, 4), 1))
+    series(tmp_path / "case_12" / "other", image((6, 5, 4)), SeriesDescription="flair")
+    found = {source.name: source.path for source in imaging.find([tmp_path], 1.0)}
+    assert found == {
+        "case_07_scan_series_3_thorax_2_5": tmp_path / "case_07" / "scan",
+        "case_12_scan_series_3_thorax_2_5_6x5_1": tmp_path / "case_12" / "scan",
+        "case_12_scan_series_3_thorax_2_5_6x5_2": tmp_path / "case_12" / "scan",
+        "series_3_flair": tmp_path / "case_12" / "other",
+    }
+
+
+@pytest.mark.parametrize(("identify", "start"), [("patient", "secret"), ("accession", "a_17")])
+def test_names_have_data_of_patients_where_asked_for(tmp_path, identify, start):
+    series(tmp_path / "d", image((6, 5, 4)), AccessionNumber="A/17")
+    names = [imaging.find([tmp_path / "d"], 1.0, identify=asked)[0].name for asked in (None, identify)]
+    assert names == ["series_3_thorax_2_5", f"{start}_series_3_thorax_2_5"]
+
+
+def test_a_damaged_header_costs_its_own_series_alone(tmp_path):
     series(tmp_path / "d", image((6, 5, 4)))
     path = next((tmp_path / "d").iterdir())
     path.write_bytes(path.read_bytes().replace(b"1.0\\0.0\\0.0\\0.0\\1.0\\0.0", b"1.0\\0.0\\x.0\\0.0\\1.0\\0.0"))
-    (source,) = imaging.find([tmp_path / "d"], 1.0)
-    assert source.name == "d"
+    series(tmp_path / "d", image((6, 5, 4)), SeriesNumber=4)
+    whole, broken = sorted(imaging.find([tmp_path / "d"], 1.0), key=lambda source: source.name, reverse=True)
+    assert (whole.name, broken.name) == ("series_4_thorax_2_5", "series_3_thorax_2_5")
+    assert whole.read().values.shape == (1, 6, 5, 4)
     with pytest.raises(imaging.BadCase, match=rf"{path.name}: cannot be read: .*x\.0"):
-        source.read()
+        broken.read()
+
+
+def test_slices_are_finite_and_names_short_enough(tmp_path):
+    series(tmp_path / "d", image((6, 5, 3)), SeriesDescription="long " * 12, RescaleSlope="1e40")
+    (tmp_path / ("f" * 240)).mkdir()
+    (tmp_path / "d").rename(tmp_path / ("f" * 240) / "d")
+    series(tmp_path / "d", image((6, 5, 3)), SeriesDescription="long " * 12)
+    found = imaging.find([tmp_path], 1.0)
+    assert len({source.name for source in found}) == 2
+    assert all(len(source.name) < 240 for source in found)
+    with pytest.raises(imaging.BadCase, match=r"voxels are NaN or infinite"):
+        next(source for source in found if "f" * 240 in str(source.path)).read()
+
+
+ROWS, UID = b"\x28\x00\x10\x00US", b"\x20\x00\x0e\x00UI"
+
+
+@pytest.mark.parametrize(
+    ("damage", "series_known"),
+    [
+        (lambda data: data.replace(ROWS, ROWS[:4] + b"UW"), True),  # no such kind of value
+        (lambda data: data.replace(ROWS + b"\x02", ROWS + b"\x03"), True),  # a number of three bytes
+        (lambda data: data[: data.index(ROWS)], True),  # cut off
+        (lambda data: data.replace(UID, UID[:4] + b"UW"), False),
+        (lambda data: data.replace(UID[:4] + b"UI", UID[:4] + b"SQ"), False),
+    ],
+    ids=["kind", "length", "cut", "kind of UID", "UID as sequence"],
+)
+def test_damaged_slices_are_named(tmp_path, damage, series_known):
+    """Whatever the parser makes of them, nothing is silently a slice short."""
+    series(tmp_path / "d", image((6, 5, 4)))
+    series(tmp_path / "d", image((6, 5, 4)), SeriesNumber=4)
+    last = max((tmp_path / "d").iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    data = last.read_bytes()
+    last.write_bytes(damage(data))
+    assert last.read_bytes() != data
+    told, refused = [], []
+    found = imaging.find([tmp_path / "d"], 1.0, lambda path, why: told.append(path.name))
+    for source in found:
+        try:
+            short = source.read().values.shape[3] < 4
+            assert not short or any(last.name in note for note in source.notes)
+        except imaging.BadCase as error:
+            refused.append(str(error))
+    assert len(refused) + len(told) == 1
+    assert last.name in (refused + told)[0]
+    if series_known:
+        assert len(refused) == 1
+        assert len(found) == 2
+
+
+def without_preamble(path) -> None:
+    """As older exports are: no preamble, no file meta information, implicit kinds of values."""
+    data = pydicom.dcmread(path)
+    plain = pydicom.Dataset({element.tag: element for element in data})
+    plain.save_as(path, implicit_vr=True, little_endian=True)
+    assert path.read_bytes()[128:132] != b"DICM"
+
+
+@pytest.mark.parametrize("which", ["ends", "all"])
+def test_slices_without_preamble_are_read(tmp_path, which):
+    values = image((6, 5, 6))
+    series(tmp_path / "d", values)
+    paths = sorted((tmp_path / "d").iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    for path in paths if which == "all" else (paths[0], paths[-1]):
+        without_preamble(path)
+    np.testing.assert_array_equal(only(tmp_path / "d").values[0], 2.0 * values - 1000)
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    series(tmp_path / "d", image((6, 5, 4)))
+    (tmp_path / "d" / "empty.dcm").touch()
+    (tmp_path / "d" / "README.txt").write_text("no image, but a longer text than the preamble of a file. " * 5)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "d" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "d" / "fifo.dcm")
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = BasicTextSRStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    report = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    report.SOPClassUID, report.SeriesInstanceUID = BasicTextSRStorage, generate_uid()
+    report.save_as(tmp_path / "d" / "sr", enforce_file_format=False)
+    told = {}
+    (source,) = imaging.find([tmp_path / "d"], 1.0, lambda path, why: told.update({path.name: why}))
+    assert told == {
+        "README.txt": "is no DICOM file",
+        "empty.dcm": "is empty",
+        "fifo.dcm": "is a FIFO; accepted are regular files",
+        "link": "is a link to a folder, which is not followed",
+        "loop": "Too many levels of symbolic links",
+        "sr": "is DICOM without an image (Basic Text SR Storage)",
+    }
+    assert source.notes == ("left out of its folder: README.txt, empty.dcm, fifo.dcm and 3 more",)
+    assert source.read().values.shape == (1, 6, 5, 4)
+    # Beside volumes too.
+    nifti(tmp_path / "d" / "x.nii.gz")
+    told.clear()
+    assert [source.name for source in imaging.find([tmp_path / "d"], 1.0, lambda p, why: told.update({p: why}))] == [
+        "x"
+    ]
+    assert len(told) == 10
+    assert told[tmp_path / "d" / "empty.dcm"].startswith("ends in none of .nii.gz")
+
+
+def test_volumes_that_are_no_regular_files_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo.nii.gz")
+    (tmp_path / "folder.nrrd").mkdir()
+    (tmp_path / "loop.mha").symlink_to("loop.mha")
+    (tmp_path / "nothing.nii").symlink_to("nowhere")
+    said = []
+    for source in imaging.find([tmp_path], 1.0):
+        with pytest.raises(imaging.BadCase) as error:
+            source.read()
+        said.append(str(error.value).removeprefix(f"{tmp_path}/"))
+    assert said == [
+        "fifo.nii.gz: cannot be read: is a FIFO; accepted are regular files",
+        "folder.nrrd: cannot be read: is a folder; accepted are regular files",
+        "loop.mha: cannot be read: Too many levels of symbolic links",
+        "nothing.nii: cannot be read: No such file or directory",
+    ]
 
 
 def test_series_that_are_no_volume_are_refused_with_numbers(tmp_path):

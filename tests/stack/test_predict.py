@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from swin_unetr import checkpoints, cli, imaging, predict
 from swin_unetr.architecture import Architecture
 from swin_unetr.labels import Labels
 from swin_unetr.prediction import ensemble as ensembles
-from swin_unetr.prediction import windows
+from swin_unetr.prediction import report, windows
 from swin_unetr.prediction.restore import entropy
 from swin_unetr.prediction.windows import Windows, starts_along
+from swin_unetr.preprocessing import Preprocessing
 
 from .segmenter import ORGANS, ROI, SMALL, affine, checkpoint, image, nifti
 
@@ -81,6 +83,9 @@ def test_a_tilted_gantry_is_interpolated_in_space(tmp_path):
     found = imaging.Volume(volume().values, place)
     ours = predict.segment(found, ensemble, Windows(), CPU, say=said.append).labels
     assert "tilted gantry" in said[0]
+    # The image takes 0.0007 GiB on the network's grid, and there are three classes.
+    with pytest.raises(ValueError, match=r"for the classes of the whole volume at once; accepted are .* \(largest\)"):
+        predict.segment(found, ensemble, Windows(), CPU, largest=0.001)
     assert (ours == by_monai(ensemble, found, 0.5)).mean() > 0.9999
 
 
@@ -180,6 +185,28 @@ def test_the_averaged_weights_are_used(tmp_path):
     assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
 
 
+@pytest.mark.parametrize("intensity", ["window", "zscore"])
+@pytest.mark.parametrize("spacing", [None, (1.6, 1.9, 4.0), (2.0, 2.0, 3.0)], ids=["kept", "equal", "resampled"])
+@pytest.mark.parametrize("axes", ["RAS", "LAS"])
+def test_numbers_and_pictures_are_of_the_image_as_it_is(tmp_path, monkeypatch, axes, spacing, intensity):
+    """Where orientation and spacing copy nothing, transforms work on the array that they are given."""
+    torch.manual_seed(0)
+    ensemble = ensembles.Ensemble(
+        (torch.nn.Conv3d(1, 3, 3, padding=1),), ORGANS, Preprocessing(spacing, intensity=intensity), ROI, 1, {}
+    )
+    whole, shown = image((30, 40, 20)) + 500, []
+    monkeypatch.setattr(report, "picture", lambda image, *rest: shown.append(image.copy()) or "")
+    (source,) = imaging.find([nifti(tmp_path / "x.nii.gz", whole, affine(axes))], 1.0)
+    case = predict._case(source, tmp_path / "y.nii.gz", ensemble, options(tmp_path), CPU)
+    np.testing.assert_array_equal(shown[0], whole)
+    labels = np.asarray(nibabel.load(tmp_path / "y.nii.gz").dataobj)
+    found = [organ for organ in case.organs if organ.voxels]
+    assert found
+    for organ in found:
+        inside = whole[np.isin(labels, organ.values)]
+        assert (organ.mean, organ.std) == pytest.approx((inside.mean(), inside.std()), rel=1e-4)
+
+
 def options(tmp_path, **more) -> predict.Options:
     given = {"checkpoint": [tmp_path / "x.pt"], "input": [tmp_path / "in"], "out": tmp_path / "out", "device": "cpu"}
     return predict.Options(**given | more)
@@ -220,6 +247,50 @@ def test_a_broken_case_is_reported_and_the_others_go_on(inputs):
     assert set(summary) == {"good"}
     uncertain = np.asarray(nibabel.load(inputs / "out" / "entropy" / "good.nii.gz").dataobj)
     assert 0 < uncertain.min() < uncertain.max() <= 1
+
+
+def test_what_is_no_image_costs_nothing_and_is_named(inputs):
+    os.mkfifo(inputs / "in" / "fifo.nii.gz")
+    (inputs / "in" / "loop.nii.gz").symlink_to("loop.nii.gz")
+    (inputs / "in" / "READ<me>.txt").write_text("no image")
+    terminal = io.StringIO()
+    assert predict.run(options(inputs), Console(file=terminal, width=300)) == 1
+    page = (inputs / "out" / "report.html").read_text()
+    for said in (
+        "fifo.nii.gz: cannot be read: is a FIFO; accepted are regular files",
+        "loop.nii.gz: cannot be read: Too many levels of symbolic links",
+    ):
+        assert said in terminal.getvalue()
+        assert said in page
+    assert f"1 file left out of {inputs / 'in'}: READ<me>.txt (ends in none of" in terminal.getvalue()
+    assert "1 file of the input left out" in page
+    assert "READ&lt;me&gt;.txt</td><td>ends in none of" in page
+    assert (inputs / "out" / "good.nii.gz").exists()
+
+
+def test_largest_bounds_the_networks_grid_too(inputs):
+    """A file of voxels of a wrong unit: small itself, huge where it is resampled."""
+    nifti(inputs / "in" / "unit.nii.gz", image((12, 12, 12)), np.diag([32.0, 32.0, 32.0, 1.0]))
+    (inputs / "in" / "good.nii.gz").unlink()
+    terminal = io.StringIO()
+    assert predict.run(options(inputs, largest=0.001), Console(file=terminal, width=300)) == 1
+    # By MONAI's own transforms.
+    item = {"image": MetaTensor(torch.zeros(1, 12, 12, 12), affine=torch.diag(torch.tensor([32.0, 32.0, 32.0, 1.0])))}
+    for step in Preprocessing((2.0, 2.0, 3.0)).geometry(("image",)):
+        item = step(item)
+    size = item["image"].numel() * 4 / 2**30
+    grid = " × ".join(map(str, item["image"].shape[1:]))
+    assert f"takes {size:.3g} GiB on the network's grid of {grid} voxels; accepted are 0.001 (largest)" in (
+        terminal.getvalue()
+    )
+    assert "By its header its voxels are of 32 × 32 × 32 mm: is that right?" in terminal.getvalue()
+
+
+def test_intensities_that_overflow_the_preprocessing_are_refused(tmp_path):
+    ensemble = ensembles.load([checkpoint(tmp_path / "x.pt", intensity="zscore")], CPU)
+    found = imaging.Volume(volume().values * np.float32(1e36), affine())
+    with pytest.raises(ValueError, match="intensities are too large: some are not finite after preprocessing"):
+        predict.segment(found, ensemble, Windows(), CPU)
 
 
 def test_results_are_not_replaced_unasked(inputs):
@@ -339,6 +410,7 @@ def test_bad_options_are_named(inputs, capsys):
         (["--mirror", "[0, 0]"], "mirror is (0, 0); accepted are different axes of (0, 1, 2)"),
         (["--checkpoint", "[none.pt]"], "checkpoint: none.pt does not exist"),
         (["--input", "[nowhere]"], "input: nowhere does not exist"),
+        (["--identify", "name"], "identify"),
         (["--windows.overlap", "1"], "overlap is 1.0; accepted is 0 ≤ overlap < 1"),
     ):
         assert _status([*base, "--out", str(inputs / "out"), *more]) == 2

@@ -1,0 +1,50 @@
+"""Names that others chose, of files and classes: in names of files, in sentences, tables and pages, on the terminal."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+"""How files are written: names of files need not be UTF-8, and must not cost what has been computed."""
+LONGEST = 200
+"""Bytes of a file's name before its suffix: systems have room for 255."""
+
+
+def cell(text: str) -> str:
+    """Of a table, which no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def markup(text: object) -> str:
+    """Text in HTML, in attributes too."""
+    return html.escape(str(text), quote=True)
+
+
+def shown(text: object) -> str:
+    """Text that any terminal and font can show: what cannot be printed stands as an escape."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
+
+
+def say(console: Console, text: str, style: str | None = None, **how: bool) -> None:
+    """Print `text` as it is: brackets in it are no markup."""
+    console.print(shown(text), style=style, markup=False, highlight=False, **how)
+
+
+def some(names: Sequence[object], most: int = 3) -> str:
+    """The first of `names`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
+
+
+def shorten(name: str) -> str:
+    """`name`, or as much of its end as a file's name has room for, after a digest of the whole."""
+    kept = name
+    while len(kept.encode(errors="surrogateescape")) > LONGEST:
+        kept = kept[1:]
+    return name if kept == name else f"{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:12]}-{kept}"
