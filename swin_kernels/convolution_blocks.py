@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 from .backends import has_kernel
+from .cpu_bfloat16 import in_float32
 from .ops._library import autocast_is_on, is_transformed
 from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
@@ -27,6 +28,7 @@ class ResidualBlock:
     Parts: ``conv1, norm1, lrelu, conv2, norm2``, and where the residual changes channels ``conv3, norm3``.
     """
 
+    @in_float32
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, C1, *S)``, and ``(B, C2, *S)`` beside it, to ``(B, C_out, *S)``; channels last where it runs fused."""
         if not self.runs_fused(x):
@@ -59,6 +61,7 @@ class UpBlock:
     Parts: ``transp_conv, conv_block``.
     """
 
+    @in_float32
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """``(B, C_in, *S)`` and ``(B, C_out, *2S)`` to ``(B, C_out, *2S)``."""
         block = self.conv_block
@@ -73,6 +76,7 @@ class OutBlock:
     Parts: ``conv``.
     """
 
+    @in_float32
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, C, *S)`` to ``(B, classes, *S)``, contiguous whatever the memory of `x`."""
         return super().forward(x).contiguous()
@@ -120,20 +124,7 @@ def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None 
     """MONAI's `Convolution` of `x` beside `skip`; by the operator `convolution` where that is the same and faster."""
     if _has_operator(module, x, skip):
         return convolution(x, module.conv.weight, None if skip is None else skip.to(x.dtype))
-    x = _joined(x, skip)
-    if _is_thin(x) and _computed_dtype(x) == torch.bfloat16 != module.conv.weight.dtype:
-        with torch.autocast("cpu", enabled=False):
-            out = module(x.float())
-        return out.to(torch.bfloat16)
-    return module(x)
-
-
-def _is_thin(x: torch.Tensor) -> bool:
-    """Whether PyTorch's gradient of the weight may hold memory that nobody wrote, in bfloat16 on a CPU.
-
-    See the reference of `convolution`.
-    """
-    return x.device.type == "cpu" and min(x.shape[2:]) < 3
+    return module(_joined(x, skip))
 
 
 def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None) -> bool:

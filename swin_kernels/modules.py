@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .cpu_bfloat16 import computes_in_float32
 from .geometry import WindowGrid, bias_index, bias_table_length
 from .ops._library import is_transformed
 from .ops.layer_norm import autocast_layer_norm
@@ -454,6 +455,13 @@ class SwinTransformer(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}; accepted is a batch of at least 1"
             )
+        if not computes_in_float32(x):
+            return self._features(x, normalize)
+        with torch.autocast("cpu", enabled=False):
+            features = self._features(x.float(), normalize)
+        return [f.to(torch.bfloat16) for f in features]
+
+    def _features(self, x: torch.Tensor, normalize: bool) -> list[torch.Tensor]:
         x = self.pos_drop(self.patch_embed(x))  # (B, C, *S)
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # same shape, channels last in memory from here on
         features = [self.proj_out(x, normalize)]
