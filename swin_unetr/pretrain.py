@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os import environ
 from pathlib import Path
 from typing import Literal
 
@@ -85,6 +86,12 @@ def run(options: Options, console: Console | None = None) -> int:
         ValueError: data or options do not fit, or `options.out` holds another run.
         OSError: `options.out` cannot be written to.
     """
+    crops = options.data.batch_size * options.data.crops_per_volume * int(environ.get("WORLD_SIZE", "1"))
+    if crops < 2:
+        raise ValueError(
+            "data.batch_size and data.crops_per_volume are 1, on one rank; accepted are 2 crops a step or more, since "
+            "contrast tells each from the others"
+        )
     with interruption.exiting():
         lazily.load(session, self_supervision)
     return session.run(

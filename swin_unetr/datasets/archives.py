@@ -1,15 +1,18 @@
-"""Unpacking of archives that are not to be trusted: the Decathlon's .tar, compressed or not, and .zip."""
+"""Data sets in archives, which are not to be trusted: the Decathlon's .tar, compressed or not, and .zip."""
 
 from __future__ import annotations
 
+import bz2
 import errno
-import lzma
+import fcntl
+import gzip
+import json
+import os
 import shutil
 import stat
 import tarfile
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,14 @@ from typing import IO
 GIB = 2**30
 CHUNK = 1 << 20  # bytes copied at once
 MOST_MEMBERS = 100_000
+MOST_OF_A_TAR_HEADER = 1 << 16  # bytes, long names and pax records included
+MOST_OF_A_ZIP_DIRECTORY = 1 << 26  # bytes
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".zip")
+DATALIST = "dataset.json"
+RECORD = ".archive.json"
+"""File in an unpacked data set: which archive it is of."""
+OF_THE_ARCHIVE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
+"""What fails in a new folder because of a member's name."""
 
 
 class Refused(ValueError):
@@ -42,14 +53,81 @@ class Member:
     key: tarfile.TarInfo | zipfile.ZipInfo
 
 
+def is_archive(path: Path) -> bool:
+    """Whether `path` is named like an archive."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def datalist_in(archive: Path, say: Callable[[str], None] = lambda text: None) -> Path:
+    """The dataset.json in `archive`, which is unpacked beside it unless that was done before.
+
+    Args:
+        say: is told that it is being unpacked, which may take minutes.
+
+    Raises:
+        Refused: the archive cannot be unpacked, holds not one dataset.json, or is not the one that was unpacked before.
+        OSError: the folder of the archive cannot be written to, or the disk has no room.
+    """
+    folder = archive.with_name(f"{archive.name}.unpacked")
+    if not archive.is_file():
+        raise Refused(f"datalist: there is no file {archive}")
+    if not folder.exists():
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            if not folder.exists():  # another process may have had the lock
+                _unpack_whole(archive, folder, say)
+    try:
+        record = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        record = None
+    if record != _identity(archive):
+        raise Refused(f"datalist: {folder} was not unpacked from this {archive.name}; remove it to unpack the archive")
+    found = sorted(folder.rglob(DATALIST))
+    if len(found) != 1:
+        raise Refused(f"datalist: {archive} has {len(found)} files named {DATALIST}; accepted is one")
+    return found[0]
+
+
+def _unpack_whole(archive: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """Make `folder` with all of `archive` and a record of it; while the lock is held."""
+    new = folder.with_name(f".{folder.name}.new")
+    for left in (new, *folder.parent.glob(f".{new.name}.*")):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    say(f"unpacking {archive} into {folder}, once")
+    identity = _identity(archive)
+    unpack(archive, new)
+    (new / RECORD).write_text(json.dumps(identity))
+    new.rename(folder)
+
+
+def _identity(archive: Path) -> dict[str, int]:
+    status = archive.stat()
+    return {"bytes": status.st_size, "modified": status.st_mtime_ns}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among all processes that lock `path`, a file that is gone afterwards."""
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # Who had the lock before has removed the file: a third process may have made a new one.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
 def unpack(archive: Path, folder: Path, largest: float = 64.0) -> list[Path]:
     """Unpack `archive` into `folder`, which appears once all of it is there; returns the files.
 
     Nothing is written outside of `folder`, and nothing but files and folders: no links, no devices. Permissions and
-    owners in the archive are passed over.
+    owners in the archive are passed over, and so are the files "._…" in which macOS keeps what it knows of others.
 
     Args:
-        archive: .tar, .tar.gz, .tar.bz2, .tar.xz or .zip.
+        archive: .tar, .tar.gz, .tar.bz2 or .zip.
         folder: does not exist yet.
         largest: GiB that all members may take together by their headers; none is unpacked beyond what its header says.
 
@@ -62,22 +140,19 @@ def unpack(archive: Path, folder: Path, largest: float = 64.0) -> list[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        with _opened(archive) as (listed, open_member):
+        with _opened(archive, largest * GIB) as (listed, open_member):
             members = _checked(archive, listed, largest * GIB)
             total = sum(member.size for member in members)
             if total > (free := shutil.disk_usage(temporary).free):
                 says = f"{archive}: takes {total / GIB:.3g} GiB; {folder.parent} has {free / GIB:.3g} GiB free"
                 raise OSError(errno.ENOSPC, says)
             for member in members:
-                path = temporary / member.name
-                if member.kind == "folder":
-                    path.mkdir(parents=True, exist_ok=True)
-                    continue
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open_member(member.key) as source, path.open("xb") as target:
-                    # Both readers end a member where its header says, and refuse one that is shorter or, by its
-                    # checksum, longer.
-                    shutil.copyfileobj(source, target, CHUNK)
+                try:
+                    _write(member, temporary, open_member)
+                except OSError as error:
+                    if error.errno not in OF_THE_ARCHIVE:
+                        raise
+                    raise Refused(f"{archive}: member {member.name!r}: {error.strerror}") from error
         temporary.chmod(0o755)  # mkdtemp's are for their owner alone
         temporary.rename(folder)
     except BaseException:
@@ -86,23 +161,103 @@ def unpack(archive: Path, folder: Path, largest: float = 64.0) -> list[Path]:
     return [folder / member.name for member in members if member.kind == "file"]
 
 
+def _write(member: Member, folder: Path, open_member: Callable[..., IO[bytes]]) -> None:
+    path = folder / member.name
+    if member.kind == "folder":
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_member(member.key) as source, path.open("xb") as target:
+        # Both readers end a member where its header says, and refuse one that is shorter or, by its checksum, longer.
+        shutil.copyfileobj(source, target, CHUNK)
+
+
+class _Bounded:
+    """A file whose reader can be made to read no more than so many bytes: of what headers say about their own length
+    nothing is believed.
+
+    Attributes:
+        left: bytes that may be read yet; None is any number.
+    """
+
+    def __init__(self, file: IO[bytes], archive: Path, largest: float, left: int) -> None:
+        """
+        Args:
+            largest: bytes of the whole file, unpacked.
+        """
+        self._file, self._archive, self._largest = file, archive, largest
+        self.left: int | None = left
+
+    def read(self, size: int = -1) -> bytes:
+        if self.left is None:
+            return self._file.read(size)
+        part = self._file.read(size if 0 <= size <= self.left else self.left + 1)
+        if len(part) > self.left:
+            raise Refused(f"{self._archive}: has a header of more than {self.left} bytes; accepted are shorter ones")
+        self.left -= len(part)
+        return part
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        # Of what is compressed, all before the new place is unpacked.
+        if whence == os.SEEK_SET and not 0 <= offset <= self._largest:
+            raise Refused(f"{self._archive}: has a member that ends after {offset} bytes; accepted are fewer (largest)")
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+
 @contextmanager
-def _opened(archive: Path) -> Iterator[tuple[Iterable[Member], Callable[..., IO[bytes]]]]:
+def _opened(archive: Path, largest: float) -> Iterator[tuple[Iterable[Member], Callable[..., IO[bytes]]]]:
     """The members of `archive`, and how one is opened; what its reader raises becomes `Refused`."""
+    if not archive.is_file():
+        raise Refused(f"{archive}: is no file")
     try:
         if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as file:
-                members = (Member(info.filename, info.file_size, _zip_kind(info), info) for info in file.infolist())
-                yield members, file.open
+            with archive.open("rb") as stream:
+                bounded = _Bounded(stream, archive, archive.stat().st_size, MOST_OF_A_ZIP_DIRECTORY)
+                with zipfile.ZipFile(bounded) as file:
+                    bounded.left = None
+                    yield [Member(i.filename, i.file_size, _zip_kind(i), i) for i in file.infolist()], file.open
         else:
-            with tarfile.open(archive) as file:
-                members = (Member(info.name, info.size, _tar_kind(info), info) for info in file)
-                yield members, file.extractfile
-    # An OSError without a number is not the system's but gzip's or bz2's, of damaged data.
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+            with _unpressed(archive) as stream:
+                headers = MOST_MEMBERS * MOST_OF_A_TAR_HEADER
+                bounded = _Bounded(stream, archive, largest + headers, MOST_OF_A_TAR_HEADER)
+                with tarfile.open(fileobj=bounded, mode="r:") as file:
+                    yield _tar_members(file, bounded), file.extractfile
+    except Refused:
+        raise
+    except OSError as error:
+        # Without a number it is not the system's but gzip's or bz2's, of damaged data.
+        if error.errno is not None:
             raise
-        raise Refused(f"{archive}: cannot be unpacked: {str(error).strip() or type(error).__name__}") from error
+        raise Refused(f"{archive}: cannot be unpacked: {error}") from error
+    except MemoryError:
+        raise
+    # What damage makes the readers raise is of many kinds; the archive's name is what counts.
+    except Exception as error:
+        says = str(error).strip() or type(error).__name__
+        raise Refused(f"{archive}: cannot be unpacked: {says}") from error
+
+
+def _unpressed(archive: Path) -> IO[bytes]:
+    """The tar file in `archive`, by its first bytes."""
+    with archive.open("rb") as file:
+        head = file.read(3)
+    return (
+        gzip.open(archive) if head[:2] == b"\x1f\x8b" else bz2.open(archive) if head == b"BZh" else archive.open("rb")
+    )
+
+
+def _tar_members(file: tarfile.TarFile, bounded: _Bounded) -> Iterator[Member]:
+    bounded.left = MOST_OF_A_TAR_HEADER
+    for info in file:
+        yield Member(info.name, info.size, _tar_kind(info), info)
+        bounded.left = MOST_OF_A_TAR_HEADER
+    bounded.left = None
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:
@@ -111,6 +266,8 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
         return "folder"
     if info.flag_bits & 1:
         return "encrypted file"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+        return f"file compressed by method {info.compress_type}"
     # An archive made under Windows has no type of file here.
     return "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "link" if stat.S_ISLNK(mode) else "special file"
 
@@ -130,10 +287,17 @@ def _checked(archive: Path, listed: Iterable[Member], largest: float) -> list[Me
     total = 0
     for member in listed:
         path = PurePosixPath(member.name)
+        if path.name.startswith("._"):
+            continue
+        if member.size < 0:
+            raise Refused(f"{archive}: member {member.name!r} has {member.size} bytes; accepted are 0 or more")
         if path.is_absolute() or ".." in path.parts or any(letter in member.name for letter in "\\\0"):
             raise Refused(f"{archive}: member {member.name!r} leads out of the folder it is unpacked into")
         if member.kind not in ("file", "folder"):
-            raise Refused(f"{archive}: member {member.name!r} is a {member.kind}; accepted are files and folders")
+            raise Refused(
+                f"{archive}: member {member.name!r} is a {member.kind}; accepted are folders, and files as "
+                "they are or compressed by deflate or bzip2"
+            )
         if member.kind == "file" and (path in names or path == PurePosixPath()):
             raise Refused(f"{archive}: member {member.name!r} is there twice or has no name")
         names.add(path)

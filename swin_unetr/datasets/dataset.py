@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from .. import distributed
+from ..imaging.nifti import read_nifti
 from ..labels import Labels
 from ..preprocessing import Preprocessing
-from . import cache, datalist, transforms
+from . import archives, cache, datalist, transforms
 from .datalist import Case
 from .images import BadCase, ReadCase
 from .options import Data
@@ -143,6 +146,32 @@ class Dataset:
         return lambda: cache.visit(self._held_out, place)
 
 
+def _check_labelled(cases: tuple[list[Case], list[Case]], labels: Labels, data: Data) -> None:
+    """Raise `ValueError` if no case to train on, or none to validate on, has a voxel of a class.
+
+    As a rule it reads one label of each; one that cannot be read is for those to report who use it.
+    """
+    classes = sorted(set(itertools.chain(*labels.classes.values())))
+    for group, purpose in zip(cases, ("train", "validate"), strict=True):
+        found: set[float] = set()
+        for case in group:
+            try:
+                values, _ = read_nifti(case.label, data.largest)
+            except BadCase:
+                break
+            if np.isin(values, classes).any():
+                break
+            found.update(np.unique(values).tolist())
+        else:
+            if group:
+                names = ", ".join(f"{name} {values}" for name, values in labels.classes.items())
+                held = ", ".join(f"{value:g}" for value in sorted(found)[:10])
+                raise ValueError(
+                    f"labels.classes: none of the {len(group)} cases to {purpose} on has a voxel of {names}: their "
+                    f"labels, such as {group[0].label}, hold {held}"
+                )
+
+
 def open_dataset(
     data: Data,
     preprocessing: Preprocessing,
@@ -164,7 +193,7 @@ def open_dataset(
 
     Raises:
         ValueError: the datalist or a case that is kept (cache memory or disk) cannot be used; the message names its
-            entry and file.
+            entry and file. Or no label has a voxel of a class.
     """
     if len(roi) != 3 or any(extent < 1 for extent in roi):
         raise ValueError(f"roi is {tuple(roi)}; accepted are three extents in voxels")
@@ -172,7 +201,12 @@ def open_dataset(
     if classes & set(data.background):
         raise ValueError(f"background is {data.background}; accepted are values of no class")
     values = None if labels is None else {0, *data.background, *classes}
+    if archives.is_archive(data.datalist):
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True) if console else str
+        data = replace(data, datalist=distributed.first(partial(archives.datalist_in, data.datalist, say)))
     cases = datalist.read(data, labels is not None, channels)
+    if labels is not None:
+        distributed.first(lambda: _check_labelled(cases, labels, data))
     dataset = Dataset(data, cases, ReadCase(values, channels, data.largest), preprocessing, roi, labels, seed)
     if data.cache in ("memory", "disk"):
         dataset.fill(console)

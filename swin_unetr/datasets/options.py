@@ -58,7 +58,8 @@ class Data:
     """Cases of a datalist, and the batches drawn from them.
 
     Args:
-        datalist: JSON file: the Medical Segmentation Decathlon's dataset.json, or a datalist of MONAI.
+        datalist: JSON file: the Medical Segmentation Decathlon's dataset.json, or a datalist of MONAI. Or an archive of
+            the Decathlon, such as Task09_Spleen.tar, which is unpacked beside it, once.
         root: folder that the datalist's entries start from; by default the datalist's own. An entry that leads out of
             it is refused.
         trusted: more folders that entries may lead into, by an absolute path or a symbolic link.

@@ -80,6 +80,9 @@ class Segmentation:
         """Mean Dice over cases and classes as ``dice``, and each class's as ``dice of NAME``.
 
         A class that a case does not have counts for that case not at all; one that no case has is NaN and left out.
+
+        Raises:
+            ValueError: no case has any class.
         """
         everywhere = {i: dice for of_rank in scores for i, dice in of_rank.items()}
         if not everywhere:
@@ -87,7 +90,15 @@ class Segmentation:
         rows = [dice for _, dice in sorted(everywhere.items())]  # in an order that ranks do not show in
         columns = zip(*rows, strict=True)
         classes = {f"dice of {name}": _mean(dice) for name, dice in zip(self.labels.names, columns, strict=True)}
-        return {"dice": _mean(classes.values())} | classes
+        dice = _mean(classes.values())
+        if math.isnan(dice):
+            names = ", ".join(self.labels.names)
+            raise ValueError(
+                f"none of the {len(self.cases)} cases to validate on has a voxel of {names} once its label is "
+                "resampled, so that no weights are better than others; accepted are labels with some class, and a "
+                "spacing that keeps it (preprocessing.spacing)"
+            )
+        return {"dice": dice} | classes
 
     def _dice(self, core: nn.Module, case: Case) -> list[float]:
         """Of each class in one case; NaN where the case has none of it."""

@@ -232,6 +232,13 @@ def test_values_that_no_pretraining_can_run_with(option, value, capsys):
     assert option.rpartition(".")[2] in capsys.readouterr().err.partition(";")[0]
 
 
+def test_a_pretraining_without_negatives_is_refused_before_data_are_read(capsys):
+    assert cli.main(["pretrain", *NEEDED["pretrain"], "--data.crops_per_volume", "1", "--device", "cpu"]) == 2
+    assert (
+        "data.batch_size and data.crops_per_volume are 1, on one rank; accepted are 2 crops" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("device", ["meta", "", "mps", "abacus", "cuda:-1", "cuda:99", "cpu:x"])
 def test_devices(device, capsys, tmp_path):
     words = NEEDED["train"][:-1]
