@@ -11,8 +11,10 @@ import torch
 import torch.nn as nn
 
 from .backends import has_kernel
+from .ops._library import autocast_is_on, is_transformed
 from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
+from .plain import is_plain, is_untouched
 
 LEAST_VOXELS = 4096
 """Volumes from this size on (16³) go to the operator `convolution`. In smaller ones the weights are most of the data,
@@ -60,7 +62,7 @@ class UpBlock:
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """``(B, C_in, *S)`` and ``(B, C_out, *2S)`` to ``(B, C_out, *2S)``."""
         block = self.conv_block
-        if not isinstance(block, ResidualBlock) or not block.runs_fused(x) or _has_hooks(block):
+        if not isinstance(block, ResidualBlock) or not block.runs_fused(x) or not is_untouched(block):
             return super().forward(x, skip)
         return block(self.transp_conv(channels_last(x)), skip)
 
@@ -97,24 +99,19 @@ def _joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
 
 def _computed_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that convolutions of `x` return."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast_is_on(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
 def _is_plain_instance_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is an instance norm without parameters, running statistics or hooks."""
-    plain = type(norm) in (nn.InstanceNorm2d, nn.InstanceNorm3d)
-    return plain and not norm.affine and not norm.track_running_stats and not _has_hooks(norm)
+    """Whether `norm` is an instance norm without parameters or running statistics, and plain."""
+    return is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d) and not norm.affine and not norm.track_running_stats
 
 
 def _slope(activation: nn.Module) -> float | None:
     """The slope below 0 of a LeakyReLU; None for any other activation, which then runs by itself."""
-    if type(activation) is nn.LeakyReLU and activation.negative_slope >= 0 and not _has_hooks(activation):
+    if is_plain(activation, nn.LeakyReLU) and activation.negative_slope >= 0:
         return activation.negative_slope
     return None
 
@@ -145,7 +142,7 @@ def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | N
     return (
         x[0, 0].numel() >= LEAST_VOXELS
         and _is_plain_convolution(module, conv)
-        and (conv.weight.dtype == x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
+        and (conv.weight.dtype == x.dtype == dtype or autocast_is_on(x.device))
         and has_kernel("convolution", x.device.type, dtype, conv.kernel_size, _channels(conv, x, skip))
     )
 
@@ -162,18 +159,27 @@ def _channels(conv: nn.Module, x: torch.Tensor, skip: torch.Tensor | None) -> tu
 
 
 def _is_plain_convolution(module: nn.Sequential, conv: nn.Module | None) -> bool:
-    """Whether `module` is a 3D convolution, `conv`, and nothing else: stride 1, extents kept, no bias, no hooks."""
+    """Whether `module` is one that the operator computes: 3D, stride 1, extents kept, no bias."""
     return (
-        type(conv) is nn.Conv3d
-        and len(module) == 1
+        _is_convolution_alone(module)
+        and type(conv) is nn.Conv3d
         and conv.kernel_size in ((1, 1, 1), (3, 3, 3))
         and conv.padding == tuple(k // 2 for k in conv.kernel_size)
         and conv.padding_mode == "zeros"
         and conv.stride == conv.dilation == (1, 1, 1)
         and conv.groups == 1
         and conv.bias is None
-        and not _has_hooks(conv)
-        and not _has_hooks(module)
+    )
+
+
+def _is_convolution_alone(module: nn.Module) -> bool:
+    """Whether `module` is a sequence of one convolution, both plain: its output is then nobody else's."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and is_untouched(module)
+        and len(module) == 1
+        and is_plain(module[0], nn.Conv2d, nn.Conv3d)
     )
 
 
@@ -187,11 +193,12 @@ def _norm_act(
 ) -> torch.Tensor:
     """`instance_norm_act` of `x`, which `module` returned: in place if `x` serves nobody else."""
     recorded = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
+    inplace = not recorded and not is_transformed() and _is_convolution_alone(module)
     return instance_norm_act(
         x,
         None if residual is None else residual.to(x.dtype),
         normalize_residual=normalize_residual,
         eps=norm.eps,
         negative_slope=1.0 if slope is None else slope,
-        inplace=not recorded and not any(_has_hooks(part) for part in module.modules()),
+        inplace=inplace,
     )

@@ -23,10 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .geometry import bias_index, bias_table_length
+from .geometry import WindowGrid, bias_index, bias_table_length
+from .ops._library import is_transformed
 from .ops.layer_norm import autocast_layer_norm
 from .ops.projected_window_attention import projected_window_attention
 from .ops.window_attention import window_attention
+from .plain import is_plain, is_untouched
 
 __all__ = [
     "MERGING_MODES",
@@ -87,28 +89,28 @@ class WindowAttention(nn.Module):
             shift_size: cyclic shift of the windows, an int or one per axis.
             norm: applied to `x` first, by the kernel where it can.
         """
-        dropout_p = self.attn_drop.p if self.training else 0.0
+        dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
         table = self.relative_position_bias_table
-        if dropout_p == 0 and _is_plain(self.qkv, nn.Linear):
+        if dropout_p == 0 and is_plain(self.qkv, nn.Linear):
             parameters = {}
-            if _is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
+            if is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
                 parameters = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
             elif norm is not None:
                 x = norm(x)
-            inside = _is_plain(self.proj, nn.Linear)
+            inside = is_plain(self.proj, nn.Linear)
             if inside:
                 parameters |= {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
             out = projected_window_attention(
                 x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale, **parameters
             )
             return self.proj_drop(out if inside else self.proj(out))
-        x = x if norm is None else norm(x)
+        qkv, pad_qkv = self._projected(x if norm is None else norm(x), shift_size)
         out = window_attention(
-            self.qkv(x),  # (B, *S, 3C)
+            qkv,
             table,
             self.window_size,
             shift_size,
-            pad_qkv=self.qkv.bias,
+            pad_qkv=pad_qkv,
             scale=self.scale,
             dropout_p=dropout_p if dropout_p < 1 else 0.0,
         )
@@ -116,17 +118,40 @@ class WindowAttention(nn.Module):
             out = F.dropout(out, 1.0)
         return self.proj_drop(self.proj(out))
 
+    def _projected(self, x: torch.Tensor, shift_size: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`qkv` of the tokens `x`, ``(B, *S, 3C)``, and of a padding token, ``(3C,)``."""
+        if is_plain(self.qkv, nn.Linear):
+            return self.qkv(x), self.qkv.bias
+        # An adapter, a hook, a quantised or sharded layer: what it makes of a padding token, which is zeros, only a
+        # call can tell. One call, as upstream makes one, so that hooks and collectives run as often.
+        tokens = x.flatten(0, -2)[None]  # (1, B · prod(S), C)
+        shift = (shift_size,) * len(self.window_size) if isinstance(shift_size, int) else shift_size
+        padded = WindowGrid.of(x.shape[1:-1], self.window_size, shift).is_padded
+        rows = self.qkv(F.pad(tokens, (0, 0, 0, 1)) if padded else tokens)[0]  # (B · prod(S) [+ 1], 3C)
+        if not padded:
+            return rows.view(*x.shape[:-1], -1), None
+        return rows[:-1].view(*x.shape[:-1], -1), rows[-1]
 
-def _is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether `module` does what its class says and no more: no subclass (as adapters bring), no hooks."""
-    return type(module) is kind and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        name = f"{prefix}relative_position_index"
+        index = state_dict.get(name, self.relative_position_index)
+        if index.shape == self.relative_position_index.shape and not holds_bias_index(index, self.window_size):
+            errors.append(
+                f"{name} is not the index of a window of {tuple(self.window_size)}, the only one that the fused "
+                "attention computes; swin_kernels.restore the model first, so that MONAI's code uses the index given"
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
-def _norm_before(linear: nn.Module, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def holds_bias_index(index: torch.Tensor, window_size: Sequence[int]) -> bool:
+    """Whether a module's ``relative_position_index`` has the values of `geometry.bias_index`, or none (on "meta")."""
+    expected = bias_index(window_size, math.prod(window_size))
+    return index.is_meta or torch.equal(index.to(expected), expected)
+
+
+def _norm_before(linear: nn.Module | None, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``norm(x)`` for `linear`, to which it goes next and nowhere else."""
-    if _is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:] and _is_plain(linear, nn.Linear):
+    if is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:] and is_plain(linear, nn.Linear):
         return autocast_layer_norm(x, norm.weight, norm.bias, norm.eps, for_linear=True)
     return norm(x)
 
@@ -174,7 +199,9 @@ def _recomputing_hidden(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     `torch.compile` decides about recomputation itself, and an exported graph is for inference. On GPUs recomputation is
     what ``use_checkpoint`` asks for: a step that starts hundreds of kernels should not start more unasked.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_cuda:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_cuda or is_transformed():
+        return mlp(x)
+    if not all(is_untouched(part) for part in mlp.modules()):  # hooks are called once
         return mlp(x)
     draws = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in mlp.modules())
     return checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=draws)
@@ -182,6 +209,9 @@ def _recomputing_hidden(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 class SwinTransformerBlock(nn.Module):
     """Norm, window attention and residual; norm, MLP and residual."""
+
+    mlp_class: ClassVar[type[nn.Module]] = Mlp
+    """The MLP of which is known that its input goes to ``linear1`` and nowhere else."""
 
     def __init__(
         self,
@@ -231,7 +261,7 @@ class SwinTransformerBlock(nn.Module):
     def forward_part2(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP branch, without residual."""
         mlp = self.mlp
-        first = None if mlp._forward_pre_hooks else getattr(mlp, "linear1", None)  # a hook may look at what comes in
+        first = mlp.linear1 if is_plain(mlp, self.mlp_class) else None  # any other may use its input elsewhere too
         return self.drop_path(_recomputing_hidden(mlp, _norm_before(first, self.norm2, x)))
 
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
@@ -420,6 +450,10 @@ class SwinTransformer(nn.Module):
             x: image ``(B, channels, *extents)``.
             normalize: norm each returned map over its channels.
         """
+        if x.shape[0] == 0:  # as upstream, though by name
+            raise RuntimeError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)}; accepted is a batch of at least 1"
+            )
         x = self.pos_drop(self.patch_embed(x))  # (B, C, *S)
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # same shape, channels last in memory from here on
         features = [self.proj_out(x, normalize)]

@@ -368,3 +368,19 @@ def test_without_a_kernel_a_concatenation_is_written_once(monkeypatch):
     with torch.no_grad():
         block(x, skip)
     assert sum(joined) == 1
+
+
+def test_torch_export_keeps_the_operator():
+    """And takes nothing of what this machine can run into the graph."""
+    model = accelerate(monai_encoder()).eval()
+    program = torch.export.export(model, (image(),))
+    ours = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("swin_kernels")]
+    assert ours == ["swin_kernels.window_attention.default"] * 6
+    torch.testing.assert_close(program.module()(image()), model(image()))
+
+
+@pytest.mark.parametrize("extents", [(64, 64), (32, 64, 64)])
+def test_shapes_are_found_without_memory(extents):
+    model = accelerate(monai_model(spatial_dims=len(extents)), strict=True).to("meta")
+    out = model(torch.empty(2, 1, *extents, device="meta"))
+    assert (out.shape, out.device.type) == ((2, 2, *extents), "meta")

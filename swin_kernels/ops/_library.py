@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
+
+from ..backends import forced_name, forced_or_environment, log
 
 NAMESPACE = "swin_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -55,6 +59,65 @@ def check_number(operator: str, name: str, value: object) -> float:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{operator}: {name} is {value!r}; accepted is a real number")
     return float(value)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def runs_definition(operator: str, backend: str | None) -> bool:
+    """Whether `operator` runs as its definition, in PyTorch's own operators, which every transform knows.
+
+    So it does under `is_transformed`: of an operator of `torch.library` forward-mode AD would drop the tangent without
+    a word, and the transforms of `torch.func` refuse it.
+
+    Raises:
+        RuntimeError: a backend other than the reference is forced under a transform; ONNX has no such operator.
+    """
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"{operator}: ONNX has no such operator; call swin_kernels.restore(model) before torch.onnx.export, or "
+            "export the trained model with `swin-unetr export --formats onnx`"
+        )
+    if not is_transformed():
+        return False
+    forced = forced_or_environment(forced_name(operator, backend))
+    if forced not in ("", "reference"):
+        raise RuntimeError(
+            f"{operator}: backend {forced!r} cannot run under a transform of torch.func or forward-mode AD; accepted "
+            "is 'reference'"
+        )
+    if not torch.compiler.is_dynamo_compiling():  # which would break its graph at a line for the log
+        log.debug("%s runs on its definition in PyTorch, under a transform of torch.func or forward-mode AD", operator)
+    return True
+
+
+def implement(operator: str, function: Callable) -> None:
+    """Register `function` as `operator` of the namespace, on every device.
+
+    Under forward-mode AD the operator raises in place of losing the tangent; the public functions do not call it then.
+    """
+
+    @functools.wraps(function)
+    def run(*args):
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"torch.ops.{NAMESPACE}.{operator}: has no forward-mode derivative; the function of "
+                "swin_kernels that wraps it has"
+            )
+        return function(*args)
+
+    library.impl(operator, run, "CompositeExplicitAutograd")
+
+
+def owned(view: torch.Tensor) -> torch.Tensor:
+    """`view`, of memory that nobody else uses, as a tensor of its own, for an operator to return.
+
+    What returns to a user as a view autograd does not let him modify in place, as activations do.
+    """
+    storage = view.untyped_storage()
+    return view.new_empty(0).set_(storage, view.storage_offset(), view.shape, view.stride())
 
 
 def autocast_is_on(device: torch.device) -> bool:

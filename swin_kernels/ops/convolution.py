@@ -5,10 +5,25 @@ Contract: ``conv(cat([x, skip], 1), weight)`` with stride 1, zeros as padding th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import Call, forced_name, select
-from ._library import FLOATING, NAMESPACE, autocast_is_on, check_tensor, define, library
+from ..backends.reference import convolution as definition
+from ._library import (
+    FLOATING,
+    NAMESPACE,
+    autocast_is_on,
+    check_tensor,
+    define,
+    implement,
+    library,
+    owned,
+    runs_definition,
+)
 
 define("convolution(Tensor x, Tensor? skip, Tensor weight, str backend) -> Tensor")
 define(
@@ -71,6 +86,9 @@ def convolution(
     for name, tensor in (("weight", weight), ("skip", skip)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{_NAME}: {name} is on {tensor.device}, x on {x.device}; one device is accepted")
+    if runs_definition(_NAME, backend):
+        out = definition.forward(_rows(x), _rows(skip), weight)
+        return out.movedim(-1, 1)  # (B, C_out, *S)
     return torch.ops.swin_kernels.convolution(x, skip, weight, forced_name(_NAME, backend))
 
 
@@ -99,7 +117,7 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
 
 def _forward(x, skip, weight, backend):
     out = _engine(x, skip, weight, backend).forward(_rows(x), _rows(skip), weight.contiguous())
-    return out.movedim(-1, 1)  # (B, C_out, *S)
+    return owned(out.movedim(-1, 1))  # (B, C_out, *S)
 
 
 def _backward(grad_out, x, skip, weight, wanted, backend):
@@ -110,8 +128,8 @@ def _backward(grad_out, x, skip, weight, wanted, backend):
     return *volumes, x.new_empty((0,)) if grad_weight is None else grad_weight
 
 
-library.impl("convolution", _forward, "CompositeExplicitAutograd")
-library.impl("convolution_backward", _backward, "CompositeExplicitAutograd")
+implement("convolution", _forward)
+implement("convolution_backward", _backward)
 
 
 def _empty_channels_last(x: torch.Tensor, channels: int) -> torch.Tensor:
@@ -151,3 +169,20 @@ def _second_backward(ctx, *grads):
 
 
 torch.library.register_autograd(f"{NAMESPACE}::convolution_backward", _second_backward, lib=library)
+
+
+@register_flop_formula(torch.ops.swin_kernels.convolution)
+def _forward_flops(x_shape, skip_shape, weight_shape, backend, out_shape=None) -> int:
+    return _product_flops(x_shape, weight_shape, weight_shape[1])
+
+
+@register_flop_formula(torch.ops.swin_kernels.convolution_backward)
+def _backward_flops(grad_shape, x_shape, skip_shape, weight_shape, wanted, backend, out_shape=None) -> int:
+    channels = x_shape[1], 0 if skip_shape is None else skip_shape[1], weight_shape[1]
+    asked = sum(count for count, asked in zip(channels, wanted, strict=True) if asked)
+    return _product_flops(x_shape, weight_shape, asked)
+
+
+def _product_flops(x_shape: Sequence[int], weight_shape: Sequence[int], channels: int) -> int:
+    """Of the products between `channels` inputs and all outputs, as of a direct convolution."""
+    return 2 * x_shape[0] * math.prod(x_shape[2:]) * weight_shape[0] * channels * math.prod(weight_shape[2:])

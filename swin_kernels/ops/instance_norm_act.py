@@ -11,9 +11,21 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import Call, forced_name, select
-from ._library import FLOATING, NAMESPACE, check_number, check_tensor, define, library
+from ..backends.reference import instance_norm_act as definition
+from ._library import (
+    FLOATING,
+    NAMESPACE,
+    check_number,
+    check_tensor,
+    define,
+    implement,
+    library,
+    owned,
+    runs_definition,
+)
 
 define(
     "instance_norm_act(Tensor x, Tensor? residual, bool normalize_residual, float eps, float negative_slope, "
@@ -70,7 +82,12 @@ def instance_norm_act(
             range, unknown backend, `inplace` where a gradient is recorded.
     """
     _check(x, residual, normalize_residual, eps, negative_slope)
-    arguments = (x, residual, normalize_residual, float(eps), float(negative_slope), forced_name(_NAME, backend))
+    settings = normalize_residual, float(eps), float(negative_slope)
+    if runs_definition(_NAME, backend):
+        rows, _ = definition.forward(_rows(x), _rows(residual), *settings)
+        out = rows.movedim(-1, 1)  # (B, C, *S)
+        return x.copy_(out) if inplace else out
+    arguments = (x, residual, *settings, forced_name(_NAME, backend))
     if not inplace:
         return torch.ops.swin_kernels.instance_norm_act(*arguments)[0]
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
@@ -126,7 +143,7 @@ def _volume(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _forward(x, residual, normalize_residual, eps, negative_slope, backend):
     engine = _engine(x, backend)
     out, statistics = engine.forward(_rows(x), _rows(residual), normalize_residual, eps, negative_slope)
-    return _volume(out, x), statistics
+    return owned(_volume(out, x)), statistics
 
 
 def _forward_inplace(x, residual, normalize_residual, eps, negative_slope, backend):
@@ -147,9 +164,9 @@ def _backward(grad_out, out, x, residual, statistics, has_residual, normalize_re
     return _volume(grad_x, out), _volume(grad_residual, out)
 
 
-library.impl("instance_norm_act", _forward, "CompositeExplicitAutograd")
-library.impl("instance_norm_act_", _forward_inplace, "CompositeExplicitAutograd")
-library.impl("instance_norm_act_backward", _backward, "CompositeExplicitAutograd")
+implement("instance_norm_act", _forward)
+implement("instance_norm_act_", _forward_inplace)
+implement("instance_norm_act_backward", _backward)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act", lib=library)
@@ -195,3 +212,11 @@ def _second_backward(ctx, *grads):
 
 
 torch.library.register_autograd(f"{NAMESPACE}::instance_norm_act_backward", _second_backward, lib=library)
+
+
+_OPERATORS = [getattr(torch.ops.swin_kernels, _NAME + ending) for ending in ("", "_", "_backward")]
+
+
+@register_flop_formula(_OPERATORS)
+def _flops(*args, out_shape=None) -> int:
+    return 0  # PyTorch's counter counts products of matrices alone

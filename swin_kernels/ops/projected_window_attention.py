@@ -7,16 +7,29 @@ the backward, which projects again window by window; elsewhere those operators r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import Call, decline_reason, forced_name, forced_or_environment, load
 from ..geometry import WindowGrid, bias_table_length
-from ._library import FLOATING, NAMESPACE, autocast_is_on, check_tensor, check_volume, check_windows, define, library
+from ._library import (
+    FLOATING,
+    NAMESPACE,
+    autocast_is_on,
+    check_tensor,
+    check_volume,
+    check_windows,
+    define,
+    implement,
+    library,
+    runs_definition,
+)
 from .layer_norm import autocast_layer_norm
-from .window_attention import window_attention
+from .window_attention import product_flops, window_attention
 
 _NAME = "projected_window_attention"
 _ENGINE = "cpu"
@@ -92,7 +105,9 @@ def projected_window_attention(
     tensors = [t for t in given if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     window, shift = check_windows(_NAME, x.dim() - 2, window_size, shift_size)
-    apart = autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1
+    apart = (
+        runs_definition(_NAME, backend) or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1
+    )
     if apart or (differentiated and declined(x, weight, bias_table, window, forced_name(_NAME, backend), True)):
         if norm_eps is not None:
             x = autocast_layer_norm(x, norm_weight, norm_bias, norm_eps, for_linear=True)
@@ -204,8 +219,8 @@ def _backward(
     return *grads, grad_out_weight, grad_out_bias
 
 
-library.impl(_NAME, _forward, "CompositeExplicitAutograd")
-library.impl(f"{_NAME}_backward", _backward, "CompositeExplicitAutograd")
+implement(_NAME, _forward)
+implement(f"{_NAME}_backward", _backward)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}", lib=library)
@@ -252,3 +267,24 @@ def _second_backward(ctx, *grads):
 
 
 torch.library.register_autograd(f"{NAMESPACE}::{_NAME}_backward", _second_backward, lib=library)
+
+
+@register_flop_formula(getattr(torch.ops.swin_kernels, _NAME))
+def _forward_flops(x_shape, *args, out_shape=None) -> int:
+    return _flops(x_shape, args, layer_products=1, attention_products=2)
+
+
+@register_flop_formula(getattr(torch.ops.swin_kernels, f"{_NAME}_backward"))
+def _backward_flops(grad_shape, attended_shape, lse_shape, x_shape, *args, out_shape=None) -> int:
+    # The gradients of a layer's input and weight. Before them qkv is projected again, from which attention has five.
+    again = 2 * math.prod(x_shape) * args[0][0]
+    return again + _flops(x_shape, args, layer_products=2, attention_products=5)
+
+
+def _flops(x_shape, rest, layer_products: int, attention_products: int) -> int:
+    weight_shape, out_weight_shape, (window, shift) = rest[0], rest[5], rest[8:10]
+    columns = weight_shape[0] + (0 if out_weight_shape is None else out_weight_shape[0])
+    qkv_shape = (*x_shape[:-1], weight_shape[0])
+    return layer_products * 2 * math.prod(x_shape) * columns + attention_products * product_flops(
+        qkv_shape, window, shift
+    )

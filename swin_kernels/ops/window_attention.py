@@ -18,8 +18,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import IMPLEMENTED, Call, decline_reason, forced_name, select
+from ..backends.reference import window_attention as definition
 from ..geometry import WindowGrid, bias_table_length
 from ._library import (
     FLOATING,
@@ -30,7 +32,9 @@ from ._library import (
     check_volume,
     check_windows,
     define,
+    implement,
     library,
+    runs_definition,
 )
 
 define(
@@ -88,6 +92,11 @@ def window_attention(
         scale = (qkv.shape[-1] // (3 * bias_table.shape[1])) ** -0.5
     scale = check_number(_NAME, "scale", scale)
     seed = torch.randint(2**62, (1,), device=qkv.device) if dropout_p > 0 else None
+    if runs_definition(_NAME, backend):
+        if autocast_is_on(qkv.device):
+            qkv, bias_table, pad_qkv = _autocast_inputs(qkv, bias_table, pad_qkv)
+        grid = WindowGrid.of(qkv.shape[1:-1], window, shift)
+        return definition.forward(qkv, bias_table, pad_qkv, seed, grid, scale, float(dropout_p))[0]
     out, _ = torch.ops.swin_kernels.window_attention(
         qkv, bias_table, pad_qkv, seed, window, shift, scale, float(dropout_p), forced_name(_NAME, backend)
     )
@@ -181,8 +190,8 @@ def _backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, shift,
     return engine.window_attention.backward(*inputs, grid, scale, dropout_p)
 
 
-library.impl("window_attention", _forward, "CompositeExplicitAutograd")
-library.impl("window_attention_backward", _backward, "CompositeExplicitAutograd")
+implement("window_attention", _forward)
+implement("window_attention_backward", _backward)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::window_attention", lib=library)
@@ -223,21 +232,44 @@ def _second_backward(ctx, *grads):
 torch.library.register_autograd(f"{NAMESPACE}::window_attention_backward", _second_backward, lib=library)
 
 
+def _autocast_inputs(qkv, bias_table, pad_qkv):
+    dtype = torch.get_autocast_dtype(qkv.device.type)
+    if qkv.dtype != torch.float64:
+        qkv = qkv.to(dtype)
+        bias_table = bias_table if bias_table.dtype == dtype else bias_table.float()
+    return qkv, bias_table, None if pad_qkv is None else pad_qkv.to(qkv.dtype)
+
+
 def _autocast(device: str):
     """The operator under autocast on `device`: `qkv` and `pad_qkv` in the autocast dtype."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def run(qkv, bias_table, pad_qkv, *rest):
-        dtype = torch.get_autocast_dtype(device)
-        if qkv.dtype != torch.float64:
-            qkv = qkv.to(dtype)
-            bias_table = bias_table if bias_table.dtype == dtype else bias_table.float()
-        pad_qkv = None if pad_qkv is None else pad_qkv.to(qkv.dtype)
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return torch.ops.swin_kernels.window_attention(qkv, bias_table, pad_qkv, *rest)
+            inputs = _autocast_inputs(qkv, bias_table, pad_qkv)
+            return torch.ops.swin_kernels.window_attention(*inputs, *rest)
 
     return run
 
 
 library.impl("window_attention", _autocast("cpu"), "AutocastCPU")
 library.impl("window_attention", _autocast("cuda"), "AutocastCUDA")
+
+
+@register_flop_formula(torch.ops.swin_kernels.window_attention)
+def _forward_flops(qkv_shape, bias_table_shape, pad_qkv_shape, seed_shape, window, shift, *args, out_shape=None) -> int:
+    return 2 * product_flops(qkv_shape, window, shift)  # scores, values
+
+
+@register_flop_formula(torch.ops.swin_kernels.window_attention_backward)
+def _backward_flops(
+    grad_shape, qkv_shape, bias_table_shape, pad_qkv_shape, seed_shape, attended_shape, lse_shape, window, shift, *args,
+    out_shape=None,
+) -> int:  # fmt: skip
+    return 5 * product_flops(qkv_shape, window, shift)  # scores again, gradients of weights, q, k and v
+
+
+def product_flops(qkv_shape: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> int:
+    """Of one product of all pairs of tokens of a window, padding included, over C channels."""
+    grid = WindowGrid.of(qkv_shape[1:-1], window, shift)
+    return 2 * qkv_shape[0] * grid.num_windows * grid.tokens**2 * (qkv_shape[-1] // 3)

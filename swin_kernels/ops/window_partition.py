@@ -13,10 +13,23 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import Call, forced_name, select
+from ..backends.reference import window_partition as definition
 from ..geometry import WindowGrid
-from ._library import LARGEST_INT, NAMESPACE, check_tensor, check_volume, check_windows, define, library, per_axis
+from ._library import (
+    LARGEST_INT,
+    NAMESPACE,
+    check_tensor,
+    check_volume,
+    check_windows,
+    define,
+    implement,
+    library,
+    per_axis,
+    runs_definition,
+)
 
 define("window_partition(Tensor x, int[] window_size, int[] shift_size, str backend) -> Tensor")
 define(
@@ -51,6 +64,8 @@ def window_partition(
     check_tensor(operator, "x", x)
     check_volume(operator, "x", x)
     window, shift = check_windows(operator, x.dim() - 2, window_size, shift_size)
+    if runs_definition(operator, backend):
+        return definition.forward(x, WindowGrid.of(x.shape[1:-1], window, shift))
     return torch.ops.swin_kernels.window_partition(x, window, shift, forced_name(operator, backend))
 
 
@@ -96,6 +111,8 @@ def window_reverse(
             f"{operator}: windows has shape {tuple(windows.shape)}; spatial_shape {spatial} with window_size {window} "
             f"needs (a multiple of {grid.num_windows}, {grid.tokens}, C)"
         )
+    if runs_definition(operator, backend):
+        return definition.backward(windows, grid)
     return torch.ops.swin_kernels.window_reverse(windows, window, shift, spatial, forced_name(operator, backend))
 
 
@@ -114,8 +131,8 @@ def _reverse(windows: torch.Tensor, window: list[int], shift: list[int], spatial
     return engine.window_partition.backward(windows.contiguous(), grid)
 
 
-library.impl("window_partition", _partition, "CompositeExplicitAutograd")
-library.impl("window_reverse", _reverse, "CompositeExplicitAutograd")
+implement("window_partition", _partition)
+implement("window_reverse", _reverse)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::window_partition", lib=library)
@@ -155,3 +172,8 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     f"{NAMESPACE}::window_reverse", _reverse_backward, setup_context=_reverse_context, lib=library
 )
+
+
+@register_flop_formula([torch.ops.swin_kernels.window_partition, torch.ops.swin_kernels.window_reverse])
+def _flops(*args, out_shape=None) -> int:
+    return 0  # PyTorch's counter counts products of matrices alone

@@ -19,10 +19,10 @@ def forward(
     total = _normalized(x, statistics)
     if normalize_residual:
         of_residual = _statistics(residual, eps)
-        total += _normalized(residual, of_residual)
+        total = total + _normalized(residual, of_residual)
         statistics = torch.cat([statistics, of_residual], 1)  # (B, 4, C)
     elif residual is not None:
-        total += residual
+        total = total + residual
     return F.leaky_relu(total, negative_slope).to(x.dtype), statistics
 
 

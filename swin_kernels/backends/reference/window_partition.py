@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ...geometry import WindowGrid, token_index
@@ -21,6 +23,5 @@ def backward(windows: torch.Tensor, grid: WindowGrid) -> torch.Tensor:
     index = token_index(grid).to(windows.device).flatten()  # (nW·n,)
     batch = windows.shape[0] // grid.num_windows
     tokens = windows.reshape(batch, index.numel(), windows.shape[-1])  # (B, nW·n, C)
-    place = torch.empty(index.numel() - int((index < 0).sum()), dtype=torch.long, device=index.device)
-    place[index[index >= 0]] = torch.nonzero(index >= 0)[:, 0]
+    place = torch.argsort(index)[-math.prod(grid.spatial) :]  # where each token is; padding, -1, comes before
     return tokens[:, place].reshape(batch, *grid.spatial, windows.shape[-1])  # (B, *S, C)

@@ -1,0 +1,359 @@
+"""The drop-in promise for models that users changed: MONAI's numbers and hook calls, whatever layer was touched.
+
+Every case changes a model of MONAI's and an accelerated one in the same way; MONAI's says what is right.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn as nn
+from monai.networks.nets import swin_unetr as monai
+from torch.nn.utils import parametrizations, parametrize
+
+from swin_kernels import accelerate, restore
+from swin_kernels.plain import change
+
+IMAGES = {2: (1, 1, 64, 64), 3: (1, 1, 32, 32, 64)}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[int, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        axes: monai.SwinUNETR(in_channels=1, out_channels=2, feature_size=12, spatial_dims=axes, window_size=5).eval()
+        for axes in IMAGES
+    }
+
+
+def image(axes: int) -> torch.Tensor:
+    return torch.randn(IMAGES[axes], generator=torch.Generator().manual_seed(1))
+
+
+def parts(model: nn.Module, ending: str) -> Iterator[nn.Module]:
+    """The modules of the encoder whose name ends so, and those of one decoder block and one skip connection."""
+    roots = ("swinViT.", "decoder1.", "encoder2.")
+    found = [m for name, m in model.named_modules() if name.endswith(ending) and name.startswith(roots)]
+    assert found
+    return iter(found)
+
+
+def replace_forward(ending: str, method: str = "forward") -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            original = getattr(part, method)
+            setattr(part, method, lambda *args, call=original, **named: torch.tanh(2 * call(*args, **named)) + 0.3)
+
+    return apply
+
+
+def hook(ending: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            part.register_forward_hook(lambda _, inputs, out: out + torch.linspace(0, 0.5, out.shape[-1]))
+
+    return apply
+
+
+def pre_hook(ending: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            part.register_forward_pre_hook(lambda _, inputs: (torch.sin(inputs[0]), *inputs[1:]))
+
+    return apply
+
+
+class LoRA(nn.Module):
+    """An adapter without the attributes of a linear layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        torch.manual_seed(layer.in_features)
+        self.down = nn.Linear(layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+class Scaled(LoRA):
+    """An adapter as (IA)³: of zeros it does not make the bias."""
+
+    bias = property(lambda self: self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(x) * torch.linspace(0.5, 1.5, self.layer.out_features)
+
+
+class Subclass(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.linspace(-0.5, 0.5, self.out_features)
+
+
+def wrap(ending: str, adapter: type[nn.Module]) -> Callable[[nn.Module], None]:
+    def apply(model):
+        owner, name = ending.rsplit(".", 1)
+        for part in list(parts(model, owner)):
+            setattr(part, name, adapter(getattr(part, name)))
+
+    return apply
+
+
+def subclass(model: nn.Module) -> None:
+    for part in parts(model, "attn.qkv"):
+        part.__class__ = Subclass
+
+
+class Scaling(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight):
+        return self.factor * weight
+
+
+def parametrised(ending: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            name, factor = ("weight", 2) if hasattr(part, "weight") else ("relative_position_bias_table", 20)
+            parametrize.register_parametrization(part, name, Scaling(factor))
+
+    return apply
+
+
+def spectral(model: nn.Module) -> None:
+    for part in parts(model, "attn.qkv"):
+        torch.manual_seed(part.in_features)
+        parametrizations.spectral_norm(part)
+
+
+def quantised(model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # moved to another package, which is not needed for this test
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def identity(ending: str) -> Callable[[nn.Module], None]:
+    return wrap(ending, lambda _: nn.Identity())
+
+
+def all_weights_dropped(model: nn.Module) -> None:
+    for part in parts(model, "attn.attn_drop"):
+        part.p = 1.0
+        part.train()  # the attention itself stays in evaluation
+
+
+def dropout_in_evaluation(model: nn.Module) -> None:
+    model.train()
+    for part in parts(model, "attn.attn_drop"):
+        part.p = 1.0
+        part.eval()
+
+
+CHANGES = {
+    "forward of qkv": (2, replace_forward("attn.qkv")),
+    "forward of proj": (2, replace_forward("attn.proj")),
+    "forward of the attention": (2, replace_forward("attn")),
+    "forward of norm1": (2, replace_forward("blocks.0.norm1")),
+    "forward of norm2": (2, replace_forward("norm2")),
+    "forward of the MLP": (2, replace_forward("mlp")),
+    "forward of linear1": (2, replace_forward("linear1")),
+    "forward of the merging's reduction": (2, replace_forward("downsample.reduction")),
+    "forward of the merging's norm": (2, replace_forward("downsample.norm")),
+    "forward of a convolution": (3, replace_forward("conv1.conv")),
+    "forward of a convolution's sequence": (3, replace_forward("conv2")),
+    "_conv_forward of a convolution": (3, replace_forward("conv1.conv", "_conv_forward")),
+    "forward of an instance norm": (3, replace_forward("norm3")),
+    "forward of an activation": (3, replace_forward("lrelu")),
+    "forward of a residual block": (3, replace_forward("conv_block")),
+    "hook on qkv": (2, hook("attn.qkv")),
+    "hook on softmax": (2, hook("attn.softmax")),
+    "hook on the attention's dropout": (2, hook("attn.attn_drop")),
+    "hook on the attention": (2, hook("attn")),
+    "pre-hook on the attention": (2, pre_hook("attn")),
+    "pre-hook on the MLP": (2, pre_hook("mlp")),
+    "pre-hook on proj": (2, pre_hook("attn.proj")),
+    "pre-hook on a norm of the decoder": (3, pre_hook("norm2")),
+    "LoRA on qkv": (2, wrap("attn.qkv", LoRA)),
+    "LoRA on qkv, 3D": (3, wrap("attn.qkv", LoRA)),
+    "LoRA on proj": (2, wrap("attn.proj", LoRA)),
+    "(IA)3 on qkv": (2, wrap("attn.qkv", Scaled)),
+    "subclass of Linear as qkv": (2, subclass),
+    "parametrised qkv": (2, parametrised("attn.qkv")),
+    "parametrised norm": (2, parametrised("blocks.0.norm1")),
+    "parametrised bias table": (2, parametrised("attn")),
+    "spectral norm of qkv": (2, spectral),
+    "quantised linear layers": (2, quantised),
+    "no dropout layer": (2, identity("attn.attn_drop")),
+    "no softmax": (2, identity("attn.softmax")),
+    "no first convolution": (3, identity("encoder2.layer.conv1")),
+    "attention dropout alone in training": (2, all_weights_dropped),
+    "attention dropout alone in evaluation": (2, dropout_in_evaluation),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.filterwarnings("ignore:accelerate. left on MONAI's code:UserWarning")
+def test_a_changed_layer_counts_as_with_monai(models, name, when):
+    axes, apply = CHANGES[name]
+    expected, model = copy.deepcopy(models[axes]), copy.deepcopy(models[axes])
+    apply(expected)
+    steps = [apply, accelerate] if when == "before" else [accelerate, apply]
+    for step in steps:
+        step(model)
+    x = image(axes)
+    with torch.no_grad():
+        untouched, right = models[axes](x), expected(x)
+        assert (right - untouched).abs().max() > 1e-2 or name.startswith(("no dropout", "attention dropout alone in e"))
+        torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward pre", "full backward", "full backward pre"])
+def test_hooks_for_every_module_are_called_as_with_monai(models, kind):
+    register = getattr(torch.nn.modules.module, f"register_module_{kind.replace(' ', '_')}_hook")
+    layers = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.InstanceNorm2d, nn.LeakyReLU, nn.Softmax, nn.Dropout)
+    seen: list[str] = []
+    calls = []
+    for model in (copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))):
+        if "backward" in kind:  # which MONAI's decoder does not survive: its activations work in place
+            model.forward = lambda x, encoder=model.swinViT: encoder(x)[-1]
+        handle = register(lambda module, *_: seen.append(type(module).__name__) if type(module) in layers else None)
+        try:
+            model(image(2)).sum().backward()
+        finally:
+            handle.remove()
+        calls.append(sorted(seen))
+        seen.clear()
+    assert calls[0]
+    assert calls[1] == calls[0]
+
+
+def test_hooks_see_the_attention_maps_that_monai_computes(models):
+    maps: list[torch.Tensor] = []
+    results = []
+    expected, model = copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))
+    for network in (expected, model):
+        handles = [p.register_forward_hook(lambda _, __, out: maps.append(out)) for p in parts(network, "attn.softmax")]
+        with torch.no_grad():
+            network(image(2))
+        results.append(list(maps))
+        maps.clear()
+        for handle in handles:
+            handle.remove()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert len(results[0]) == 8
+    with torch.no_grad():  # without hooks the attention is fused again
+        model(image(2))
+    assert not maps
+
+
+def test_a_hook_inside_the_mlp_is_called_once_a_step(models):
+    """The MLP is not computed a second time in the backward while somebody looks."""
+    model = accelerate(copy.deepcopy(models[2]))
+    calls: list[int] = []
+    block = model.swinViT.layers1[0].blocks[0]
+    block.mlp.linear1.register_forward_hook(lambda *_: calls.append(1))
+    model(image(2)).sum().backward()
+    assert calls == [1]
+
+
+def test_gradients_of_an_adapter(models):
+    """Padding tokens carry what the adapter makes of zeros, and the adapter's gradient has their share."""
+    gradients = []
+    for fused in (False, True):
+        model = copy.deepcopy(models[2]).double()
+        if fused:
+            accelerate(model)
+        wrap("attn.qkv", Scaled)(model)
+        model(image(2).double()).square().mean().backward()
+        gradients.append([a.qkv.layer.bias.grad for a in parts(model, "attn")])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_written_to_what_others_hold(models):
+    """Where a part of the block is not our own operator or PyTorch's plain convolution, its output may be anyone's."""
+    model = accelerate(copy.deepcopy(models[3]))
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Keeping(nn.Conv3d):
+        def forward(self, x):
+            out = super().forward(x)
+            kept.append((out, out.clone()))
+            return out
+
+    model.decoder1.conv_block.conv1.conv.__class__ = Keeping
+    with torch.no_grad():
+        model(image(3))
+    assert torch.equal(*kept[0])
+
+
+def test_strict_names_what_runs_on_monais_code(models):
+    model = copy.deepcopy(models[2])
+    model.swinViT.layers2[0].blocks[1].attn.softmax.register_forward_hook(lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"attention of swinViT\.layers2\.0\.blocks\.1: attn\.softmax has forward hooks"
+    ):
+        accelerate(model, strict=True)
+
+
+@pytest.mark.parametrize("method", ["forward_part1", "load_from"])
+def test_a_replaced_method_leaves_the_block(models, method):
+    model = copy.deepcopy(models[2])
+    block = model.swinViT.layers1[0].blocks[0]
+    setattr(block, method, getattr(block, method))
+    with pytest.raises(ValueError, match=rf"blocks\.0: the {method} of this SwinTransformerBlock was replaced"):
+        accelerate(model, strict=True)
+
+
+class TestIndexOfRelativePositions:
+    """The fused attention computes the index; a module or a checkpoint may carry another."""
+
+    def test_a_block_with_another_index_is_left(self, models):
+        model = copy.deepcopy(models[2])
+        attention = model.swinViT.layers1[0].blocks[0].attn
+        attention.relative_position_index.copy_(attention.relative_position_index.flip(0))
+        with torch.no_grad():
+            expected = model(image(2))
+        with pytest.warns(UserWarning, match=r"its attn\.relative_position_index is not that of attn\.window_size"):
+            accelerate(model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(image(2)), expected, rtol=1e-4, atol=1e-4)
+
+    def test_a_checkpoint_with_another_index_is_refused(self, models):
+        state = copy.deepcopy(models[2].state_dict())
+        name = "swinViT.layers1.0.blocks.0.attn.relative_position_index"
+        state[name] = state[name].flip(0)
+        model = accelerate(copy.deepcopy(models[2]))
+        with pytest.raises(RuntimeError, match=f"{name} is not the index of a window of .5, 5."):
+            model.load_state_dict(state)
+        restore(model).load_state_dict(state)
+
+
+class TestChange:
+    """The predicate itself, which every shortcut around a layer asks."""
+
+    def test_plain(self):
+        assert change(nn.Linear(2, 2)) is None
+        assert change(nn.LayerNorm(2, elementwise_affine=False)) is None
+        assert change(nn.Linear(2, 2, device="meta")) is None
+
+    def test_other_tensors_as_parameters(self):
+        class Quantised(torch.Tensor):
+            pass
+
+        layer = nn.Linear(2, 2)
+        layer.weight = nn.Parameter(torch.ones(2, 2).as_subclass(Quantised))
+        assert change(layer) == "has a Quantised as weight"
+
+    def test_a_compiled_layer_is_plain(self):
+        layer = nn.Linear(2, 2)
+        layer.compile()
+        assert change(layer) is None
