@@ -189,6 +189,7 @@ def _pretraining(options: Options) -> pretrain.Options:
         f"--schedule.steps={options.pretraining_steps}",
         "--schedule.warm_up=0.1",
         "--optimization.learning_rate=1e-3",
+        f"--optimization.precision={of_training.optimization.precision}",
     ]
     parsed = cli.parse(pretrain.Options, "pretrain", [*_common(options, "pretraining"), *more])
     parsed.architecture, parsed.preprocessing = of_training.architecture, of_training.preprocessing

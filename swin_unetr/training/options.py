@@ -30,7 +30,8 @@ class Optimization:
         accumulation: batches of a step, whose gradients are averaged.
         clip: longest gradient, as the norm over all parameters; null does not clip.
         precision: what convolutions and attention compute in; weights and optimizer are float32 always. auto is bf16 on
-            GPUs and processors with instructions for it, else fp32. fp16 scales the loss.
+            GPUs and processors with instructions for it, else fp32; on processors PyTorch's bf16 is not the same to the
+            bit from run to run. fp16 scales the loss.
         ema: decay a step of a moving average of the weights, such as 0.999; it is what is validated and used for
             prediction. null keeps none.
         parallel: with several ranks, data parallel training with a whole network a rank (ddp) or with weights,

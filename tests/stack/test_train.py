@@ -58,6 +58,7 @@ def arguments(datalist, out, **more) -> list[str]:
         "schedule.validate_every": 2,
         "schedule.checkpoint_every": 2,
         "validation.overlap": 0,
+        "optimization.precision": "fp32",  # in which a run is the same to the bit
         "device": "cpu",
         **{f"architecture.{name}": list(v) if isinstance(v, tuple) else v for name, v in TINY.items()},
         **more,
