@@ -108,9 +108,7 @@ struct Attention {
   Attention(const char* op, const Tensor& qkv, const Tensor& bias_table, const std::optional<Tensor>& pad_qkv,
             const std::optional<Tensor>& seed, const Ints& nominal, const Ints& window, const Ints& shift, double scale,
             double dropout_p, AttentionCall& call, int64_t parts_to_project = 1)
-      : plan(plan_of(op, qkv, nominal, window, shift)),
-        volume(shape(qkv)),
-        workers(torch::stable::get_num_threads()) {
+      : plan(plan_of(op, qkv, nominal, window, shift)), volume(shape(qkv)), workers(torch::stable::get_num_threads()) {
     volume.pop_back();
     require_dense(op, "qkv", qkv);
     const int64_t table_length = swin::bias_table_length(plan.grid);
@@ -378,8 +376,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Te
   require(lse.scalar_type() == attention.accumulate_type, op, "lse must be float32, or float64 for float64 qkv");
 
   Tensor grad_qkv = empty_on_large_pages(shape(qkv), qkv.scalar_type());
-  if (call.batch == 0)
-    return {grad_qkv, zeros(shape(bias_table), bias_table), zeros({3 * attention.channels}, qkv)};
+  if (call.batch == 0) return {grad_qkv, zeros(shape(bias_table), bias_table), zeros({3 * attention.channels}, qkv)};
   Tensor grad_bias_table = torch::stable::empty(shape(bias_table), bias_table.scalar_type());
   Tensor grad_pad_qkv = torch::stable::empty(Ints{3 * attention.channels}, qkv.scalar_type());
   const std::vector<WindowChunk> chunks = window_chunks(call, kBackwardChunk);
