@@ -20,11 +20,11 @@ from rich.console import Console
 
 import swin_kernels
 
-from .. import checkpoints, distributed, files
+from .. import checkpoints, distributed, files, lock
 from ..datasets.identity import digest
 from ..interruption import Interruption, status
 from ..pretrained import load_pretrained
-from . import lock, resume, state
+from . import resume, state
 from .loop import BEST, Loop
 from .options import Optimization, Schedule
 from .task import Batches, Task
