@@ -20,7 +20,7 @@ from monai.losses import DiceCELoss, DiceLoss
 from rich.console import Console
 from torch import nn
 
-from swin_unetr import SwinUNETR, checkpoints, cli, load_pretrained, train
+from swin_unetr import SwinUNETR, checkpoints, cli, interruption, load_pretrained, train
 from swin_unetr.datasets.identity import digest, identify
 from swin_unetr.labels import Labels
 from swin_unetr.pretraining.network import PretrainingNetwork
@@ -90,6 +90,7 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Segmentation, "losses", interrupted)
+        patch.setattr(interruption, "PATIENCE", 600.0)  # the machine may be busy, and a step that takes long is left
         assert cli.main(command) == 75
     assert "swinViT (" in capsys.readouterr().out  # what of the pretrained weights matched
     (tmp_path / "pretrained.pt").rename(tmp_path / "moved.pt")
