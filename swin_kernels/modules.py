@@ -146,8 +146,11 @@ class WindowAttention(nn.Module):
 
 def holds_bias_index(index: torch.Tensor, window_size: Sequence[int]) -> bool:
     """Whether a module's ``relative_position_index`` has the values of `geometry.bias_index`, or none (on "meta")."""
-    expected = bias_index(window_size, math.prod(window_size))
-    return index.is_meta or torch.equal(index.to(expected), expected)
+    if index.is_meta:
+        return True
+    with torch.device(index.device):  # weights may be loaded within `torch.device("meta")`
+        expected = bias_index(window_size, math.prod(window_size))
+    return torch.equal(index.to(expected), expected)
 
 
 def _norm_before(linear: nn.Module | None, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from . import lock
 from .exporting import graphs, record
 from .exporting.bundle import Bundle, BundleOptions
 from .exporting.formats import TOLERANCE, CheckFailed, Format, Inputs, check
 from .exporting.weights import Safetensors
 from .trained import Trained
 
+TEMPORARY = ".export-"
 FORMATS = ("pt2", "onnx", "torchscript", "safetensors", "bundle")
 
 
@@ -88,16 +91,20 @@ def run(options: Options, console: Console | None = None) -> int:
         network = trained.network()
         expected = [network(image) for image in images]
     failed: dict[str, str] = {}
-    for name, form in formats.items():
-        with console.status(f"exporting {name}"):
-            try:
-                result = _export(form, trained, images, expected, options.out)
-            # Exporters and runtimes raise what they like; the other formats can go on.
-            except Exception as error:
-                failed[name] = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
-                continue
-        exported[name] = {**result, "network": source}
-        record.write(options.out, exported)
+    with lock.owned(options.out, "export"):
+        for left in options.out.glob(f"{TEMPORARY}*"):  # by an export that was killed
+            if not (left / "old").exists():  # what was there before, moved out of the way of the new
+                shutil.rmtree(left)
+        for name, form in formats.items():
+            with console.status(f"exporting {name}"):
+                try:
+                    result = _export(form, trained, images, expected, options.out)
+                # Exporters and runtimes raise what they like; the other formats can go on.
+                except Exception as error:
+                    failed[name] = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
+                    continue
+            exported[name] = {**result, "network": source}
+            record.write(options.out, exported)
     _show(formats, exported, failed, options.out, console)
     return 1 if failed else 0
 
@@ -145,7 +152,7 @@ def _export(
     form: Format, trained: Trained, images: list[torch.Tensor], expected: list[torch.Tensor], out: Path
 ) -> dict[str, Any]:
     """Write a format and check it; what is in `out` changes only if it passes."""
-    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
+    with tempfile.TemporaryDirectory(dir=out, prefix=TEMPORARY) as folder:
         new, old = Path(folder) / "new", Path(folder) / "old"
         new.mkdir()
         form.write(trained, new)

@@ -117,5 +117,5 @@ def run(options: Options, console: Console | None = None) -> int:
             options.seed,
         ),
         console,
-        lambda: datasets.identify(options.data, labelled=False, channels=options.architecture.in_channels),
+        lambda say: datasets.identify(options.data, labelled=False, channels=options.architecture.in_channels, say=say),
     )

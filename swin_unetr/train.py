@@ -110,5 +110,5 @@ def run(options: Options, console: Console | None = None) -> int:
             dataset.validation,
         ),
         console,
-        lambda: datasets.identify(options.data, labelled=True, channels=options.architecture.in_channels),
+        lambda say: datasets.identify(options.data, labelled=True, channels=options.architecture.in_channels, say=say),
     )

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from . import datalist
+from . import archives, datalist
 from .options import Data
 
 SAMPLES, EXTENT = 16, 4096
 
 
-def identify(data: Data, labelled: bool, channels: int | None = None) -> dict[str, dict[str, str]]:
+def identify(
+    data: Data, labelled: bool, channels: int | None = None, say: Callable[[str], None] = lambda text: None
+) -> dict[str, dict[str, str]]:
     """A digest of the files of each case, by its name, of ``training`` and ``validation``.
 
     Two folders with the same files have the same. Of a file its size, both ends (the last bytes of a gzip file are a
     checksum of all that is in it) and samples between count, so that a large data set need not be read for it.
 
+    Args:
+        say: is told that an archive is being unpacked.
+
     Raises:
-        ValueError: as `datalist.read` does.
+        ValueError: as `datalist.read` does, and `archives.datalist_in`.
     """
+    if archives.is_archive(data.datalist):
+        data = replace(data, datalist=archives.datalist_in(data.datalist, say))
     parts = zip(("training", "validation"), datalist.read(data, labelled, channels), strict=True)
     return {name: {case.name: digest(case.files) for case in cases} for name, cases in parts}
 

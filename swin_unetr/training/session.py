@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,11 @@ from rich.console import Console
 
 import swin_kernels
 
-from .. import checkpoints, distributed, files
+from .. import checkpoints, distributed, files, lock
 from ..datasets.identity import digest
 from ..interruption import Interruption, status
 from ..pretrained import load_pretrained
-from . import lock, resume, state
+from . import resume, state
 from .loop import BEST, Loop
 from .options import Optimization, Schedule
 from .task import Batches, Task
@@ -55,7 +56,7 @@ def run(
     open_dataset: Callable[[Console], Dataset],
     make_task: Callable[[Dataset], Task],
     console: Console | None = None,
-    identify: Callable[[], dict[str, dict[str, str]]] = dict,
+    identify: Callable[[Callable[[str], None]], dict[str, dict[str, str]]] = lambda say: {},
 ) -> int:
     """Train as `options` say, or go on; returns the exit status of the command.
 
@@ -64,7 +65,8 @@ def run(
     Args:
         command: "train" or "pretrain", which is what `make_task` makes.
         open_dataset, make_task: called once it is clear that there is something to train.
-        identify: the cases by content, as `datasets.identify` gives them; called before all else.
+        identify: the cases by content, as `datasets.identify` gives them; called before all else, with what says
+            something to the user.
 
     Raises:
         ValueError, OSError: options or input are bad, or the disk is full; on every rank.
@@ -87,7 +89,7 @@ def _run(
 ) -> int:
     config = resume.plain(options)
     initial = digest((options.initial,)) if options.initial is not None and options.initial.is_file() else None
-    data = _agreed(config, initial, identify)
+    data = _agreed(config, initial, partial(identify, partial(_say, console)))
     found, recorded = distributed.first(lambda: _prepare(command, options, config, data, initial, until_said))
     if recorded != CONFIG:
         _say(console, f"{options.out / CONFIG} says other options and stays as it is; those of this run: {recorded}")

@@ -255,6 +255,16 @@ def test_files_are_replaced_only_if_asked_for(tmp_path):
     assert not (out / BUNDLE / "stale").exists()
 
 
+def test_what_a_killed_export_left_is_removed(tmp_path):
+    """All but a file that was there before, which it had moved out of the way of the new one."""
+    path, out = checkpoint(tmp_path / "x.pt"), tmp_path / "out"
+    for name in ("half/new/model.pt2", "moved/old"):
+        (out / f".export-{name}").parent.mkdir(parents=True)
+        (out / f".export-{name}").touch()
+    assert run(path, out, "safetensors")[0] == 0
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "export.json", ".export-moved"}
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"onnx, which needs onnxscript: pip install 'swin-kernels\[export\]'"):

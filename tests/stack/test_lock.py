@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from swin_unetr.training import lock
+from swin_unetr import lock
 
 from . import toy_job
 
@@ -27,7 +27,7 @@ def owner(tmp_path):
     """Another process that owns `tmp_path`, and whose child lives on when it is killed."""
     script = """
         import os, pathlib, sys, time
-        from swin_unetr.training import lock
+        from swin_unetr import lock
         with lock.owned(pathlib.Path(sys.argv[1])):
             if os.fork():
                 print("owned", flush=True)

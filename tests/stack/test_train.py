@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import tarfile
 import time
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from monai.losses import DiceCELoss, DiceLoss
 from rich.console import Console
 from torch import nn
 
-from swin_unetr import SwinUNETR, checkpoints, cli, load_pretrained, train
-from swin_unetr.datasets.identity import digest
+from swin_unetr import SwinUNETR, checkpoints, cli, interruption, load_pretrained, train
+from swin_unetr.datasets.identity import digest, identify
 from swin_unetr.labels import Labels
 from swin_unetr.pretraining.network import PretrainingNetwork
 from swin_unetr.training import log, resume
@@ -90,6 +91,7 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Segmentation, "losses", interrupted)
+        patch.setattr(interruption, "PATIENCE", 600.0)  # the machine may be busy, and a step that takes long is left
         assert cli.main(command) == 75
     assert "swinViT (" in capsys.readouterr().out  # what of the pretrained weights matched
     (tmp_path / "pretrained.pt").rename(tmp_path / "moved.pt")
@@ -199,6 +201,19 @@ def test_a_file_is_told_by_its_content_and_not_by_its_place(tmp_path, place):
         (tmp_path / name).write_bytes(content[: len(whole)])
         digests.append(digest((tmp_path / name,)))
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_an_archive_of_a_data_set_is_the_data_set(datalist, tmp_path):
+    with tarfile.open(tmp_path / "Task01.tar", "w") as file:
+        file.add(datalist.parent, "Task01")
+    said = []
+    of_folder, of_archive = (
+        identify(train.Data(path, folds=2), labelled=True, say=said.append)
+        for path in (datalist, tmp_path / "Task01.tar")
+    )
+    assert of_archive == of_folder
+    assert len(said) == 1
+    assert "unpacking" in said[0]
 
 
 def test_the_order_of_classes_is_that_of_channels():

@@ -43,7 +43,7 @@ class JobBatches(ToyBatches):
         pass
 
 
-def run(options: Options, before=lambda number: None, size: int = 6, identify=dict) -> int:
+def run(options: Options, before=lambda number: None, size: int = 6, identify=lambda say: {}) -> int:
     return session.run(
         "train",
         options,
@@ -65,7 +65,7 @@ def main(out: str, batch: str = "-1") -> int:
     if batch == DIFFERENT:
         rank = int(os.environ["RANK"])
         options = Options(Path(out), schedule=Schedule(steps=8 + rank))
-        return run(options, before, identify=lambda: {"training": {f"case {rank}": "same", "case": f"{rank}"}})
+        return run(options, before, identify=lambda say: {"training": {f"case {rank}": "same", "case": f"{rank}"}})
     return run(Options(Path(out)), before)
 
 

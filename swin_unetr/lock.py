@@ -1,4 +1,4 @@
-"""One owner for a run's folder: two runs would delete each other's checkpoints."""
+"""One owner for a folder: two trainings in it would delete each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ NAME = ".lock"
 
 
 class InUse(ValueError):
-    """Another run has the folder."""
+    """Another process has the folder."""
 
 
 @contextmanager
-def owned(out: Path) -> Iterator[None]:
+def owned(out: Path, what: str = "training") -> Iterator[None]:
     """Within this context no other process owns the folder `out`, which is made where there is none.
 
     The system's lock on a file decides, which ends with its process however that ends; the file says whose it is. Where
     a file system knows no locks, what the file says decides: a process of this host that is no more owns nothing.
+
+    Args:
+        what: what is done there.
 
     Raises:
         InUse: another process owns it; the message says which, on which host, since when.
@@ -32,7 +35,7 @@ def owned(out: Path) -> Iterator[None]:
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / NAME
-    descriptor = _acquire(path, out)
+    descriptor = _acquire(path, out, what)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
@@ -43,7 +46,7 @@ def owned(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path, out: Path) -> int:
+def _acquire(path: Path, out: Path, what: str) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -58,7 +61,7 @@ def _acquire(path: Path, out: Path) -> int:
             says = _describe(_owner(descriptor))
             os.close(descriptor)
             raise InUse(
-                f"out: {out} is in use by another training{says}; accepted is another out, or this one once that has "
+                f"out: {out} is in use by another {what}{says}; accepted is another out, or this one once that has "
                 f"ended{hint}"
             )
         # Its last owner may have deleted the file between our opening and locking it.
