@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from swin_kernels import backends, convolution
+from swin_kernels.backends.cpu import convolution as cpu_convolution
 
 from .tolerances import assert_close, largest
 
@@ -221,8 +222,9 @@ def test_differentiable_once(backend):
         grad.sum().backward()
 
 
-def test_autocast(backend):
+def test_autocast(backend, monkeypatch):
     """Under autocast it computes what PyTorch's convolution does there, on the reference."""
+    monkeypatch.setattr(cpu_convolution, "converts", lambda dtype: False)
     leaves, grad_out = make_inputs(Case("autocast", skip=2), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         if backend == "cpu":
@@ -235,6 +237,22 @@ def test_autocast(backend):
     for a, b in zip(*(torch.autograd.grad(o, leaves, grad_out.bfloat16()) for o in (out, expected)), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * largest(b))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.spatial not in UNDEFINED_IN_PYTORCH], ids=lambda case: case.name
+)
+def test_16_bits_go_through_float32_where_the_processor_has_no_arithmetic(cpu_backend, monkeypatch, case, dtype):
+    monkeypatch.setattr(cpu_convolution, "converts", lambda dtype: dtype != torch.float64)
+    assert why_declined(cpu_backend, case, dtype) is None
+    test_contract(cpu_backend, case, dtype)
+
+
+def test_conversion_is_for_what_the_processor_lacks():
+    assert cpu_convolution.converts(torch.bfloat16) is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert cpu_convolution.converts(torch.float16) is not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert not cpu_convolution.converts(torch.float32)
 
 
 def test_compile_and_export(backend):

@@ -30,7 +30,7 @@ def supports(call: Call) -> str | None:
         return f"the volume is on {call.device}, this backend runs on the CPU"
     if call.operator in ("window_attention", "instance_norm_act") and call.dtype not in DTYPES:
         return f"dtype {call.dtype} has no kernel"
-    if call.operator == "convolution" and call.dtype != torch.float32:
+    if call.operator == "convolution" and call.dtype != torch.float32 and not convolution.converts(call.dtype):
         return f"dtype {call.dtype} has no kernel"
     if call.operator == "convolution" and len(call.window) != 3:
         return f"a convolution over {len(call.window)} axes; there is a kernel for 3"
