@@ -16,7 +16,7 @@ from nibabel.affines import voxel_sizes
 from ..foreign import listed
 from . import dicom
 from .itk import read_itk, write_itk
-from .nifti import BadCase, as_float32, read_with_header
+from .nifti import BadCase, as_float32, check_grid, read_with_header
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".mha", ".mhd")
@@ -123,6 +123,7 @@ def _file(path: Path, largest: float) -> Source:
 
 def _read_series(series: dicom.Series, largest: float) -> Volume:
     values, affine = dicom.read(series, largest)
+    check_grid(series.folder, values.shape, affine)
     return Volume(as_float32(values, series.folder), affine)
 
 

@@ -172,6 +172,26 @@ def test_headers_name_files_of_their_own_folder(tmp_path):
         only(tmp_path / "c.mhd")
 
 
+@pytest.mark.parametrize(
+    ("name", "header", "says"),
+    [
+        ("x.mhd", META.replace("NDims = 3", "NDims = 65536"), "has NDims = 65536; accepted are 1 to 4 axes"),
+        ("x.mha", META.replace("NDims = 3", "NDims = 1e+30"), r"has NDims = 1e\+30; accepted are"),
+        ("x.mhd", META.replace("NDims = 3", "NDims : -1"), "has NDims = -1; accepted are"),
+        ("x.nrrd", NRRD.replace("(0,0,1)", f"(0,0,{'1' * 5000})"), "has a field of 50[0-9]+ letters in its header"),
+        ("x.nrrd", f"{NRRD}{'x' * 5000}: 1\n", "has a field of 500[0-9] letters in its header"),
+        ("x.mhd", META.replace("4 4 4", "4 4 0"), "has shape .4, 4, 0.; accepted is one voxel or more"),
+        ("x.mhd", f"{META}TransformMatrix = 1 0 0 0 1 0 0 0 -1e300\n", "has an affine that cannot be inverted"),
+    ],
+)
+def test_headers_that_would_end_the_process_are_refused(tmp_path, name, header, says):
+    """Or that come out as an image that no label map can be written for."""
+    np.zeros(64, np.uint8).tofile(tmp_path / "x.raw")
+    (tmp_path / name).write_text(header + ("data file: x.raw\n" if name == "x.nrrd" else "ElementDataFile = x.raw\n"))
+    with pytest.raises(imaging.BadCase, match=rf"{name}: {says}"):
+        only(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["x.nii.gz", "x.nrrd"])
 def test_voxels_are_finite_as_float32(tmp_path, name):
     values = image((7, 5, 4)).astype(np.float64)
