@@ -18,8 +18,10 @@ import pydicom
 import SimpleITK as sitk
 from pydicom.config import disable_value_validation
 from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_partial
 from pydicom.multival import MultiValue
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ..foreign import BadFile, reading, walk
 from ..names import shorten, some
@@ -34,6 +36,8 @@ TAGS = (
 IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
 """What else may be part of a series' name, where a user asks for it."""
 PREAMBLE = 128  # bytes
+DEFERRED = 1024  # bytes; longer values are not read for their lengths
+OPEN = 0xFFFFFFFF  # length of an element that a sign ends
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 """Of DICOM without preamble: the group of the first element, 2 or 8, in either order of bytes."""
 PARALLEL = 1e-3
@@ -392,11 +396,23 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
 def _pixels(one: Slice) -> np.ndarray:
     """Of a slice, with its own slope and intercept applied: ``(rows, columns)``."""
     with reading(one.path, BadCase):
-        with disable_value_validation():
-            meta = pydicom.dcmread(one.path, stop_before_pixels=True, specific_tags=[], force=True).file_meta
-        syntax = getattr(meta.get("TransferSyntaxUID"), "name", None) or "an unknown transfer syntax"
-    with reading(one.path, BadCase, f"cannot be decoded ({syntax})"):
+        syntax = _check_lengths(one.path)
+    with reading(one.path, BadCase, f"cannot be decoded ({getattr(syntax, 'name', 'an unknown transfer syntax')})"):
         pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path), sitk.sitkFloat32, "GDCMImageIO"))
         if pixels.shape != (1, one.rows, one.columns):
             raise ValueError(f"has pixels {pixels.shape[1:]} where its header says {(one.rows, one.columns)}")
     return pixels[0]
+
+
+def _check_lengths(path: Path) -> pydicom.uid.UID | None:
+    """Transfer syntax of a file, none of whose elements is longer than it: what decodes it would take the memory."""
+    with path.open("rb") as file, disable_value_validation():
+        size = os.fstat(file.fileno()).st_size
+        data = pydicom.dcmread(file, defer_size=DEFERRED, force=True)
+        syntax = data.file_meta.get("TransferSyntaxUID")
+        # Of a deflated file the places of elements are those after inflation.
+        raw = [] if syntax == DeflatedExplicitVRLittleEndian else data.values()
+        ends = [one.value_tell + one.length for one in raw if isinstance(one, RawDataElement) and one.length != OPEN]
+        if max(ends, default=0) > size:
+            raise ValueError(f"an element goes on to byte {max(ends)}, beyond the end of the file at {size}")
+    return syntax

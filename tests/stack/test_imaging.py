@@ -103,7 +103,13 @@ def test_damaged_files_are_named(tmp_path):
 def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.jpg").touch()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "x.dcm").touch()
     for path, message in (
+        (
+            "others",
+            "files that end in .nii.gz, .nii, .nrrd, .mha, .mhd: x.dcm (is empty)",
+        ),
         ("none", "none does not exist"),
         ("x.jpg", "x.jpg ends in none of .nii.gz, .nii, .nrrd"),
         ("empty", "empty holds neither DICOM files nor files that end in"),
@@ -545,6 +551,17 @@ def test_series_that_are_no_volume_are_refused_with_numbers(tmp_path):
     series(tmp_path / "large", image((6, 5, 3)))
     with pytest.raises(imaging.BadCase, match=r"takes .* GiB; accepted are 1e-09"):
         dicom.read(dicom.find(tmp_path / "large")[0], 1e-9)
+
+
+def test_elements_that_are_longer_than_their_file_are_refused(tmp_path):
+    """What decodes the pixels would take that much memory before it finds out."""
+    series(tmp_path / "d", image((6, 5, 3)), WindowCenterWidthExplanation="x" * 60)
+    for path in (tmp_path / "d").iterdir():
+        data = path.read_bytes()
+        start = data.index(b"\x28\x00\x55\x10LO") + 6
+        path.write_bytes(data[:start] + b"\xf0\xff" + data[start + 2 :])
+    with pytest.raises(imaging.BadCase, match=r"dcm: cannot be read: an element goes on to byte 6[0-9]{4}, beyond"):
+        only(tmp_path / "d")
 
 
 def test_pixels_that_cannot_be_decoded_name_their_syntax(tmp_path):
