@@ -172,8 +172,9 @@ def _file(path: Path, identify: str | None) -> Slice | Other:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
             series = str(header.get("SeriesInstanceUID") or "")
             if not series or not header.get("Rows"):
-                kind = getattr(header.get("SOPClassUID"), "name", None)
-                return Other(path, f"is DICOM without an image{f' ({kind})' if kind else ''}", series)
+                kind = getattr(header.get("SOPClassUID"), "name", "")
+                cut = kind.endswith("Image Storage")  # says that it has one
+                return Other(path, f"is DICOM without an image{f' ({kind})' if kind else ''}", series, damaged=cut)
             return _slice(path, series, header, str(header.get(IDENTITIES[identify]) or "") if identify else "")
     except BadCase as error:
         return Other(path, str(error).removeprefix(f"{path}: "), _series_of(path), dicom)
@@ -284,7 +285,7 @@ def _series(
 
 def _bad(damaged: Sequence[Other]) -> BadCase:
     first, *more = damaged
-    cut = "" if first.damaged else ", in a series of images: is it cut off?"
+    cut = ": is it cut off?" if first.why.startswith("is DICOM without") else ""
     return BadCase(f"{first.path}: {first.why}{cut}" + (f"; {len(more)} more files are damaged" if more else ""))
 
 

@@ -412,10 +412,11 @@ ROWS, UID = b"\x28\x00\x10\x00US", b"\x20\x00\x0e\x00UI"
         (lambda data: data.replace(ROWS, ROWS[:4] + b"UW"), True),  # no such kind of value
         (lambda data: data.replace(ROWS + b"\x02", ROWS + b"\x03"), True),  # a number of three bytes
         (lambda data: data[: data.index(ROWS)], True),  # cut off
+        (lambda data: data[: data.index(UID)], False),
         (lambda data: data.replace(UID, UID[:4] + b"UW"), False),
         (lambda data: data.replace(UID[:4] + b"UI", UID[:4] + b"SQ"), False),
     ],
-    ids=["kind", "length", "cut", "kind of UID", "UID as sequence"],
+    ids=["kind", "length", "cut", "cut before UID", "kind of UID", "UID as sequence"],
 )
 def test_damaged_slices_are_named(tmp_path, damage, series_known):
     """Whatever the parser makes of them, nothing is silently a slice short."""
