@@ -22,6 +22,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_partial
 from pydicom.multival import MultiValue
 from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.valuerep import VR
 
 from ..foreign import BadFile, reading, walk
 from ..names import shorten, some
@@ -37,6 +38,7 @@ IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
 """What else may be part of a series' name, where a user asks for it."""
 PREAMBLE = 128  # bytes
 DEFERRED = 1024  # bytes; longer values are not read for their lengths
+KINDS = {None, *(kind.value for kind in VR)}  # None in files that do not tell
 OPEN = 0xFFFFFFFF  # length of an element that a sign ends
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 """Of DICOM without preamble: the group of the first element, 2 or 8, in either order of bytes."""
@@ -412,8 +414,12 @@ def _check_lengths(path: Path) -> pydicom.uid.UID | None:
         data = pydicom.dcmread(file, defer_size=DEFERRED, force=True)
         syntax = data.file_meta.get("TransferSyntaxUID")
         # Of a deflated file the places of elements are those after inflation.
-        raw = [] if syntax == DeflatedExplicitVRLittleEndian else data.values()
-        ends = [one.value_tell + one.length for one in raw if isinstance(one, RawDataElement) and one.length != OPEN]
-        if max(ends, default=0) > size:
-            raise ValueError(f"an element goes on to byte {max(ends)}, beyond the end of the file at {size}")
+        inside = [] if syntax == DeflatedExplicitVRLittleEndian else data.values()
+        raw = [one for one in (*data.file_meta.values(), *inside) if isinstance(one, RawDataElement)]
+        for one in raw:
+            # Of an unknown kind the length is read from another place.
+            if one.VR not in KINDS:
+                raise ValueError(f"element {one.tag} is of kind {one.VR!r}, which DICOM does not have")
+            if one.length != OPEN and (end := one.value_tell + one.length) > size:
+                raise ValueError(f"element {one.tag} goes on to byte {end}, beyond the end of the file at {size}")
     return syntax

@@ -561,7 +561,16 @@ def test_elements_that_are_longer_than_their_file_are_refused(tmp_path):
         data = path.read_bytes()
         start = data.index(b"\x28\x00\x55\x10LO") + 6
         path.write_bytes(data[:start] + b"\xf0\xff" + data[start + 2 :])
-    with pytest.raises(imaging.BadCase, match=r"dcm: cannot be read: an element goes on to byte 6[0-9]{4}, beyond"):
+    with pytest.raises(imaging.BadCase, match=r"dcm: cannot be read: element .* goes on to byte 6[0-9]{4}, beyond"):
+        only(tmp_path / "d")
+
+
+def test_kinds_of_values_that_dicom_does_not_have_are_refused(tmp_path):
+    """What decodes the pixels would look for the length, and the memory to take, in another place."""
+    series(tmp_path / "d", image((6, 5, 3)))
+    for path in (tmp_path / "d").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"\x02\x00\x03\x00UI", b"\x02\x00\x03\x00U "))
+    with pytest.raises(imaging.BadCase, match=r"element \(0002,0003\) is of kind 'U ', which DICOM does not have"):
         only(tmp_path / "d")
 
 
