@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ..imaging.volume import NIFTI
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mhd")
 AGREEMENT = 1e-3  # mm; files keep float32 geometry
+LARGEST = 16.0  # GiB
 INT32 = np.iinfo(np.int32)
 MOST_CLASSES = 64
 """Values of a label map that are taken for classes unasked: an image has more."""
@@ -93,7 +93,7 @@ def pair(predictions: Mapping[str, Path], labels: Iterable[str]) -> dict[str, Pa
     return found
 
 
-def read(path: Path, largest: float = math.inf) -> LabelMap:
+def read(path: Path, largest: float = LARGEST) -> LabelMap:
     """The label map in a file.
 
     Args:

@@ -18,8 +18,11 @@ import pydicom
 import SimpleITK as sitk
 from pydicom.config import disable_value_validation
 from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_partial
 from pydicom.multival import MultiValue
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.valuerep import VR
 
 from ..foreign import BadFile, reading, walk
 from ..names import shorten, some
@@ -34,6 +37,9 @@ TAGS = (
 IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
 """What else may be part of a series' name, where a user asks for it."""
 PREAMBLE = 128  # bytes
+DEFERRED = 1024  # bytes; longer values are not read for their lengths
+KINDS = {None, *(kind.value for kind in VR)}  # None in files that do not tell
+OPEN = 0xFFFFFFFF  # length of an element that a sign ends
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 """Of DICOM without preamble: the group of the first element, 2 or 8, in either order of bytes."""
 PARALLEL = 1e-3
@@ -168,8 +174,9 @@ def _file(path: Path, identify: str | None) -> Slice | Other:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
             series = str(header.get("SeriesInstanceUID") or "")
             if not series or not header.get("Rows"):
-                kind = getattr(header.get("SOPClassUID"), "name", None)
-                return Other(path, f"is DICOM without an image{f' ({kind})' if kind else ''}", series)
+                kind = getattr(header.get("SOPClassUID"), "name", "")
+                cut = kind.endswith("Image Storage")  # says that it has one
+                return Other(path, f"is DICOM without an image{f' ({kind})' if kind else ''}", series, damaged=cut)
             return _slice(path, series, header, str(header.get(IDENTITIES[identify]) or "") if identify else "")
     except BadCase as error:
         return Other(path, str(error).removeprefix(f"{path}: "), _series_of(path), dicom)
@@ -280,7 +287,7 @@ def _series(
 
 def _bad(damaged: Sequence[Other]) -> BadCase:
     first, *more = damaged
-    cut = "" if first.damaged else ", in a series of images: is it cut off?"
+    cut = ": is it cut off?" if first.why.startswith("is DICOM without") else ""
     return BadCase(f"{first.path}: {first.why}{cut}" + (f"; {len(more)} more files are damaged" if more else ""))
 
 
@@ -392,11 +399,27 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
 def _pixels(one: Slice) -> np.ndarray:
     """Of a slice, with its own slope and intercept applied: ``(rows, columns)``."""
     with reading(one.path, BadCase):
-        with disable_value_validation():
-            meta = pydicom.dcmread(one.path, stop_before_pixels=True, specific_tags=[], force=True).file_meta
-        syntax = getattr(meta.get("TransferSyntaxUID"), "name", None) or "an unknown transfer syntax"
-    with reading(one.path, BadCase, f"cannot be decoded ({syntax})"):
+        syntax = _check_lengths(one.path)
+    with reading(one.path, BadCase, f"cannot be decoded ({getattr(syntax, 'name', 'an unknown transfer syntax')})"):
         pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path), sitk.sitkFloat32, "GDCMImageIO"))
         if pixels.shape != (1, one.rows, one.columns):
             raise ValueError(f"has pixels {pixels.shape[1:]} where its header says {(one.rows, one.columns)}")
     return pixels[0]
+
+
+def _check_lengths(path: Path) -> pydicom.uid.UID | None:
+    """Transfer syntax of a file, none of whose elements is longer than it: what decodes it would take the memory."""
+    with path.open("rb") as file, disable_value_validation():
+        size = os.fstat(file.fileno()).st_size
+        data = pydicom.dcmread(file, defer_size=DEFERRED, force=True)
+        syntax = data.file_meta.get("TransferSyntaxUID")
+        # Of a deflated file the places of elements are those after inflation.
+        inside = [] if syntax == DeflatedExplicitVRLittleEndian else data.values()
+        raw = [one for one in (*data.file_meta.values(), *inside) if isinstance(one, RawDataElement)]
+        for one in raw:
+            # Of an unknown kind the length is read from another place.
+            if one.VR not in KINDS:
+                raise ValueError(f"element {one.tag} is of kind {one.VR!r}, which DICOM does not have")
+            if one.length != OPEN and (end := one.value_tell + one.length) > size:
+                raise ValueError(f"element {one.tag} goes on to byte {end}, beyond the end of the file at {size}")
+    return syntax

@@ -12,9 +12,11 @@ import SimpleITK as sitk
 
 from ..foreign import irregular, listed, reading
 from ..names import shown
-from .nifti import GIB, BadCase
+from .nifti import GIB, BadCase, check_grid
 
 LONGEST_HEADER = 2**24  # bytes
+LONGEST_FIELD = 1000  # letters; values that users add to NRRD (key:=value) may be longer
+META_AXES = re.compile(r"\s*NDims\s*[=:](.*)")
 NRRD_DATA = re.compile(r"\s*data\s*file\s*:(?!=)(.*)", re.IGNORECASE)
 META_DATA = re.compile(r"\s*ElementDataFile\s*[=:](.*)")
 NUMBER = re.compile(r"%[0-9]*[diu]")
@@ -33,7 +35,7 @@ def read_itk(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
         BadCase: the file is damaged, larger than `largest` by its header, or no grid of numbers.
     """
     with reading(path, BadCase):
-        check_data_files(path)
+        check_header(path)
         reader = sitk.ImageFileReader()
         # By the file's name, as the header was checked: SimpleITK would go by what is in it.
         reader.SetImageIO("NrrdImageIO" if path.name.endswith(".nrrd") else "MetaImageIO")
@@ -49,54 +51,70 @@ def read_itk(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
     if image.GetNumberOfComponentsPerPixel() == 1:
         values = values[..., None]  # ([Z, ]Y, X, C)
     dimension = image.GetDimension()
-    return values.transpose(*reversed(range(dimension)), dimension), affine_of(image)
+    affine = affine_of(image)
+    check_grid(path, image.GetSize(), affine)
+    return values.transpose(*reversed(range(dimension)), dimension), affine
 
 
-def check_data_files(path: Path) -> None:
-    """Raise `BadCase` if the header in `path` names data elsewhere than in regular files of its own folder.
+def check_header(path: Path) -> None:
+    """Raise `BadCase` if the header in `path` would end the process, or show files that are not the image's own.
 
-    Parsers would read any file of the machine as an image, and its bytes would be shown as grey values.
+    Parsers write what is too long for them over their own memory, and would read any file of the machine as an image,
+    whose bytes were then shown as grey values.
     """
-    for name in _data_files(path):
-        said = f"{path}: its header names {shown(name)!r} as its data"
-        if "%" in name:
-            name = name.split()[0]
-            if not NUMBERED.fullmatch(name):
-                raise BadCase(f"{said}; accepted are names with one number, such as slice%03d.raw")
-        place = PurePath(name)
-        if place.is_absolute() or ".." in place.parts or "\\" in name:
-            raise BadCase(f"{said}; accepted are files in its own folder")
-        file = path.parent / place
-        fits = re.compile(NUMBER.sub("-?[0-9]+", re.escape(file.name).replace("\\%", "%")))
-        files = [other for other in listed(file.parent) if fits.fullmatch(other.name)] if "%" in name else [file]
-        for file in files:
-            if (why := irregular(file)) is not None:
-                raise BadCase(f"{said}, which cannot be read: {why}")
+    fields, listed_names = _fields(path)
+    for text in fields:
+        if len(text) > LONGEST_FIELD and ":=" not in text[:LONGEST_FIELD] and not text.startswith("#"):
+            raise BadCase(f"{path}: has a field of {len(text)} letters in its header; accepted are {LONGEST_FIELD}")
+        if (match := META_AXES.match(text)) and match[1].strip() not in ("1", "2", "3", "4"):
+            raise BadCase(f"{path}: has NDims = {shown(match[1].strip())}; accepted are 1 to 4 axes")
+    data = NRRD_DATA if path.name.endswith(".nrrd") else META_DATA
+    named = [match[1].strip() for text in fields if (match := data.match(text))]
+    for name in [*named, *listed_names]:
+        if not (name.startswith("LIST") or (data is META_DATA and name.upper() == "LOCAL")):
+            _check_data_file(path, name)
 
 
-def _data_files(path: Path) -> list[str]:
-    """Names, and patterns of numbered names, of the data of the header in `path`; none if they follow in the file."""
+def _check_data_file(path: Path, name: str) -> None:
+    """Raise `BadCase` unless `name`, which the header in `path` gives for data, is of regular files in its folder."""
+    said = f"{path}: its header names {shown(name)!r} as its data"
+    if "%" in name:
+        name = name.split()[0]
+        if not NUMBERED.fullmatch(name):
+            raise BadCase(f"{said}; accepted are names with one number, such as slice%03d.raw")
+    place = PurePath(name)
+    if place.is_absolute() or ".." in place.parts or "\\" in name:
+        raise BadCase(f"{said}; accepted are files in its own folder")
+    file = path.parent / place
+    fits = re.compile(NUMBER.sub("-?[0-9]+", re.escape(file.name).replace("\\%", "%")))
+    files = [other for other in listed(file.parent) if fits.fullmatch(other.name)] if "%" in name else [file]
+    for file in files:
+        if (why := irregular(file)) is not None:
+            raise BadCase(f"{said}, which cannot be read: {why}")
+
+
+def _fields(path: Path) -> tuple[list[str], list[str]]:
+    """Lines of the header in `path`, and the names in a list of data files after them."""
     nrrd = path.name.endswith(".nrrd")
-    field = NRRD_DATA if nrrd else META_DATA
-    names: list[str] = []
+    data = NRRD_DATA if nrrd else META_DATA
+    fields: list[str] = []
     with path.open("rb") as file:
         while line := file.readline(LONGEST_HEADER):
             if file.tell() >= LONGEST_HEADER:
                 raise BadCase(f"{path}: has a header of more than {LONGEST_HEADER} bytes")
             if nrrd and not line.strip():
-                break  # what follows are data
+                break  # data follow
             # Either sign ends a line of NRRD.
-            for text in re.split(r"[\r\n]", os.fsdecode(line)):
-                if (match := field.match(text)) is None:
-                    continue
-                name = match[1].strip()
-                if not nrrd and name.upper() == "LOCAL":
-                    return names  # what follows are data
-                if name.startswith("LIST"):
-                    rest = re.split(r"[\r\n]", os.fsdecode(file.read(LONGEST_HEADER)))
-                    return names + [name.strip() for name in rest if name.strip()]
-                names.append(name)
-    return names
+            fields += re.split(r"[\r\n]", os.fsdecode(line).rstrip("\r\n"))
+            if (match := data.match(fields[-1])) is None:
+                continue
+            name = match[1].strip()
+            if name.startswith("LIST"):
+                rest = re.split(r"[\r\n]", os.fsdecode(file.read(LONGEST_HEADER)))
+                return fields, [name.strip() for name in rest if name.strip()]
+            if not nrrd and name.upper() == "LOCAL":
+                break  # data follow
+    return fields, []
 
 
 def affine_of(image: sitk.Image) -> np.ndarray:

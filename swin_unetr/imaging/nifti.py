@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,8 @@ import numpy as np
 from ..foreign import BadFile, reading
 
 GIB = 2**30
+FLATTEST = 1e-4
+"""Volume between the axes of a voxel, were they of length 1."""
 LONGEST_HEADER = 540  # bytes, of NIfTI-2
 
 
@@ -65,10 +68,7 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
         raise BadCase(f"{path}: has voxels of type {values.dtype}; accepted are real numbers")
     while values.ndim > 3 and values.shape[-1] == 1:
         values = values[..., 0]  # (X, Y, Z, 1) -> (X, Y, Z)
-    if not values.size:
-        raise BadCase(f"{path}: has shape {values.shape}; accepted is one voxel or more")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise BadCase(f"{path}: has an affine that cannot be inverted; accepted is a voxel grid in space")
+    check_grid(path, values.shape, affine)
     return values, affine, image.header
 
 
@@ -82,6 +82,18 @@ def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], int]:
             voxels = math.prod(map(int, header.get_data_shape()))
             return kind, int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
     raise ValueError("is no NIfTI file")
+
+
+def check_grid(where: object, shape: Sequence[int], affine: np.ndarray) -> None:
+    """Raise `BadCase` unless there is a voxel or more, and ``affine (4, 4)`` puts them somewhere in space."""
+    if not math.prod(shape):
+        raise BadCase(f"{where}: has shape {tuple(shape)}; accepted is one voxel or more")
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        place = affine.astype(np.float32).astype(np.float64)  # as files keep it
+        volume = abs(np.linalg.det(place[:3, :3] / np.linalg.norm(place[:3, :3], axis=0)))  # of axes of length 1
+    # Not above, rather than below: what is not finite is refused too.
+    if not (np.isfinite(place).all() and volume > FLATTEST):
+        raise BadCase(f"{where}: has an affine that cannot be inverted; accepted is a voxel grid in space")
 
 
 def as_float32(values: np.ndarray, where: object) -> np.ndarray:

@@ -14,9 +14,10 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 
 from ..foreign import listed
+from ..names import some
 from . import dicom
 from .itk import read_itk, write_itk
-from .nifti import BadCase, as_float32, read_with_header
+from .nifti import BadCase, as_float32, check_grid, read_with_header
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".mha", ".mhd")
@@ -81,17 +82,27 @@ def find(
     """
     sources: list[Source] = []
     series: list[dicom.Series] = []
+    left_out: list[tuple[Path, str]] = []
+
+    def leave_out(path: Path, why: str) -> None:
+        left_out.append((path, why))
+        skip(path, why)
+
     for path in map(Path, paths):
         if not os.path.exists(path):
             raise ValueError(f"input: {path} does not exist")
         if not os.path.isdir(path):
             sources.append(_file(path, largest))
-        elif volumes := _volumes(path, skip):
+        elif volumes := _volumes(path, leave_out):
             sources += [_file(volume, largest) for volume in volumes]
-        elif found := dicom.find(path, skip, identify):
+        elif found := dicom.find(path, leave_out, identify):
             series += found
         else:
-            raise ValueError(f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}")
+            others = [f"{file.name} ({why})" for file, why in left_out if file.is_relative_to(path)]
+            raise ValueError(
+                f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}"
+                + (f": {some(others)}" if others else "")
+            )
     for one, name in zip(series, dicom.names(series), strict=True):
         sources.append(Source(name, one.folder, partial(_read_series, one, largest), one.notes))
     by_name: dict[str, Source] = {}
@@ -123,6 +134,7 @@ def _file(path: Path, largest: float) -> Source:
 
 def _read_series(series: dicom.Series, largest: float) -> Volume:
     values, affine = dicom.read(series, largest)
+    check_grid(series.folder, values.shape, affine)
     return Volume(as_float32(values, series.folder), affine)
 
 

@@ -103,7 +103,13 @@ def test_damaged_files_are_named(tmp_path):
 def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.jpg").touch()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "x.dcm").touch()
     for path, message in (
+        (
+            "others",
+            "files that end in .nii.gz, .nii, .nrrd, .mha, .mhd: x.dcm (is empty)",
+        ),
         ("none", "none does not exist"),
         ("x.jpg", "x.jpg ends in none of .nii.gz, .nii, .nrrd"),
         ("empty", "empty holds neither DICOM files nor files that end in"),
@@ -170,6 +176,26 @@ def test_headers_name_files_of_their_own_folder(tmp_path):
     os.mkfifo(tmp_path / "x.raw")
     with pytest.raises(imaging.BadCase, match=r"names 'x.raw' as its data, which cannot be read: is a FIFO"):
         only(tmp_path / "c.mhd")
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "says"),
+    [
+        ("x.mhd", META.replace("NDims = 3", "NDims = 65536"), "has NDims = 65536; accepted are 1 to 4 axes"),
+        ("x.mha", META.replace("NDims = 3", "NDims = 1e+30"), r"has NDims = 1e\+30; accepted are"),
+        ("x.mhd", META.replace("NDims = 3", "NDims : -1"), "has NDims = -1; accepted are"),
+        ("x.nrrd", NRRD.replace("(0,0,1)", f"(0,0,{'1' * 5000})"), "has a field of 50[0-9]+ letters in its header"),
+        ("x.nrrd", f"{NRRD}{'x' * 5000}: 1\n", "has a field of 500[0-9] letters in its header"),
+        ("x.mhd", META.replace("4 4 4", "4 4 0"), "has shape .4, 4, 0.; accepted is one voxel or more"),
+        ("x.mhd", f"{META}TransformMatrix = 1 0 0 0 1 0 0 0 -1e300\n", "has an affine that cannot be inverted"),
+    ],
+)
+def test_headers_that_would_end_the_process_are_refused(tmp_path, name, header, says):
+    """Or that come out as an image that no label map can be written for."""
+    np.zeros(64, np.uint8).tofile(tmp_path / "x.raw")
+    (tmp_path / name).write_text(header + ("data file: x.raw\n" if name == "x.nrrd" else "ElementDataFile = x.raw\n"))
+    with pytest.raises(imaging.BadCase, match=rf"{name}: {says}"):
+        only(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["x.nii.gz", "x.nrrd"])
@@ -386,10 +412,11 @@ ROWS, UID = b"\x28\x00\x10\x00US", b"\x20\x00\x0e\x00UI"
         (lambda data: data.replace(ROWS, ROWS[:4] + b"UW"), True),  # no such kind of value
         (lambda data: data.replace(ROWS + b"\x02", ROWS + b"\x03"), True),  # a number of three bytes
         (lambda data: data[: data.index(ROWS)], True),  # cut off
+        (lambda data: data[: data.index(UID)], False),
         (lambda data: data.replace(UID, UID[:4] + b"UW"), False),
         (lambda data: data.replace(UID[:4] + b"UI", UID[:4] + b"SQ"), False),
     ],
-    ids=["kind", "length", "cut", "kind of UID", "UID as sequence"],
+    ids=["kind", "length", "cut", "cut before UID", "kind of UID", "UID as sequence"],
 )
 def test_damaged_slices_are_named(tmp_path, damage, series_known):
     """Whatever the parser makes of them, nothing is silently a slice short."""
@@ -525,6 +552,26 @@ def test_series_that_are_no_volume_are_refused_with_numbers(tmp_path):
     series(tmp_path / "large", image((6, 5, 3)))
     with pytest.raises(imaging.BadCase, match=r"takes .* GiB; accepted are 1e-09"):
         dicom.read(dicom.find(tmp_path / "large")[0], 1e-9)
+
+
+def test_elements_that_are_longer_than_their_file_are_refused(tmp_path):
+    """What decodes the pixels would take that much memory before it finds out."""
+    series(tmp_path / "d", image((6, 5, 3)), WindowCenterWidthExplanation="x" * 60)
+    for path in (tmp_path / "d").iterdir():
+        data = path.read_bytes()
+        start = data.index(b"\x28\x00\x55\x10LO") + 6
+        path.write_bytes(data[:start] + b"\xf0\xff" + data[start + 2 :])
+    with pytest.raises(imaging.BadCase, match=r"dcm: cannot be read: element .* goes on to byte 6[0-9]{4}, beyond"):
+        only(tmp_path / "d")
+
+
+def test_kinds_of_values_that_dicom_does_not_have_are_refused(tmp_path):
+    """What decodes the pixels would look for the length, and the memory to take, in another place."""
+    series(tmp_path / "d", image((6, 5, 3)))
+    for path in (tmp_path / "d").iterdir():
+        path.write_bytes(path.read_bytes().replace(b"\x02\x00\x03\x00UI", b"\x02\x00\x03\x00U "))
+    with pytest.raises(imaging.BadCase, match=r"element \(0002,0003\) is of kind 'U ', which DICOM does not have"):
+        only(tmp_path / "d")
 
 
 def test_pixels_that_cannot_be_decoded_name_their_syntax(tmp_path):
