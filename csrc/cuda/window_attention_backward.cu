@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(256) prepare_bias(const Call call) {
   call.tiles[tile * 32 + lane_index()] = bias_tile<T>(call, head, row_tile, column_tile, keys_down);
 }
 
-// lse (for 16-bit tensors times log2(e)) of every query, and -delta of float32 ones; an infinite lse makes the weights of
-// a query without output zero.
+// lse (for 16-bit tensors times log2(e)) of every query, and -delta of float32 ones; an infinite lse makes the weights
+// of a query without output zero.
 template <class T>
 __global__ void __launch_bounds__(256) prepare_rows(const Call call) {
   const int64_t thread = thread_of_grid();
@@ -420,7 +420,8 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
   }
 }
 
-// ---- delta and gradient of the bias: queries in rows, 16-bit ---------------------------------------------------------
+// ---- delta and gradient of the bias: queries in rows, 16-bit
+// ---------------------------------------------------------
 
 constexpr int kBiasKeys = 64;  // of a block
 constexpr int kBiasWarpQueries = 32;
@@ -456,9 +457,8 @@ SWIN_DEVICE void load_queries(const T* q_rows, const T* grad_rows, const float2*
 
 // Scores (over scale) of a warp's queries for 16 keys, added to s, and their dp - delta.
 template <class T, int D>
-SWIN_DEVICE void score_keys(QueryRows<D>& rows, const T* k_rows, const T* v_rows, const uint4* bias_tiles,
-                            int tile_row, const Diagonal& diagonal, float (&s)[kBiasTiles][2][4],
-                            float (&dp)[kBiasTiles][2][4]) {
+SWIN_DEVICE void score_keys(QueryRows<D>& rows, const T* k_rows, const T* v_rows, const uint4* bias_tiles, int tile_row,
+                            const Diagonal& diagonal, float (&s)[kBiasTiles][2][4], float (&dp)[kBiasTiles][2][4]) {
   using C = Cut<D>;
   uint4 bias[kBiasTiles];
   SWIN_UNROLL
@@ -564,8 +564,8 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) find_delt
       if (!active) continue;
       if (first_key == 0) {
         const int at = (buffer * block_queries + warp * kBiasWarpQueries) * C::kStride + down;
-        load_queries<T, D>(q_rows + at, grad_rows + at,
-                           row_rows + buffer * block_queries + warp * kBiasWarpQueries, &rows);
+        load_queries<T, D>(q_rows + at, grad_rows + at, row_rows + buffer * block_queries + warp * kBiasWarpQueries,
+                           &rows);
       }
       const int key_row = key_buffer * kBiasKeys * C::kStride + across;
       SWIN_UNROLL
