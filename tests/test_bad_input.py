@@ -201,6 +201,8 @@ def described(value: object) -> str:
         return f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
     if isinstance(value, dict):
         return ",".join(f"{name}={described(v)}" for name, v in value.items())
+    if isinstance(value, tuple):
+        return ",".join(map(described, value))
     return str(value)[:60]
 
 
