@@ -115,3 +115,24 @@ def test_compiled_under_autocast(monai, image, no_instructions):
     x = torch.randn(1, 192, 2, 2, 4), torch.randn(1, 96, 4, 4, 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(torch.compile(stage, backend="aot_eager", fullgraph=True)(*x), stage(*x))
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+def test_the_heads_of_pretraining_take_thin_maps(axes):
+    """The deepest map of 64 voxels has two an axis; what was left in memory stands in no gradient."""
+    from swin_unetr import SwinUNETR as OwnSwinUNETR
+    from swin_unetr.pretraining.network import PretrainingNetwork
+
+    torch.manual_seed(0)
+    encoder = OwnSwinUNETR(
+        1, 2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), spatial_dims=axes
+    ).swinViT
+    head = PretrainingNetwork(encoder, in_channels=1, spatial_dims=axes).reconstruction_head[0]
+    image = torch.randn(1, head.in_channels, *(2,) * axes)
+    head(image).sum().backward()
+    expected, head.weight.grad = head.weight.grad, None
+    left_behind = [torch.full((size,), math.nan) for size in (100, 1000, 10_000, 100_000, 1_000_000)]
+    del left_behind
+    with torch.autocast("cpu", torch.bfloat16):
+        head(image).sum().backward()
+    torch.testing.assert_close(head.weight.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())

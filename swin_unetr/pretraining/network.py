@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from monai.networks.layers.factories import Conv, Norm
+from monai.networks.layers.factories import Norm
+
+from swin_kernels.cpu_bfloat16 import in_float32
 
 from .options import check_extents
 from .views import QUARTER_TURNS
@@ -71,9 +73,18 @@ class PretrainingNetwork(nn.Module):
         )
 
 
+class _Convolution2d(nn.Conv2d):
+    forward = in_float32(nn.Conv2d.forward)
+
+
+class _Convolution3d(nn.Conv3d):
+    forward = in_float32(nn.Conv3d.forward)
+
+
 def _upsampling(depth: int, out_channels: int, spatial_dims: int) -> nn.Sequential:
     """From the deepest map to the image: five times convolution, instance norm, LeakyReLU and twice the extent."""
-    convolution, norm = Conv[Conv.CONV, spatial_dims], Norm[Norm.INSTANCE, spatial_dims]
+    convolution = {2: _Convolution2d, 3: _Convolution3d}[spatial_dims]  # the deepest map is thin
+    norm = Norm[Norm.INSTANCE, spatial_dims]
     mode = {2: "bilinear", 3: "trilinear"}[spatial_dims]
     widths = [depth, *(max(1, depth // 2**i) for i in (1, 2, 3, 4, 4))]
     layers: list[nn.Module] = []
