@@ -54,7 +54,7 @@ class Trained:
             trained = cls.of(content, state, averaged)
             with torch.device("meta"):  # nothing is drawn and nothing copied
                 trained.architecture.build().load_state_dict(state, assign=True)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise ValueError(f"checkpoint: {path} does not describe its own weights: {reason}") from error
         if trained.architecture.out_channels != trained.labels.channels:

@@ -90,6 +90,8 @@ def instance_norm_act(
     arguments = (x, residual, *settings, forced_name(_NAME, backend))
     if not inplace:
         return torch.ops.swin_kernels.instance_norm_act(*arguments)[0]
+    if any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{_NAME}: inplace is True, but elements of x share memory (strides {x.stride()}); clone it")
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         raise ValueError(f"{_NAME}: inplace is True, but a gradient is recorded for x or residual; use torch.no_grad()")
     torch.ops.swin_kernels.instance_norm_act_(*arguments)
@@ -103,6 +105,8 @@ def _check(x, residual, normalize_residual, eps, negative_slope) -> None:
             f"{_NAME}: x has shape {tuple(x.shape)}; accepted is (B, C, *S) with 1 to 3 spatial axes, of which only "
             "the batch may be empty"
         )
+    if not isinstance(normalize_residual, bool):
+        raise TypeError(f"{_NAME}: normalize_residual is {normalize_residual!r}; accepted is a bool")
     if math.prod(x.shape[2:]) == 1:
         raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}; a norm needs more than 1 spatial element")
     if residual is not None:

@@ -97,6 +97,9 @@ def projected_window_attention(
     apart = (
         runs_definition(_NAME, backend) or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1
     )
+    forced = forced_or_environment(forced_name(_NAME, backend))
+    if forced and (reason := _unavailable(forced)):
+        raise RuntimeError(f"{_NAME}: backend {forced!r} cannot run this call: {reason}")
     if apart or (differentiated and declined(x, weight, bias_table, window, forced_name(_NAME, backend), True)):
         if norm_eps is not None:
             x = autocast_layer_norm(x, norm_weight, norm_bias, norm_eps, for_linear=True)
@@ -188,6 +191,11 @@ def _declined(device, dtype, head_dim, window, heads, backward, forced) -> str |
     if forced not in ("", _ENGINE):
         return f"backend {forced!r} has no kernel for it"
     return decline_reason(_ENGINE, Call(_NAME, device, dtype, head_dim, window, backward=backward, heads=heads))
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(backend: str) -> str | None:
+    return load(backend).unavailable()
 
 
 def _lse_dtype(x: torch.Tensor) -> torch.dtype:

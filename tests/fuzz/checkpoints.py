@@ -72,7 +72,10 @@ def _damaged_checkpoint(draw: Draw, place: Path, written: list[Written]) -> str:
     run = place / resume.CHECKPOINTS
     run.mkdir()
     (run / checkpoints.name(1)).write_bytes(written[0].data)
-    (run / checkpoints.name(2)).write_bytes(_mutant_of_zip(draw, written[1].data, written[0].data))
+    mutant = _mutant_of_zip(draw, written[1].data, written[0].data)
+    if mutant == written[0].data:
+        return "read"  # all of another checkpoint, and so whole
+    (run / checkpoints.name(2)).write_bytes(mutant)
     path, content, damaged = checkpoints.newest(run)
     found = resume.find(place, "train", {}, fresh=False)
     if found is None or found.path != path:

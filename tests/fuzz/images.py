@@ -68,7 +68,7 @@ def prepare(folder: Path) -> Callable[[Draw, Path], str]:
         try:
             outcome = read(path, draw)
         except (imaging.BadCase, ValueError) as error:
-            if read is not _read_labels and not isinstance(error, imaging.BadCase):
+            if read is _read_image and not isinstance(error, imaging.BadCase):  # the others may read a label map
                 raise
             outcome = "refused"
             _check_named(error, path)

@@ -199,6 +199,18 @@ def test_inplace(backend, dtype, residual, layout):
     assert all(torch.equal(a, b) for a, b in zip(rest, kept, strict=True))
 
 
+def test_inplace_refuses_elements_that_share_memory(backend):
+    x = torch.randn(1, 3, 1, 1).expand(1, 3, 4, 5)
+    with pytest.raises(ValueError, match="instance_norm_act: inplace is True, but elements of x share memory"):
+        instance_norm_act(x, inplace=True, backend=backend)
+
+
+def test_switches_are_bools(backend):
+    x = torch.randn(1, 3, 4, 5)
+    with pytest.raises(TypeError, match=r"instance_norm_act: normalize_residual is \[\]; accepted is a bool"):
+        instance_norm_act(x, x, normalize_residual=[], backend=backend)
+
+
 def test_inplace_refuses_to_lose_a_gradient(backend):
     x = torch.randn(1, 2, 3, 3)
     residual = torch.randn(1, 2, 3, 3, requires_grad=True)

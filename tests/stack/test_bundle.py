@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -155,9 +156,12 @@ def test_a_checkpoint_brings_no_code_into_a_bundle(tmp_path):
     assert not os.listdir(tmp_path / "out")
 
 
-def test_a_checkpoint_with_text_where_a_number_belongs_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "odd", [{"preprocessing": asdict(CT) | {"window": ["$print(1)", "~"]}}, {"roi": [math.inf] * 3}]
+)
+def test_a_checkpoint_with_something_else_where_a_number_belongs_is_refused(odd, tmp_path):
     labels = {"classes": {"a": [1], "b": [2]}, "overlapping": False}
-    content = {"labels": labels, "preprocessing": asdict(CT) | {"window": ["$print(1)", "~"]}}
+    content = {"labels": labels, "preprocessing": asdict(CT)} | odd
     with pytest.raises(ValueError, match="does not describe its own weights"):
         run(checkpoint(tmp_path / "best.pt", content=content), tmp_path / "out", "bundle")
     assert not (tmp_path / "out").exists()
