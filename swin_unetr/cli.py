@@ -83,7 +83,12 @@ def parse(kind: type, command: str, argv: Sequence[str]):
             "--preset", metavar="NAME", help=f"options that come with the package: {', '.join(offered)}"
         )
     parser.add_class_arguments(kind, fail_untyped=True)
-    return command_line.made(kind, parser.parse_args(parser.typed(_expand(argv, command, offered))))
+    words = parser.typed(_expand(argv, command, offered))
+    try:
+        parsed = parser.parse_args(words)
+    except RecursionError as error:
+        raise ValueError("config: a file holds itself, or is nested too deep; accepted are options by name") from error
+    return command_line.made(kind, parsed)
 
 
 def presets(kind: type | None = None) -> list[str]:

@@ -131,9 +131,14 @@ def made(kind: type, parsed: Namespace, prefix: str = ""):
     given = {}
     for field in fields(kind):
         if field.init:
-            value = parsed[field.name]
-            inner = is_dataclass(hints[field.name]) and isinstance(value, Namespace)
-            given[field.name] = made(hints[field.name], value, f"{prefix}{field.name}.") if inner else value
+            if field.name not in parsed:  # a list, say, in the place of a section
+                raise ValueError(f"{prefix.removesuffix('.') or 'config'} is incomplete; accepted are options by name")
+            name, hint, value = f"{prefix}{field.name}", hints[field.name], parsed[field.name]
+            if is_dataclass(hint) and not isinstance(value, Namespace):
+                raise ValueError(f"{name} is {value!r}; accepted are its options by name")
+            if value is None and not is_dataclass(hint) and not _is_optional(hint):
+                raise ValueError(f"{name} is null; accepted {form(hint)}")
+            given[field.name] = made(hint, value, f"{name}.") if is_dataclass(hint) else value
     try:
         return kind(**given)
     except ValueError as error:

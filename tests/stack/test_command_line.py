@@ -137,6 +137,10 @@ def test_the_error_is_one_line_that_says_what_is_accepted(words, message, capsys
         ("roi: 64,64,64", "roi is 64,64,64; accepted are whole numbers, such as"),
         ("out: ''", "out is ''; accepted is a path"),
         ("seed: .nan", "seed is nan; accepted is a whole number"),
+        ("seed: null", "seed is null; accepted is a whole number"),
+        ("architecture: 17", "architecture is 17; accepted are its options by name"),
+        ("data: []", "missing: --data.datalist"),
+        ("any: &a [*a]", "config: a file holds itself, or is nested too deep"),
     ],
 )
 def test_a_files_errors_name_the_option_too(text, message, tmp_path, capsys):
