@@ -61,7 +61,8 @@ def test_without_instructions_no_layer_computes_in_bfloat16(monai, image, no_ins
     assert dtype == torch.bfloat16
     assert relative(out, expected) < 4e-3
     for name, gradient in gradients.items():
-        assert relative(own[name], gradient) < relative(theirs[name], gradient), name
+        other = relative(theirs[name], gradient)  # of the deepest maps PyTorch's may hold anything, NaN too
+        assert relative(own[name], gradient) < (other if math.isfinite(other) else 1.0), name
 
 
 @pytest.mark.parametrize("normalize", [True, False])
