@@ -12,10 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from .backends.reference.convolution import LEAST_EXTENT
 from .ops._library import autocast_is_on
-
-LEAST_EXTENT = 3
-"""Of volumes that convolutions in bfloat16 are right for."""
 
 
 @torch.compiler.assume_constant_result

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+GIB = 2**30
+"""Bytes; options give sizes in GiB."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import swin_kernels
 
 from . import distributed, imaging
+from .files import GIB
 from .imaging import dicom
 from .interruption import Interrupted, status
 from .names import say, some
@@ -32,7 +33,7 @@ from .prediction import ensemble as ensembles
 from .prediction import report, volumes
 from .prediction.ensemble import Ensemble, Mirrored
 from .prediction.restore import Restored, axes_between
-from .prediction.windows import GIB, Windows, slabs
+from .prediction.windows import Windows, slabs
 
 ENTROPY = "entropy"
 """Folder of the entropy maps, inside of that of the results."""

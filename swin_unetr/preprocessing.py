@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from . import lazily
+from .files import GIB
 
 np = lazily.Module("numpy")
 torch = lazily.Module("torch")
 data = lazily.Module("monai.data")
 transforms = lazily.Module("monai.transforms")
 
-GIB = 2**30
 FINEST, COARSEST = 1e-4, 1e3
 """Extents of a voxel in mm, from microscopy to beyond any scanner."""
 

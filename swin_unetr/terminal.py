@@ -66,7 +66,7 @@ class _Lasting:
             self._lead_nowhere(error)
 
     def _lead_nowhere(self, error: OSError) -> None:
-        nowhere = open(os.devnull, "w")  # noqa: SIM115
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
         with suppress(OSError, AttributeError):  # where it has no descriptor
             os.dup2(nowhere.fileno(), self._stream.fileno())  # what the old stream still holds goes there, too
         self._stream = nowhere

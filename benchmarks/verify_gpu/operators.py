@@ -32,8 +32,8 @@ OTHERS = (
     Shape(96, 1, feature_size=24),
 )
 DIRECTIONS = ("forward", "backward")
-EXPONENTIALS = {"forward": 1, "backward": 3, "forward + backward": 4}
-"""Of a score."""
+EXPONENTIALS = {"forward": 1, "backward": 2, "forward + backward": 3}
+"""Of a score, at least: delta can be found without one more (docs/cuda.md), which `find_delta` does not yet do."""
 
 YARDSTICK = 1e-2
 """Error of plain PyTorch in 16 bits where it could not run itself."""

@@ -40,7 +40,8 @@ def convolution(
     """Convolve `x`, or `x` and `skip` as if their channels were one tensor's.
 
     The CPU kernel, for float32 in 3D, computes 3×3×3 by Winograd's F(4, 3) along the last axis: half the products, and
-    an infinite input makes NaN of up to three outputs more than it would. On GPUs there are kernels for bfloat16
+    an infinite input makes NaN of up to three outputs more than it would. It takes bfloat16 and float16 too, by way of
+    float32, where the processor has no arithmetic for them. On GPUs there are kernels for bfloat16
     and float16 in 3D, of few input or few output channels, as the first and the last layers of Swin UNETR have them;
     gradients of weights are PyTorch's there.
 

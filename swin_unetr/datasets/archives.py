@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-GIB = 2**30
+from ..files import GIB
+
 CHUNK = 1 << 20  # bytes copied at once
 MOST_MEMBERS = 100_000
 MOST_OF_A_TAR_HEADER = 1 << 16  # bytes, long names and pax records included

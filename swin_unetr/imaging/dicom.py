@@ -24,10 +24,11 @@ from pydicom.multival import MultiValue
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import VR
 
+from ..files import GIB
 from ..foreign import BadFile, reading, walk
 from ..names import shorten, some
 from .itk import TO_RAS
-from .nifti import GIB, BadCase
+from .nifti import BadCase
 
 TAGS = (
     "SOPClassUID", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "EchoNumbers", "EchoTime",

@@ -10,9 +10,10 @@ from pathlib import Path, PurePath
 import numpy as np
 import SimpleITK as sitk
 
+from ..files import GIB
 from ..foreign import irregular, listed, reading
 from ..names import shown
-from .nifti import GIB, BadCase, check_grid
+from .nifti import BadCase, check_grid
 
 LONGEST_HEADER = 2**24  # bytes
 LONGEST_FIELD = 1000  # letters; values that users add to NRRD (key:=value) may be longer

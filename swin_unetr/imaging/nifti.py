@@ -11,9 +11,9 @@ from typing import IO
 import nibabel
 import numpy as np
 
+from ..files import GIB
 from ..foreign import BadFile, reading
 
-GIB = 2**30
 FLATTEST = 1e-4
 """Volume between the axes of a voxel, were they of length 1."""
 LONGEST_HEADER = 540  # bytes, of NIfTI-2

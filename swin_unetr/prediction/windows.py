@@ -14,8 +14,9 @@ import torch
 import torch.nn as nn
 from monai.inferers import sliding_window_inference
 
+from ..files import GIB
+
 FLOAT32 = 4  # bytes
-GIB = 2**30
 SUMS = 3
 """Volumes of all channels that live at once while a slab is summed up: sums, weights, and what is made of them."""
 

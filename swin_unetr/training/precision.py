@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from swin_kernels import cpu_bfloat16
+
 from .. import distributed
 
 
@@ -11,8 +13,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether `device` has instructions for bfloat16; without them PyTorch computes in it many times slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    # Of bfloat16 matrix instructions, every processor with AMX tiles has some.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_bfloat16.has_bfloat16()
 
 
 def chosen(asked: str, device: torch.device) -> str:

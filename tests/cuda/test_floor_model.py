@@ -16,7 +16,13 @@ def test_document_is_up_to_date():
     assert floor_model.updated(document) == document, "run python -m tests.cuda.floor_model"
 
 
-@pytest.mark.parametrize("direction", floor_model.GOALS)
+# Strict: it has to go once the goal is met.
+TOO_DEAR = pytest.mark.xfail(
+    strict=True, reason="missing: delta corrected in a pass that owns queries; find_delta takes a third exponential"
+)
+
+
+@pytest.mark.parametrize("direction", ["forward", pytest.param("backward", marks=TOO_DEAR)])
 def test_goals_are_in_reach(direction):
     """Of the H100 at stage 1 of 96³."""
     assert floor_model.floors(direction, "sm_90a", 16) <= floor_model.GOALS[direction]

@@ -28,7 +28,7 @@ class Options:
     """What `session.run` asks of a command's options."""
 
     out: Path
-    optimization: Optimization = Optimization(  # noqa: RUF009
+    optimization: Optimization = Optimization(  # noqa: RUF009 - nobody changes it
         learning_rate=1e-2, weight_decay=0.1, accumulation=2, ema=0.9, precision="fp32"
     )
     schedule: Schedule = Schedule(steps=8, warm_up=0.25, validate_every=4, checkpoint_every=3)  # noqa: RUF009

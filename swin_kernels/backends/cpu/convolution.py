@@ -11,7 +11,7 @@ import torch
 @functools.cache
 def converts(dtype: torch.dtype) -> bool:
     """Whether float32 and back is the faster way for a 16-bit `dtype`: where the processor has no arithmetic for it,
-    PyTorch's convolution of it takes some twenty times as long as of float32."""
+    PyTorch's convolution of it takes many times as long as of float32."""
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+LEAST_EXTENT = 3
+"""Of volumes of which PyTorch's gradient of a weight in bfloat16 is right on a CPU: see `_is_miscomputed`."""
+
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
     """``(B, *S, C1)`` and ``(B, *S, C2)`` with ``(C_out, C1 + C2, k, …)`` to ``(B, *S, C_out)``."""
@@ -61,4 +64,4 @@ def _is_miscomputed(source: torch.Tensor) -> bool:
 
     In bfloat16 on a CPU, for volumes thinner than a window of 3: 2×1×6 and 2×8×8 voxels on a Zen 4, 1×9×1 with AMX.
     """
-    return source.device.type == "cpu" and source.dtype == torch.bfloat16 and min(source.shape[1:-1]) < 3
+    return source.device.type == "cpu" and source.dtype == torch.bfloat16 and min(source.shape[1:-1]) < LEAST_EXTENT
