@@ -16,14 +16,16 @@ SCALARS = "tensorboard"
 class Log:
     """Writes into a run's folder; used by rank 0 alone.
 
-    A run that resumes after a step has each step once: what an earlier attempt did beyond it is dropped.
+    A run that resumes after a step has each step and each validation once: what an earlier attempt did beyond the
+    checkpoint is dropped.
     """
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int, validates: bool = False) -> None:
         """
         Args:
             out: the folder of the run.
             step: of the checkpoint that the run goes on from, or 0.
+            validates: whether the run begins with the validation of that step.
 
         Raises:
             OSError: the files cannot be written.
@@ -31,8 +33,9 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         out.mkdir(parents=True, exist_ok=True)
-        _keep(out / LINES, step)
+        _keep(out / LINES, step, validates)
         self._lines = (out / LINES).open("a")
+        # Purging is for all scalars of a step: a validation that comes again is the same point a second time.
         self._scalars = SummaryWriter(out / SCALARS, purge_step=step + 1)
 
     def write(self, event: str, step: int, values: Mapping[str, float | int | None]) -> None:
@@ -78,9 +81,13 @@ def _line(text: bytes) -> dict[str, object] | None:
     return line if isinstance(line, dict) and type(line.get("step")) is int and "event" in line else None
 
 
-def _keep(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and what is no line."""
-    kept = [line for line in read(path.parent) if line["step"] <= step]
+def _keep(path: Path, step: int, validates: bool) -> None:
+    """Drop what is no line, and the lines of what is still to be done after the checkpoint of `step`."""
+
+    def done(line: Mapping[str, object]) -> bool:
+        return line["step"] < step or (line["step"] == step != 0 and not (validates and line["event"] == "validation"))
+
+    kept = [line for line in read(path.parent) if done(line)]
     with files.replacing(path) as file:
         file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 

@@ -117,7 +117,7 @@ class Loop:
             interruption = interruption or stack.enter_context(Interruption())
             log = None
             if distributed.is_first():
-                log = stack.enter_context(closing(Log(self.out, self.position.step)))
+                log = stack.enter_context(closing(Log(self.out, self.position.step, self._validates)))
                 if self.position.step == 0:
                     log.say("start", 0, {"precision": self.precision})
             line = stack.enter_context(ProgressLine(self.console, self.position.step, self.steps))
@@ -127,7 +127,7 @@ class Loop:
                 stream = self._settle(stream)
             asked = False
             while not asked:
-                if self.position.validated < self.position.step and self._is_due(self.schedule.validate_every):
+                if self._validates:
                     if not self._validate(interruption, log, line):
                         break
                     saved = -1  # what a checkpoint of this step says about the best has changed
@@ -142,6 +142,11 @@ class Loop:
                 self.save()
             line.say(f"interrupted; step {self.position.step} is saved", style="yellow")
             return False
+
+    @property
+    def _validates(self) -> bool:
+        """Whether a validation comes before the next step."""
+        return self.position.validated < self.position.step and self._is_due(self.schedule.validate_every)
 
     def _is_due(self, every: int) -> bool:
         return self.position.step % every == 0 or self.finished

@@ -106,6 +106,30 @@ def test_a_signal_saves_after_the_step_it_came_in(tmp_path, uninterrupted, batch
     assert timeless(log.read(tmp_path)) == timeless(lines)
 
 
+@pytest.mark.parametrize("batch", [pytest.param(10, id="the first"), pytest.param(34, id="the last")])
+def test_a_validation_that_is_repeated_is_logged_once(tmp_path, uninterrupted, batch, monkeypatch):
+    """A run that begins with a validation dies before its checkpoint; the next run begins with it again."""
+    assert not loop(tmp_path, Toy(), signal_at(batch, signal.SIGTERM), **EVERYTHING).run()
+
+    def crash():
+        raise Crash
+
+    dies = resumed(tmp_path, **EVERYTHING)
+    monkeypatch.setattr(dies, "save", crash)
+    with pytest.raises(Crash):
+        dies.run()
+    assert "validation" in [line["event"] for line in log.read(tmp_path) if line["step"] == batch // 3 + 1]
+    assert resumed(tmp_path, **EVERYTHING).run()
+    assert timeless(log.read(tmp_path)) == timeless(uninterrupted[Toy][1])
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_logged_once(tmp_path, uninterrupted):
+    with pytest.raises(Crash):
+        loop(tmp_path, Toy(), crash_at(4), **EVERYTHING).run()
+    assert loop(tmp_path, **EVERYTHING).run()
+    assert timeless(log.read(tmp_path)) == timeless(uninterrupted[Toy][1])
+
+
 class Slow(Toy):
     """Its step number 5, or its validations, get a signal and then take a minute."""
 
