@@ -584,6 +584,11 @@ def test_projects_names_what_it_refuses(raw, heads, channels):
 
 X, TABLE, VOLUME = torch.randn(2, 4, 5, 12), torch.randn(25, 2), torch.randn(2, 3, 4, 5)
 OUT, LSE = torch.randn(2, 4, 5, 4), torch.randn(2, 4, 5, 2)
+PROJECTED = (
+    *(X, LSE, X, torch.randn(36, 12), None, TABLE, None, None, torch.randn(12, 12), None),
+    *(None, [3, 3], [1, 1], 0.5, ""),
+)
+"""What `projected_window_attention_backward` accepts after the gradient."""
 RAW = [
     ("window_attention", "window_size", (X, TABLE, None, None, [0, 3], [0, 0], 0.5, 0.0, "")),
     ("window_attention", "window_size", (X, TABLE, None, None, [3], [1], 0.5, 0.0, "")),
@@ -613,6 +618,28 @@ RAW = [
     ("layer_norm", "dtype", (X, None, None, 1e-5, torch.int64, "")),
     ("convolution", "weight", (VOLUME, None, torch.randn(2, 3), "")),
     ("convolution", "skip", (VOLUME, torch.randn(2, 3), torch.randn(2, 6, 3, 3), "")),
+    ("projected_window_attention_backward", "grad_out", (OUT, *PROJECTED)),
+    ("projected_window_attention_backward", "attended", (X, OUT, *PROJECTED[1:])),
+    ("projected_window_attention_backward", "lse", (X, X, LSE.double(), *PROJECTED[2:])),
+    ("projected_window_attention_backward", "weight", (X, *PROJECTED[:3], torch.randn(36), *PROJECTED[4:])),
+    ("instance_norm_act_backward", "grad_out",
+     (OUT, VOLUME, None, None, torch.randn(2, 2, 3), False, False, 0.01, "")),
+    ("instance_norm_act_backward", "x", (VOLUME, VOLUME, None, None, torch.randn(2, 2, 3), True, False, 0.01, "")),
+    ("instance_norm_act_backward", "x", (VOLUME, VOLUME, None, None, torch.randn(2, 2, 3), False, False, 0.0, "")),
+    ("instance_norm_act_backward", "x", (VOLUME, VOLUME, X, None, torch.randn(2, 2, 3), True, False, 0.0, "")),
+    ("instance_norm_act_backward", "residual",
+     (VOLUME, VOLUME, VOLUME, None, torch.randn(2, 4, 3), True, True, 0.01, "")),
+    ("instance_norm_act_backward", "has_residual",
+     (VOLUME, VOLUME, VOLUME, VOLUME, torch.randn(2, 4, 3), False, True, 0.01, "")),
+    ("instance_norm_act_backward", "statistics",
+     (VOLUME, VOLUME, None, None, torch.randn(2, 4, 3), False, False, 0.01, "")),
+    ("instance_norm_act_backward", "out",
+     (VOLUME, VOLUME.long(), None, None, torch.randn(2, 2, 3), False, False, 0.01, "")),
+    ("layer_norm_backward", "grad_out", (OUT, X, None, None, 1e-5, "")),
+    ("layer_norm_backward", "weight", (X, X, torch.randn(11), None, 1e-5, "")),
+    ("convolution_backward", "grad_out", (VOLUME, VOLUME, None, torch.randn(2, 3, 3, 3), [True] * 3, "")),
+    ("convolution_backward", "weight", (VOLUME, VOLUME, None, torch.randn(2, 3), [True] * 3, "")),
+    ("convolution_backward", "wanted", (VOLUME, VOLUME, None, torch.randn(3, 3, 3, 3), [True], "")),
 ]  # fmt: skip
 
 

@@ -136,6 +136,26 @@ def check_tensor(operator: str, name: str, value: object, dtypes: Sequence[torch
         raise TypeError(f"{operator}: {name} has dtype {value.dtype}; accepted are {accepted}")
 
 
+def check_saved(
+    operator: str, name: str, value: object, shape: Sequence[int], dtypes: Sequence[torch.dtype], like: torch.Tensor
+) -> None:
+    """Check what a backward is given beside the arguments of the forward: gradients, and what the forward returned.
+
+    Args:
+        like: a tensor on the accepted device.
+
+    Raises:
+        TypeError: not a dense tensor of one of `dtypes`.
+        ValueError: another shape or device.
+    """
+    check_tensor(operator, name, value, dtypes)
+    if value.shape != tuple(shape) or value.device != like.device:
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(value.shape)} on {value.device}; accepted is {tuple(shape)} on "
+            f"{like.device}"
+        )
+
+
 def check_volume(operator: str, name: str, value: torch.Tensor) -> None:
     """Raise `ValueError` unless `value` is ``(B, *S, C)`` with 2 or 3 spatial axes, none of them empty."""
     if value.dim() not in (4, 5):

@@ -17,6 +17,7 @@ from ._library import (
     FLOATING,
     NAMESPACE,
     autocast_is_on,
+    check_saved,
     check_tensor,
     define,
     implement,
@@ -128,6 +129,10 @@ def _forward(x, skip, weight, backend):
 
 
 def _backward(grad_out, x, skip, weight, wanted, backend):
+    _check(x, skip, weight)
+    check_saved(f"{_NAME}_backward", "grad_out", grad_out, (x.shape[0], weight.shape[0], *x.shape[2:]), (x.dtype,), x)
+    if len(wanted) != 3:
+        raise ValueError(f"{_NAME}_backward: wanted has {len(wanted)} entries; accepted are 3, for x, skip and weight")
     engine = _engine(x, skip, weight, backend, backward=True)
     rows = [_rows(t) for t in (grad_out, x, skip)]
     grad_x, grad_skip, grad_weight = engine.backward(*rows, weight.contiguous(), wanted)

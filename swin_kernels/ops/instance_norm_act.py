@@ -19,6 +19,7 @@ from ._library import (
     FLOATING,
     NAMESPACE,
     check_number,
+    check_saved,
     check_tensor,
     define,
     implement,
@@ -99,16 +100,9 @@ def instance_norm_act(
 
 
 def _check(x, residual, normalize_residual, eps, negative_slope) -> None:
-    check_tensor(_NAME, "x", x, FLOATING)
-    if x.dim() not in (3, 4, 5) or any(extent < 1 for extent in x.shape[1:]):
-        raise ValueError(
-            f"{_NAME}: x has shape {tuple(x.shape)}; accepted is (B, C, *S) with 1 to 3 spatial axes, of which only "
-            "the batch may be empty"
-        )
+    _check_volume(_NAME, "x", x)
     if not isinstance(normalize_residual, bool):
         raise TypeError(f"{_NAME}: normalize_residual is {normalize_residual!r}; accepted is a bool")
-    if math.prod(x.shape[2:]) == 1:
-        raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}; a norm needs more than 1 spatial element")
     if residual is not None:
         check_tensor(_NAME, "residual", residual, (x.dtype,))
         if residual.shape != x.shape:
@@ -120,6 +114,17 @@ def _check(x, residual, normalize_residual, eps, negative_slope) -> None:
     for name, value in (("eps", eps), ("negative_slope", negative_slope)):
         if not 0 <= check_number(_NAME, name, value) < math.inf:
             raise ValueError(f"{_NAME}: {name} is {value}; accepted is a finite number ≥ 0")
+
+
+def _check_volume(operator: str, name: str, x: torch.Tensor) -> None:
+    check_tensor(operator, name, x, FLOATING)
+    if x.dim() not in (3, 4, 5) or any(extent < 1 for extent in x.shape[1:]):
+        raise ValueError(
+            f"{operator}: {name} has shape {tuple(x.shape)}; accepted is (B, C, *S) with 1 to 3 spatial axes, of which "
+            "only the batch may be empty"
+        )
+    if math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}; a norm needs more than 1 spatial element")
 
 
 def _engine(x: torch.Tensor, backend: str, backward: bool = False):
@@ -161,7 +166,30 @@ def _forward_inplace(x, residual, normalize_residual, eps, negative_slope, backe
     rows.copy_(out)
 
 
+def _check_backward(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope) -> None:
+    operator = f"{_NAME}_backward"
+    if normalize_residual and not has_residual:
+        raise ValueError(f"{operator}: normalize_residual is True, but has_residual is False")
+    _check_volume(operator, "out", out)
+    _check(out, residual, normalize_residual, 0.0, negative_slope)
+    check_saved(operator, "grad_out", grad_out, out.shape, (out.dtype,), out)
+    if x is not None:
+        check_saved(operator, "x", x, out.shape, (out.dtype,), out)
+    elif has_residual or negative_slope < LEAST_INVERTIBLE_SLOPE:
+        raise ValueError(
+            f"{operator}: x is None; it can be only without a residual, and with a negative_slope of at least "
+            f"{LEAST_INVERTIBLE_SLOPE} (here {negative_slope})"
+        )
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    check_saved(operator, "statistics", statistics, _statistics_shape(out, normalize_residual), (dtype,), out)
+
+
+def _statistics_shape(x: torch.Tensor, normalize_residual: bool) -> tuple[int, int, int]:
+    return x.shape[0], 4 if normalize_residual else 2, x.shape[1]
+
+
 def _backward(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope, backend):
+    _check_backward(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope)
     engine = _engine(out, backend, backward=True)
     rows = [_rows(t) for t in (grad_out, out, x, residual)]
     grad_x, grad_residual = engine.backward(*rows, statistics, has_residual, normalize_residual, negative_slope)
@@ -177,8 +205,10 @@ implement("instance_norm_act_backward", _backward)
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act", lib=library)
 def _(x, residual, normalize_residual, eps, negative_slope, backend):
-    statistics = (x.shape[0], 4 if normalize_residual else 2, x.shape[1])
-    return torch.empty_like(x), x.new_empty(statistics, dtype=torch.promote_types(x.dtype, torch.float32))
+    statistics = x.new_empty(
+        _statistics_shape(x, normalize_residual), dtype=torch.promote_types(x.dtype, torch.float32)
+    )
+    return torch.empty_like(x), statistics
 
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act_", lib=library)

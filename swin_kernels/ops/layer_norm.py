@@ -22,6 +22,7 @@ from ._library import (
     NAMESPACE,
     autocast_is_on,
     check_number,
+    check_saved,
     check_tensor,
     define,
     implement,
@@ -129,6 +130,8 @@ def _forward(x, weight, bias, eps, dtype, backend):
 
 
 def _backward(grad_out, x, weight, bias, eps, backend):
+    _check(x, weight, bias, eps, x.dtype)
+    check_saved(f"{_NAME}_backward", "grad_out", grad_out, x.shape, FLOATING, x)
     grad_x, grad_weight, grad_bias = _engine(x, backend, True).backward(*_contiguous(grad_out, x, weight), eps)
     nothing = x.new_empty((0,))
     return (

@@ -21,6 +21,7 @@ from ._library import (
     NAMESPACE,
     autocast_is_on,
     check_number,
+    check_saved,
     check_tensor,
     check_volume,
     check_windows,
@@ -232,6 +233,16 @@ def _backward(
     grad_out, attended, lse, x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps,
     window, shift, scale, backend,
 ):  # fmt: skip
+    _check(
+        *(x, weight, bias, bias_table, window, shift),
+        *(norm_weight, norm_bias, norm_eps, out_weight, out_bias),
+    )
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, x.shape, x.dtype),
+        ("attended", attended, x.shape, x.dtype),
+        ("lse", lse, (*x.shape[:-1], bias_table.shape[1]), _lse_dtype(x)),
+    ):
+        check_saved(f"{_NAME}_backward", name, tensor, shape, (dtype,), x)
     if declined(x, weight, bias_table, window, backend, backward=True) is None:
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
         inputs = _contiguous(

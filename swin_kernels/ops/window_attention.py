@@ -28,6 +28,7 @@ from ._library import (
     NAMESPACE,
     autocast_is_on,
     check_number,
+    check_saved,
     check_tensor,
     check_volume,
     check_windows,
@@ -191,12 +192,7 @@ def _check_results(grad_out, qkv, bias_table, out, lse) -> None:
         ("out", out, channels, qkv.dtype),
         ("lse", lse, heads, torch.promote_types(qkv.dtype, torch.float32)),
     ):
-        check_tensor(f"{_NAME}_backward", name, tensor, (dtype,))
-        if tensor.shape != (*volume, last) or tensor.device != qkv.device:
-            raise ValueError(
-                f"{_NAME}_backward: {name} has shape {tuple(tensor.shape)} on {tensor.device}; accepted is "
-                f"{(*volume, last)} on {qkv.device}"
-            )
+        check_saved(f"{_NAME}_backward", name, tensor, (*volume, last), (dtype,), qkv)
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
