@@ -613,6 +613,7 @@ RAW = [
     ("instance_norm_act", "residual", (VOLUME, None, True, 1e-5, 0.01, "")),
     ("instance_norm_act", "x", (torch.tensor(1.0), None, False, 1e-5, 0.01, "")),
     ("instance_norm_act_", "eps", (VOLUME.clone(), None, False, math.nan, 0.01, "")),
+    ("instance_norm_act_", "inplace", (VOLUME[:, :, :1].expand(2, 3, 4, 5), None, False, 1e-5, 0.01, "")),
     ("layer_norm", "x", (torch.tensor(1.0), None, None, 1e-5, torch.float32, "")),
     ("layer_norm", "weight", (X, torch.randn(11), None, 1e-5, torch.float32, "")),
     ("layer_norm", "dtype", (X, None, None, 1e-5, torch.int64, "")),
@@ -648,3 +649,14 @@ def test_raw_error_names_the_argument(operator, argument, arguments):
     with pytest.raises((TypeError, ValueError), match=rf"^{operator.removesuffix('_backward').rstrip('_')}") as caught:
         getattr(torch.ops.swin_kernels, operator)(*arguments)
     assert argument in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("operator", "argument", "arguments"),
+    [case for case in RAW if case[1] not in ("backend", "inplace")],  # which nothing runs on or writes to
+    ids=described,
+)
+def test_raw_error_names_the_argument_where_shapes_alone_are_known(operator, argument, arguments):
+    """As where a graph is traced."""
+    arguments = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in arguments]
+    test_raw_error_names_the_argument(operator, argument, arguments)

@@ -32,13 +32,17 @@ def per_axis(value: int | Sequence[int], axes: int, where: str) -> tuple[int, ..
         TypeError: not an int or a sequence of ints.
         ValueError: a sequence of another length than `axes`.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
+    if _is_int(value):
         return (value,) * axes
-    if not isinstance(value, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    if not isinstance(value, Sequence) or not all(map(_is_int, value)):
         raise TypeError(f"{where} is {value!r}; accepted is an int or one int per spatial axis")
     if len(value) != axes:
         raise ValueError(f"{where} is {tuple(value)}; accepted is an int or {axes} ints, one per spatial axis")
     return tuple(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def check_windows(

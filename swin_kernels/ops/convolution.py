@@ -128,11 +128,18 @@ def _forward(x, skip, weight, backend):
     return owned(out.movedim(-1, 1))  # (B, C_out, *S)
 
 
-def _backward(grad_out, x, skip, weight, wanted, backend):
+def _check_backward(grad_out, x, skip, weight, wanted) -> None:
+    operator = f"{_NAME}_backward"
     _check(x, skip, weight)
-    check_saved(f"{_NAME}_backward", "grad_out", grad_out, (x.shape[0], weight.shape[0], *x.shape[2:]), (x.dtype,), x)
-    if len(wanted) != 3:
-        raise ValueError(f"{_NAME}_backward: wanted has {len(wanted)} entries; accepted are 3, for x, skip and weight")
+    check_saved(operator, "grad_out", grad_out, (x.shape[0], weight.shape[0], *x.shape[2:]), (x.dtype,), x)
+    if len(wanted) != 3 or (wanted[1] and skip is None):
+        raise ValueError(
+            f"{operator}: wanted is {wanted}; accepted is whether for each of x, skip (if given) and weight"
+        )
+
+
+def _backward(grad_out, x, skip, weight, wanted, backend):
+    _check_backward(grad_out, x, skip, weight, wanted)
     engine = _engine(x, skip, weight, backend, backward=True)
     rows = [_rows(t) for t in (grad_out, x, skip)]
     grad_x, grad_skip, grad_weight = engine.backward(*rows, weight.contiguous(), wanted)
@@ -150,11 +157,13 @@ def _empty_channels_last(x: torch.Tensor, channels: int) -> torch.Tensor:
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution", lib=library)
 def _(x, skip, weight, backend):
+    _check(x, skip, weight)
     return _empty_channels_last(x, weight.shape[0])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::convolution_backward", lib=library)
 def _(grad_out, x, skip, weight, wanted, backend):
+    _check_backward(grad_out, x, skip, weight, wanted)
     grad_x = _empty_channels_last(x, x.shape[1]) if wanted[0] else x.new_empty((0,))
     grad_skip = _empty_channels_last(skip, skip.shape[1]) if wanted[1] else x.new_empty((0,))
     return grad_x, grad_skip, weight.new_empty(weight.shape if wanted[2] else (0,))

@@ -91,8 +91,7 @@ def instance_norm_act(
     arguments = (x, residual, *settings, forced_name(_NAME, backend))
     if not inplace:
         return torch.ops.swin_kernels.instance_norm_act(*arguments)[0]
-    if any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"{_NAME}: inplace is True, but elements of x share memory (strides {x.stride()}); clone it")
+    _check_writable(x)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         raise ValueError(f"{_NAME}: inplace is True, but a gradient is recorded for x or residual; use torch.no_grad()")
     torch.ops.swin_kernels.instance_norm_act_(*arguments)
@@ -114,6 +113,11 @@ def _check(x, residual, normalize_residual, eps, negative_slope) -> None:
     for name, value in (("eps", eps), ("negative_slope", negative_slope)):
         if not 0 <= check_number(_NAME, name, value) < math.inf:
             raise ValueError(f"{_NAME}: {name} is {value}; accepted is a finite number ≥ 0")
+
+
+def _check_writable(x: torch.Tensor) -> None:
+    if any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"{_NAME}: inplace is True, but elements of x share memory (strides {x.stride()}); clone it")
 
 
 def _check_volume(operator: str, name: str, x: torch.Tensor) -> None:
@@ -158,6 +162,7 @@ def _forward(x, residual, normalize_residual, eps, negative_slope, backend):
 
 def _forward_inplace(x, residual, normalize_residual, eps, negative_slope, backend):
     _check(x, residual, normalize_residual, eps, negative_slope)
+    _check_writable(x)
     engine, rows = _engine(x, backend), x.movedim(1, -1)  # (B, *S, C)
     if rows.is_contiguous():
         engine.forward_inplace(rows, _rows(residual), normalize_residual, eps, negative_slope)
@@ -205,6 +210,7 @@ implement("instance_norm_act_backward", _backward)
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act", lib=library)
 def _(x, residual, normalize_residual, eps, negative_slope, backend):
+    _check(x, residual, normalize_residual, eps, negative_slope)
     statistics = x.new_empty(
         _statistics_shape(x, normalize_residual), dtype=torch.promote_types(x.dtype, torch.float32)
     )
@@ -213,11 +219,12 @@ def _(x, residual, normalize_residual, eps, negative_slope, backend):
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act_", lib=library)
 def _(x, residual, normalize_residual, eps, negative_slope, backend):
-    return None
+    _check(x, residual, normalize_residual, eps, negative_slope)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act_backward", lib=library)
 def _(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope, backend):
+    _check_backward(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope)
     return torch.empty_like(out), torch.empty_like(out) if has_residual else out.new_empty((0,))
 
 

@@ -129,9 +129,13 @@ def _forward(x, weight, bias, eps, dtype, backend):
     return _engine(x, backend).forward(*_contiguous(x, weight, bias), eps, dtype)
 
 
-def _backward(grad_out, x, weight, bias, eps, backend):
+def _check_backward(grad_out, x, weight, bias, eps) -> None:
     _check(x, weight, bias, eps, x.dtype)
     check_saved(f"{_NAME}_backward", "grad_out", grad_out, x.shape, FLOATING, x)
+
+
+def _backward(grad_out, x, weight, bias, eps, backend):
+    _check_backward(grad_out, x, weight, bias, eps)
     grad_x, grad_weight, grad_bias = _engine(x, backend, True).backward(*_contiguous(grad_out, x, weight), eps)
     nothing = x.new_empty((0,))
     return (
@@ -147,11 +151,13 @@ implement("layer_norm_backward", _backward)
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_norm", lib=library)
 def _(x, weight, bias, eps, dtype, backend):
+    _check(x, weight, bias, eps, dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::layer_norm_backward", lib=library)
 def _(grad_out, x, weight, bias, eps, backend):
+    _check_backward(grad_out, x, weight, bias, eps)
     parameters = [x.new_empty((0,)) if p is None else p.new_empty(p.shape) for p in (weight, bias)]
     return x.new_empty(x.shape), *parameters
 

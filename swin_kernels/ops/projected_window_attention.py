@@ -85,14 +85,11 @@ def projected_window_attention(
             `out_weight` or `out_bias` not of the shape above, or of another dtype than `x` outside of autocast (the
             norm's may be float32) or device; `norm_eps` below 0; `out_bias` without `out_weight`.
     """
-    window, shift = _check(
-        *(x, weight, bias, bias_table, window_size, shift_size),
-        *(norm_weight, norm_bias, norm_eps, out_weight, out_bias),
-    )
+    given = (x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)
+    window, shift = _check(*given, norm_eps, window_size, shift_size)
     if scale is None:
         scale = (x.shape[-1] // bias_table.shape[1]) ** -0.5
     scale = check_number(_NAME, "scale", scale)
-    given = (x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)
     tensors = [t for t in given if t is not None]
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     apart = (
@@ -114,7 +111,7 @@ def projected_window_attention(
 
 
 def _check(
-    x, weight, bias, bias_table, window_size, shift_size, norm_weight, norm_bias, norm_eps, out_weight, out_bias
+    x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window_size, shift_size
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Check the arguments of the public function but `scale`; returns nominal window and shift per axis."""
     check_tensor(_NAME, "x", x, FLOATING)
@@ -199,6 +196,16 @@ def _unavailable(backend: str) -> str | None:
     return load(backend).unavailable()
 
 
+def _check_results(grad_out, attended, lse, x, bias_table) -> None:
+    """Check what the backward is given beside the arguments of the forward."""
+    for name, tensor, shape, dtype in (
+        ("grad_out", grad_out, x.shape, x.dtype),
+        ("attended", attended, x.shape, x.dtype),
+        ("lse", lse, (*x.shape[:-1], bias_table.shape[1]), _lse_dtype(x)),
+    ):
+        check_saved(f"{_NAME}_backward", name, tensor, shape, (dtype,), x)
+
+
 def _lse_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -211,10 +218,7 @@ def _forward(
     x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
     for_backward, backend,
 ):  # fmt: skip
-    _check(
-        *(x, weight, bias, bias_table, window, shift),
-        *(norm_weight, norm_bias, norm_eps, out_weight, out_bias),
-    )
+    _check(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift)
     if declined(x, weight, bias_table, window, backend, backward=for_backward) is None:
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
         inputs = _contiguous(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias)
@@ -233,16 +237,8 @@ def _backward(
     grad_out, attended, lse, x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps,
     window, shift, scale, backend,
 ):  # fmt: skip
-    _check(
-        *(x, weight, bias, bias_table, window, shift),
-        *(norm_weight, norm_bias, norm_eps, out_weight, out_bias),
-    )
-    for name, tensor, shape, dtype in (
-        ("grad_out", grad_out, x.shape, x.dtype),
-        ("attended", attended, x.shape, x.dtype),
-        ("lse", lse, (*x.shape[:-1], bias_table.shape[1]), _lse_dtype(x)),
-    ):
-        check_saved(f"{_NAME}_backward", name, tensor, shape, (dtype,), x)
+    _check(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift)
+    _check_results(grad_out, attended, lse, x, bias_table)
     if declined(x, weight, bias_table, window, backend, backward=True) is None:
         grid = WindowGrid.of(x.shape[1:-1], window, shift)
         inputs = _contiguous(
@@ -281,8 +277,11 @@ implement(f"{_NAME}_backward", _backward)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}", lib=library)
-def _(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, *settings):
-    for_backward = settings[-2]
+def _(
+    x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
+    for_backward, backend,
+):  # fmt: skip
+    _check(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift)
     attended_shape = x.shape if for_backward and out_weight is not None else (0,)
     lse_shape = (*x.shape[:-1], bias_table.shape[1]) if for_backward else (0,)
     return x.new_empty(x.shape), x.new_empty(attended_shape), x.new_empty(lse_shape, dtype=_lse_dtype(x))
@@ -290,6 +289,8 @@ def _(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias,
 
 @torch.library.register_fake(f"{NAMESPACE}::{_NAME}_backward", lib=library)
 def _(grad_out, attended, lse, x, weight, bias, bias_table, *rest):
+    _check(x, weight, bias, bias_table, *rest[:-2])
+    _check_results(grad_out, attended, lse, x, bias_table)
     channels = x.shape[-1]
     shapes = x.shape, weight.shape, (3 * channels,), bias_table.shape, (channels,), (channels,)
     return tuple(x.new_empty(shape) for shape in (*shapes, (channels, channels), (channels,)))

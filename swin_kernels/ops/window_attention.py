@@ -222,6 +222,7 @@ implement("window_attention_backward", _backward)
 
 @torch.library.register_fake(f"{NAMESPACE}::window_attention", lib=library)
 def _(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backend):
+    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
     out = qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
     lse_dtype = torch.promote_types(qkv.dtype, torch.float32)
     return out, qkv.new_empty((*qkv.shape[:-1], bias_table.shape[1]), dtype=lse_dtype)
@@ -229,6 +230,8 @@ def _(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backend):
 
 @torch.library.register_fake(f"{NAMESPACE}::window_attention_backward", lib=library)
 def _(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, shift, scale, dropout_p, backend):
+    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
+    _check_results(grad_out, qkv, bias_table, out, lse)
     return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape), qkv.new_empty(qkv.shape[-1:])
 
 

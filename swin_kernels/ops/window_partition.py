@@ -152,12 +152,14 @@ implement("window_reverse", _reverse)
 
 @torch.library.register_fake(f"{NAMESPACE}::window_partition", lib=library)
 def _(x, window, shift, backend):
+    _check_partition(x, window, shift)
     grid = WindowGrid.of(x.shape[1:-1], window, shift)
     return x.new_empty((x.shape[0] * grid.num_windows, grid.tokens, x.shape[-1]))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::window_reverse", lib=library)
 def _(windows, window, shift, spatial, backend):
+    _check_reverse(windows, window, shift, spatial)
     grid = WindowGrid.of(spatial, window, shift)
     return windows.new_empty((windows.shape[0] // grid.num_windows, *spatial, windows.shape[-1]))
 
