@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
@@ -19,7 +21,7 @@ import SimpleITK as sitk
 from pydicom.config import disable_value_validation
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
-from pydicom.filereader import read_partial
+from pydicom.filereader import read_dataset, read_partial
 from pydicom.multival import MultiValue
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import VR
@@ -38,6 +40,8 @@ TAGS = (
 IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
 """What else may be part of a series' name, where a user asks for it."""
 PREAMBLE = 128  # bytes
+MAGIC = b"DICM"  # after the preamble
+MOST_INFLATED = 2**28  # bytes; a slice of 8,192 × 8,192 has half
 DEFERRED = 1024  # bytes; longer values are not read for their lengths
 KINDS = {None, *(kind.value for kind in VR)}  # None in files that do not tell
 OPEN = 0xFFFFFFFF  # length of an element that a sign ends
@@ -166,11 +170,11 @@ def _file(path: Path, identify: str | None) -> Slice | Other:
     dicom = False
     try:
         with reading(path, BadCase), path.open("rb") as file, disable_value_validation():
-            head = file.read(PREAMBLE + 4)
-            dicom = head[PREAMBLE:] == b"DICM"
+            head = file.read(PREAMBLE + len(MAGIC))
+            dicom = head[PREAMBLE:] == MAGIC
             if not dicom and head[:2] not in STARTS:
                 return Other(path, "is no DICOM file" if head else "is empty")
-            file.seek(0)
+            _check_inflated(file)
             tags = [*TAGS, IDENTITIES[identify]] if identify else list(TAGS)
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
             series = str(header.get("SeriesInstanceUID") or "")
@@ -183,11 +187,27 @@ def _file(path: Path, identify: str | None) -> Slice | Other:
         return Other(path, str(error).removeprefix(f"{path}: "), _series_of(path), dicom)
 
 
+def _check_inflated(file: BinaryIO) -> None:
+    """Raise `ValueError` if an open file is a deflated one that would take the memory; rewinds it."""
+    file.seek(0)
+    if file.read(PREAMBLE + len(MAGIC))[PREAMBLE:] != MAGIC:
+        file.seek(0)
+    meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+    if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        stream, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while not stream.eof and (rest := stream.unconsumed_tail or file.read(2**16)):
+            inflated += len(stream.decompress(rest, 2**20))
+            if inflated > MOST_INFLATED:
+                raise ValueError(f"has more than {MOST_INFLATED / 2**20:g} MiB once inflated; accepted is no more")
+    file.seek(0)
+
+
 def _series_of(path: Path) -> str:
     """UID of the series of a damaged file; "" where what is damaged comes before it."""
     last = tag_for_keyword("SeriesInstanceUID")
     try:
         with reading(path), path.open("rb") as file:
+            _check_inflated(file)
             header = read_partial(file, stop_when=lambda tag, vr, length: tag > last, force=True)
             return str(header.get("SeriesInstanceUID") or "")
     except BadFile:

@@ -15,6 +15,7 @@ from ..foreign import irregular, listed, reading
 from ..names import shown
 from .nifti import BadCase, check_grid
 
+LONGEST_PATH = 800  # bytes, of NRRD's; messages of its parser have room for a few more
 LONGEST_HEADER = 2**24  # bytes
 LONGEST_FIELD = 1000  # letters; values that users add to NRRD (key:=value) may be longer
 META_AXES = re.compile(r"\s*NDims\s*[=:](.*)")
@@ -63,6 +64,8 @@ def check_header(path: Path) -> None:
     Parsers write what is too long for them over their own memory, and would read any file of the machine as an image,
     whose bytes were then shown as grey values.
     """
+    if path.name.endswith(".nrrd") and (length := len(os.fsencode(path))) > LONGEST_PATH:
+        raise BadCase(f"{path}: has a path of {length} bytes; accepted are {LONGEST_PATH} for NRRD")
     fields, listed_names = _fields(path)
     for text in fields:
         if len(text) > LONGEST_FIELD and ":=" not in text[:LONGEST_FIELD] and not text.startswith("#"):

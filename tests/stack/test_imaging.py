@@ -6,6 +6,7 @@ import gzip
 import os
 import re
 import warnings
+import zlib
 
 import nibabel
 import numpy as np
@@ -13,7 +14,15 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import BasicTextSRStorage, CTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
+from pydicom.filewriter import write_file_meta_info
+from pydicom.uid import (
+    BasicTextSRStorage,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    generate_uid,
+)
 
 from swin_unetr import imaging
 from swin_unetr.imaging import dicom
@@ -156,6 +165,15 @@ def test_headers_name_no_files_of_other_folders(tmp_path, name, header):
     assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).size == 64
     with pytest.raises(imaging.BadCase, match=rf"{name}: its header names .* as its data; accepted are"):
         only(path)
+
+
+def test_a_path_that_would_end_the_process_is_refused(tmp_path):
+    """A message of NRRD's parser that names a longer one is written over other memory."""
+    folder = tmp_path.joinpath(*["d" * 100] * 11)
+    folder.mkdir(parents=True)
+    (folder / "a.nrrd").write_bytes(b"NRRD0004\ntype: float\ndimension: 3\nsizes: 2 2\nencoding: raw\n\nabc")
+    with pytest.raises(imaging.BadCase, match=r"has a path of 1[0-9]{3} bytes; accepted are 800 for NRRD"):
+        only(folder / "a.nrrd")
 
 
 def test_headers_name_files_of_their_own_folder(tmp_path):
@@ -571,6 +589,33 @@ def test_kinds_of_values_that_dicom_does_not_have_are_refused(tmp_path):
     for path in (tmp_path / "d").iterdir():
         path.write_bytes(path.read_bytes().replace(b"\x02\x00\x03\x00UI", b"\x02\x00\x03\x00U "))
     with pytest.raises(imaging.BadCase, match=r"element \(0002,0003\) is of kind 'U ', which DICOM does not have"):
+        only(tmp_path / "d")
+
+
+def test_deflated_slices_are_read(tmp_path):
+    series(tmp_path / "plain", image((6, 5, 3)))
+    series(tmp_path / "deflated", image((6, 5, 3)))
+    for path in (tmp_path / "deflated").iterdir():
+        data = pydicom.dcmread(path)
+        data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        data.save_as(path)
+        assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == DeflatedExplicitVRLittleEndian
+    np.testing.assert_array_equal(only(tmp_path / "deflated").values, only(tmp_path / "plain").values)
+
+
+def test_a_slice_that_inflates_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(zlib, "decompress", None)  # what would take the memory
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+    meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    (tmp_path / "d").mkdir()
+    with (tmp_path / "d" / "a.dcm").open("wb") as file:
+        file.write(bytes(128) + b"DICM")
+        write_file_meta_info(file, meta)
+        file.writelines(deflater.compress(bytes(2**20)) for _ in range(257))
+        file.write(deflater.flush())
+    with pytest.raises(imaging.BadCase, match="has more than 256 MiB once inflated; accepted is no more"):
         only(tmp_path / "d")
 
 
