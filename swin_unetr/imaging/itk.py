@@ -10,10 +10,9 @@ from pathlib import Path, PurePath
 import numpy as np
 import SimpleITK as sitk
 
-from ..files import GIB
 from ..foreign import irregular, listed, reading
 from ..names import shown
-from .nifti import BadCase, check_grid
+from .nifti import BadCase, check_grid, check_size, check_stored
 
 LONGEST_PATH = 800  # bytes, of NRRD's; messages of its parser have room for a few more
 LONGEST_HEADER = 2**24  # bytes
@@ -37,15 +36,15 @@ def read_itk(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
         BadCase: the file is damaged, larger than `largest` by its header, or no grid of numbers.
     """
     with reading(path, BadCase):
-        check_header(path)
+        files = check_header(path)
         reader = sitk.ImageFileReader()
         # By the file's name, as the header was checked: SimpleITK would go by what is in it.
         reader.SetImageIO("NrrdImageIO" if path.name.endswith(".nrrd") else "MetaImageIO")
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-        size = 4 * reader.GetNumberOfComponents() * math.prod(reader.GetSize())
-        if size > largest * GIB:
-            raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
+        count = reader.GetNumberOfComponents() * math.prod(reader.GetSize())
+        check_size(path, 4 * count, largest)
+        check_stored(path, count, files)  # a byte each, or more
         image = reader.Execute()
         values = sitk.GetArrayFromImage(image)  # ([Z, ]Y, X[, C])
     if values.dtype.kind not in "iuf":
@@ -58,8 +57,11 @@ def read_itk(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
     return values.transpose(*reversed(range(dimension)), dimension), affine
 
 
-def check_header(path: Path) -> None:
-    """Raise `BadCase` if the header in `path` would end the process, or show files that are not the image's own.
+def check_header(path: Path) -> list[Path]:
+    """The files with the data of the image whose header is in `path`.
+
+    Raises:
+        BadCase: the header would end the process, or show files that are not the image's own.
 
     Parsers write what is too long for them over their own memory, and would read any file of the machine as an image,
     whose bytes were then shown as grey values.
@@ -74,13 +76,19 @@ def check_header(path: Path) -> None:
             raise BadCase(f"{path}: has NDims = {shown(match[1].strip())}; accepted are 1 to 4 axes")
     data = NRRD_DATA if path.name.endswith(".nrrd") else META_DATA
     named = [match[1].strip() for text in fields if (match := data.match(text))]
+    files = []
     for name in [*named, *listed_names]:
         if not (name.startswith("LIST") or (data is META_DATA and name.upper() == "LOCAL")):
-            _check_data_file(path, name)
+            files += _data_files(path, name)
+    return files or [path]
 
 
-def _check_data_file(path: Path, name: str) -> None:
-    """Raise `BadCase` unless `name`, which the header in `path` gives for data, is of regular files in its folder."""
+def _data_files(path: Path, name: str) -> list[Path]:
+    """The files that the header in `path` names `name` for its data.
+
+    Raises:
+        BadCase: one is no regular file in the folder of `path`.
+    """
     said = f"{path}: its header names {shown(name)!r} as its data"
     if "%" in name:
         name = name.split()[0]
@@ -95,6 +103,7 @@ def _check_data_file(path: Path, name: str) -> None:
     for file in files:
         if (why := irregular(file)) is not None:
             raise BadCase(f"{said}, which cannot be read: {why}")
+    return files
 
 
 def _fields(path: Path) -> tuple[list[str], list[str]]:

@@ -17,6 +17,8 @@ from ..foreign import BadFile, reading
 FLATTEST = 1e-4
 """Volume between the axes of a voxel, were they of length 1."""
 LONGEST_HEADER = 540  # bytes, of NIfTI-2
+MOST_COMPRESSED = 1032
+"""Bytes that deflate, which gzip is made of, gives for one at most: 258 for two bits (RFC 1951)."""
 
 
 class BadCase(BadFile):
@@ -56,8 +58,8 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
     """
     with reading(path, BadCase), (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
         kind, size = _implied(stream)
-        if size > largest * GIB:
-            raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
+        check_size(path, size, largest)
+        check_stored(path, size, [path])
         image = kind.from_stream(stream)
         affine = image.affine
         values = np.asanyarray(image.dataobj)
@@ -82,6 +84,24 @@ def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], int]:
             voxels = math.prod(map(int, header.get_data_shape()))
             return kind, int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
     raise ValueError("is no NIfTI file")
+
+
+def check_size(path: Path, size: int, largest: float) -> None:
+    """Raise `BadCase` if what is in `path` takes `size` bytes, and that is more than `largest` GiB."""
+    if size > largest * GIB:
+        raise BadCase(f"{path}: takes {size / GIB:.3g} GiB by its header; accepted are {largest:g} (largest)")
+
+
+def check_stored(path: Path, size: int, files: Sequence[Path]) -> None:
+    """Raise `BadCase` if the header in `path` implies `size` bytes, and its `files` cannot hold that, compressed.
+
+    What reads them takes the memory first, and finds out after.
+    """
+    stored = sum(file.stat().st_size for file in files)
+    if size > stored * MOST_COMPRESSED:
+        raise BadCase(
+            f"{path}: takes {size} bytes by its header, which {stored} bytes on disk cannot hold: the file is damaged"
+        )
 
 
 def check_grid(where: object, shape: Sequence[int], affine: np.ndarray) -> None:

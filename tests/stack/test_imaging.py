@@ -25,6 +25,7 @@ from pydicom.uid import (
 )
 
 from swin_unetr import imaging
+from swin_unetr.evaluation import label_maps
 from swin_unetr.imaging import dicom
 from swin_unetr.imaging.itk import write_itk
 
@@ -107,6 +108,37 @@ def test_damaged_files_are_named(tmp_path):
     broken[3, 4, 5:7] = np.nan
     with pytest.raises(imaging.BadCase, match=r"z.nii: 2 voxels are NaN or infinite"):
         only(nifti(tmp_path / "z.nii", broken))
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
+def test_headers_that_promise_more_than_their_files_can_hold_are_refused(tmp_path, suffix):
+    """Whoever reads them takes that memory first."""
+    path = tmp_path / f"x{suffix}"
+    if "nii" in suffix:
+        header = nibabel.Nifti1Header()
+        header.set_data_dtype(np.uint8)
+        header.set_data_shape((1500, 1500, 1500))
+        header["vox_offset"], header["magic"] = 352, b"n+1"
+        data = header.binaryblock + bytes(100)
+        path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    elif suffix == ".nrrd":
+        path.write_bytes(b"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 1500 1500 1500\nencoding: gzip\n\nabc")
+    else:
+        path.write_text(
+            "ObjectType = Image\nNDims = 3\nCompressedData = True\nDimSize = 1500 1500 1500\n"
+            "ElementType = MET_UCHAR\nElementDataFile = LOCAL\nabc"
+        )
+    for read in (imaging.find([path], 1000.0)[0].read, lambda: label_maps.read(path)):
+        with pytest.raises(
+            imaging.BadCase, match=r"by its header, which [0-9]+ bytes on disk cannot hold"
+        ):
+            read()
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
+def test_what_compresses_best_is_read(tmp_path, suffix):
+    imaging.write(np.zeros((150, 160, 170), np.uint8), imaging.Volume(image()[None], affine()), tmp_path / f"x{suffix}")
+    assert not only(tmp_path / f"x{suffix}").values.any()
 
 
 def test_what_is_no_image_is_refused(tmp_path):
