@@ -111,8 +111,8 @@ def load_pretrained(
         TypeError: `path_or_state` is neither a path nor a mapping.
         FileNotFoundError, PermissionError: there is no such file, or none that may be read.
         ValueError: the file is damaged or needs more than tensors to load, nothing matched, two entries mean the
-            same parameter, an entry is no dense tensor of real numbers, or more shapes disagree than agree (another
-            ``feature_size``, say).
+            same parameter, an entry is no dense tensor of finite real numbers, more shapes disagree than agree (another
+            ``feature_size``, say), or the model refuses an entry.
     """
     if isinstance(path_or_state, Mapping):
         source, content = "a state dict", path_or_state
@@ -138,6 +138,16 @@ def load_pretrained(
         if value.layout is not torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
             raise ValueError(
                 f"load_pretrained: {key!r} of {source} is {_kind(value)}; accepted are dense tensors of real numbers"
+            )
+        if value.is_floating_point() != target[canonical][1].is_floating_point():
+            raise ValueError(
+                f"load_pretrained: {key!r} of {source} is {_kind(value)}, the model's {target[canonical][1].dtype}; "
+                "accepted are weights as floating-point numbers: of quantised ones, those before"
+            )
+        if value.is_floating_point() and not value.to(target[canonical][1].dtype).isfinite().all():
+            raise ValueError(
+                f"load_pretrained: {key!r} of {source} has values that are not finite as "
+                f"{target[canonical][1].dtype}; accepted are finite weights"
             )
         if canonical in used:
             raise ValueError(f"load_pretrained: {used[canonical]!r} and {key!r} of {source} mean the same parameter")
@@ -165,7 +175,7 @@ def load_pretrained(
             f"load_pretrained: {len(mismatched)} shapes of {source} differ from the model's and {len(values)} agree; "
             f"was it made with another feature_size, window_size or spatial_dims? {_shapes(mismatched)}"
         )
-    model.load_state_dict(values, strict=False)
+    _copy(model, values, source)
     if verbose:
         print(report)
     if report.downsample and (other := _other_merging(model, values, report.downsample)):
@@ -177,6 +187,17 @@ def load_pretrained(
             stacklevel=2,
         )
     return report
+
+
+def _copy(model: nn.Module, values: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy `values` into entries of `model`: all of them, or none if the model refuses one."""
+    before = {name: value.clone() for name, value in model.state_dict().items() if name in values}
+    try:
+        model.load_state_dict(values, strict=False)
+    except RuntimeError as error:  # at its end, after what can be copied has been
+        model.load_state_dict(before, strict=False)
+        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise ValueError(f"load_pretrained: {source} does not fit the model: {reasons}") from error
 
 
 def _made_for(content: object, state: Mapping[str, object]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -201,6 +202,10 @@ def test_other_number_of_classes(trained, capsys):
     assert "out.conv.conv.bias (2,) for (5,)" in capsys.readouterr().out
 
 
+OUT = "out.conv.conv.bias"
+INDEX = "swinViT.layers1.0.blocks.0.attn.relative_position_index"
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -208,8 +213,19 @@ def test_other_number_of_classes(trained, capsys):
         (lambda s: {}, "no entry"),
         (lambda s: {"state_dict": [1]}, "no entry of a state dict is one of SwinUNETR's; it has state_dict"),
         (lambda s: s | prefixed("module.", s), "mean the same parameter"),
+        (
+            lambda s: {key: (value * 100).to(torch.int8) for key, value in s.items()},
+            "'.*' .* is .*int8, the model's .*32;",
+        ),
+        (
+            lambda s: {key: value > 0 for key, value in s.items()},
+            r"type torch.bool, the model's torch.float32; accepted",
+        ),
+        (lambda s: s | {OUT: s[OUT] * math.nan}, f"'{OUT}' of a state dict has values that are not finite as torch.fl"),
+        (lambda s: s | {OUT: s[OUT].double() + 1e300}, f"'{OUT}' of a state dict has values that are not finite"),
+        (lambda s: s | {INDEX: s[INDEX].flip(0)}, f"a state dict does not fit the model: .*{INDEX}"),
     ],
-    ids=["other model", "empty", "not a state", "twice"],
+    ids=["other model", "empty", "not a state", "twice", "int8", "bool", "NaN", "beyond float32", "another index"],
 )
 def test_refused_and_untouched(state, message, trained):
     model = own()

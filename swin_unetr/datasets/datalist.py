@@ -74,7 +74,7 @@ def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[
 def _json(path: Path) -> Mapping[str, Any]:
     try:
         with reading(path, says="cannot be read as JSON"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin files with a mark
     except BadFile as error:
         raise ValueError(f"datalist: {error}") from error
     if not isinstance(content, dict):
@@ -117,6 +117,9 @@ def _cases(
         fold = fields.get("fold")
         if fold is not None and (not isinstance(fold, int) or isinstance(fold, bool)):
             raise ValueError(f"{where}: fold is {fold!r}; accepted is a whole number")
+        for file in (*images, *([label] if label else ())):
+            if not file.endswith((".nii", ".nii.gz")):  # the file that a link leads to may have any name
+                raise ValueError(f"{where}: {file!r} is listed; accepted are NIfTI files, .nii or .nii.gz")
         files = tuple(_place(file, where, root, inside) for file in images)
         name = fields.get("name") or _name([root / file for file in images])
         cases.append(Case(str(name), files, _place(label, where, root, inside) if label else None, fold))
@@ -150,13 +153,20 @@ def _check_files(cases: Iterable[Case], datalist: Path) -> None:
     missing = [f"{file} ({why})" for file, why in reasons.items() if why is not None]
     if missing:
         raise ValueError(f"{datalist}: lists files that are missing: {some(missing)}")
-    unknown = [str(file) for case in cases for file in case.files if not file.name.endswith((".nii", ".nii.gz"))]
-    if unknown:
-        raise ValueError(f"{datalist}: lists {unknown[0]}; accepted are NIfTI files, .nii or .nii.gz")
 
 
 def _check_distinct(cases: Sequence[Case], held_out: Sequence[Case], datalist: Path) -> None:
-    """A case listed twice would count twice; one in training and validation would make the scores worthless."""
+    """A case listed twice would count twice; one in training and validation would make the scores worthless.
+
+    What labels an image is never an image of the list itself; of two images, as of two sequences, it may be one file.
+    """
+    images = {file for case in (*cases, *held_out) for file in case.images}
+    for case in (*cases, *held_out):
+        if case.label in images:
+            raise ValueError(
+                f"{datalist}: the label of case {case.name!r}, {case.label}, is listed as an image, too; accepted is a "
+                "label map"
+            )
     trained = {file: case.name for case in cases for file in case.images}
     for case in held_out:
         shared = next((file for file in case.images if file in trained), None)

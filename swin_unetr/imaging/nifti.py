@@ -16,6 +16,7 @@ from ..foreign import BadFile, reading
 
 FLATTEST = 1e-4
 """Volume between the axes of a voxel, were they of length 1."""
+GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 540  # bytes, of NIfTI-2
 MOST_COMPRESSED = 1032
 """Bytes that deflate, which gzip is made of, gives for one at most: 258 for two bits (RFC 1951)."""
@@ -56,7 +57,7 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
     Raises:
         BadCase: the file is damaged, larger than `largest` or than its header implies, or no grid of numbers in space.
     """
-    with reading(path, BadCase), (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
+    with reading(path, BadCase), _opened(path) as stream:
         kind, size = _implied(stream)
         check_size(path, size, largest)
         check_stored(path, size, [path])
@@ -72,6 +73,13 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
         values = values[..., 0]  # (X, Y, Z, 1) -> (X, Y, Z)
     check_grid(path, values.shape, affine)
     return values, affine, image.header
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """What is in a file, gzip or not: by how it begins, as the file that a link names may have any name."""
+    with path.open("rb") as file:
+        compressed = file.read(len(GZIP)) == GZIP
+    return gzip.open(path) if compressed else path.open("rb")
 
 
 def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], int]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from swin_unetr.datasets import Data, datalist, images, open_dataset
+from swin_unetr.imaging.nifti import read_nifti
 from swin_unetr.labels import Labels
 from swin_unetr.preprocessing import Preprocessing
 from tests.stack import synthetic
@@ -83,8 +84,15 @@ def test_pretraining_takes_file_names_alone_and_other_lists(own):
         (lambda content: content["training"][1].update(fold="a"), r"training\[1\]: fold is 'a'"),
         (lambda content: content["training"][1].update(fold=1), "has no fold"),
         (lambda content: content["training"][1].update(image="gone.nii.gz"), "missing: .*gone.nii.gz"),
-        (lambda content: content["training"][1].update(image="labelsTr"), "missing: .*labelsTr"),
-        (lambda content: content["training"][1].update(image="dataset.json"), "accepted are NIfTI"),
+        (lambda content: content["training"][1].update(image="labelsTr"), "'labelsTr' is listed; accepted are NIfTI"),
+        (
+            lambda content: content["training"][1].update(image="dataset.json"),
+            "'dataset.json' is listed; accepted are N",
+        ),
+        (
+            lambda content: content["training"][1].update(label=content["training"][1]["image"]),
+            "label of case 'case_01', .*case_01.nii.gz, is listed as an image, too; accepted is a label map",
+        ),
         (lambda content: content["training"].append(content["training"][2]), "'case_02'.*more than once"),
         (lambda content: content["training"][1].update(name="case_02"), "'case_02'.*more than once"),
         (lambda content: content["training"].append({**content["training"][2], "name": "x"}), "more than once"),
@@ -104,6 +112,30 @@ def test_datalists_that_are_wrong_are_refused(own, change, says):
     with pytest.raises(ValueError, match=says) as error:
         datalist.read(Data(own, folds=2), True)
     assert str(own) in str(error.value)
+
+
+def test_files_of_any_name_that_links_lead_to_are_read(own):
+    """As caches keep downloads: by digest, with links that have names."""
+    blobs = own.parent / "blobs"
+    blobs.mkdir()
+    expected = [values_of(case) for case in datalist.read(Data(own, folds=1), True)[0]]
+    for number, path in enumerate(sorted(own.parent.glob("*/*.nii.gz"))):
+        path.rename(blobs / f"{number:064x}")
+        path.symlink_to(blobs / f"{number:064x}")
+    cases = datalist.read(Data(own, folds=1), True)[0]
+    assert names(cases) == [f"case_{n:02d}" for n in range(4)]
+    for case, before in zip(cases, expected, strict=True):
+        np.testing.assert_array_equal(values_of(case), before)
+
+
+def values_of(case) -> np.ndarray:
+    return np.stack([read_nifti(path, 1.0)[0] for path in case.files])
+
+
+def test_a_datalist_may_begin_with_a_byte_order_mark(own):
+    expected = datalist.read(Data(own, folds=1), True)
+    own.write_bytes(b"\xef\xbb\xbf" + own.read_bytes())
+    assert datalist.read(Data(own, folds=1), True) == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", b"[" * 100_000])
