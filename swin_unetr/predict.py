@@ -155,8 +155,8 @@ def _prepare(options: Options, sources: Sequence[imaging.Source], outputs: Colle
 
 def _case(source, output: Path, ensemble: Ensemble, options: Options, device: torch.device) -> report.Case:
     started = time.perf_counter()
-    notes = list(source.notes)
     volume = source.read()
+    notes = [*source.notes, *volume.notes]
     found = segment(
         volume, ensemble, options.windows, device, options.mirror, options.entropy, notes.append, options.largest
     )

@@ -60,6 +60,8 @@ ITK_LINES = (
     *("TransformMatrix = 0 0 0 0 0 0 0 0 0", "ElementSpacing = nan 0 -1", "Offset = inf 0 0", "CompressedData = True"),
     *(f"ElementDataFile = ../{STRANGER_NAME}", "ElementDataFile = LIST", "ElementDataFile = x%03d.raw 1 1000000 1"),
     *("ElementDataFile = /dev/zero", "BinaryDataByteOrderMSB = True", "CompressedDataSize = 1000000000000"),
+    *("spacings: 1 2 nan", "axis mins: 0 0 0", 'space units: "cm" "mm" "mm"', "DistanceUnits = um", "HeaderSize = 5"),
+    *("ElementToIntensityFunctionSlope = 2", "ElementToIntensityFunctionOffset = nan", "line skip: 1", "byte skip: 5"),
 )
 """Lines of NRRD and MetaImage headers."""
 

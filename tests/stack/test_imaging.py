@@ -129,9 +129,7 @@ def test_headers_that_promise_more_than_their_files_can_hold_are_refused(tmp_pat
             "ElementType = MET_UCHAR\nElementDataFile = LOCAL\nabc"
         )
     for read in (imaging.find([path], 1000.0)[0].read, lambda: label_maps.read(path)):
-        with pytest.raises(
-            imaging.BadCase, match=r"by its header, which [0-9]+ bytes on disk cannot hold"
-        ):
+        with pytest.raises(imaging.BadCase, match=r"by its header, which [0-9]+ bytes on disk cannot hold"):
             read()
 
 
