@@ -50,6 +50,11 @@ class Header:
     files: tuple[Path, ...]
     start: int
 
+    @property
+    def skip(self) -> int:
+        """Bytes before the data; below 0 they are the last of their file."""
+        return int(self.fields.get("byteskip" if self.nrrd else "HeaderSize") or 0)
+
 
 def read(path: Path) -> Header:
     """The header in `path`.
@@ -215,8 +220,10 @@ def check_data(header: Header, size: int) -> None:
     if not binary:
         return  # text, whose numbers the parsers count
     held = sum(_held(header, file, compressed, size) for file in header.files)
-    if held < size or (compressed and held > size):
-        more = " or more" if held > size else ""
+    # Other files may hold more than this image.
+    exact = compressed or (header.files == (header.path,) and header.skip >= 0)
+    if held < size or (exact and held > size):
+        more = " or more" if compressed and held > size else ""
         raise BadCase(
             f"{header.path}: has {held} bytes of data{more}{' once inflated' if compressed else ''}; its header "
             f"promises {size}"
@@ -233,29 +240,37 @@ def _encoding(header: Header) -> tuple[bool, bool]:
 
 
 def _held(header: Header, file: Path, compressed: bool, size: int) -> int:
-    """How many bytes of values a file has; more than `size` where it is more."""
-    own = file == header.path
-    skip = int(header.fields.get("byteskip" if header.nrrd else "HeaderSize") or 0)
+    """How many bytes of values a file has; of compressed ones more than `size` where it is more."""
     with file.open("rb") as stream:
-        stream.seek(header.start if own else 0)
-        for _ in range(int(header.fields.get("lineskip") or 0) if header.nrrd else 0):
-            if not stream.readline():
-                break
-        if not header.nrrd and skip > 0:
-            stream.seek(skip)
+        stream.seek(header.start if file == header.path else 0)
+        skip, ends = (_skip_nrrd if header.nrrd else _skip_meta)(header, stream, compressed)
         if not compressed:
-            return max(0, os.fstat(stream.fileno()).st_size - stream.tell() - (max(0, skip) if header.nrrd else 0))
-        skipped = max(0, skip) if header.nrrd else 0  # of what is inflated
-        ends = 0 if header.nrrd else int(float(header.fields.get("CompressedDataSize") or 0))
-        if not header.nrrd and not ends and stream.tell():  # MetaIO goes to the start of the file then
-            raise BadCase(
-                f"{header.path}: its header has no CompressedDataSize; accepted is none where compressed data begin a "
-                "file of their own"
-            )
+            return max(0, os.fstat(stream.fileno()).st_size - stream.tell() - skip)
         try:
-            return _inflated(stream, ends or math.inf, size + skipped) - skipped
+            return max(0, _inflated(stream, ends, size + skip) - skip)
         except (zlib.error, EOFError) as error:
             raise BadCase(f"{header.path}: its compressed data in {file.name} are damaged: {error}") from error
+
+
+def _skip_nrrd(header: Header, stream: BinaryIO, compressed: bool) -> tuple[int, float]:
+    """Go to the start of data; how many of their bytes, inflated, are left out, and how many are read."""
+    for _ in range(int(header.fields.get("lineskip") or 0)):
+        if not stream.readline():
+            break
+    return max(0, header.skip), math.inf
+
+
+def _skip_meta(header: Header, stream: BinaryIO, compressed: bool) -> tuple[int, float]:
+    """As `_skip_nrrd`."""
+    if header.skip > 0:
+        stream.seek(header.skip)
+    size = int(float(header.fields.get("CompressedDataSize") or 0))
+    if compressed and not size and stream.tell():  # MetaIO goes to the start of the file then
+        raise BadCase(
+            f"{header.path}: its header has no CompressedDataSize; accepted is none where compressed data begin a file "
+            "of their own"
+        )
+    return 0, size or math.inf
 
 
 def _inflated(file: BinaryIO, ends: float, most: int) -> int:

@@ -48,6 +48,9 @@ KINDS = {None, *(kind.value for kind in VR)}  # None in files that do not tell
 OPEN = 0xFFFFFFFF  # length of an element that a sign ends
 END = b"\xff\xd9"
 """Of a frame of JPEG, JPEG-LS and JPEG 2000; bytes 0 or 255 may follow that make its length even."""
+LONGEST_FRAME_HEADER = 1024
+"""Bytes of run-length encoded values beside the runs, or fewer. Each byte of these takes two at most; pydicom inflates
+what there is, up to 64 times."""
 FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 """Markers of JPEG and, the last, of JPEG-LS, after which precision, rows and columns come."""
 
@@ -108,6 +111,11 @@ def _decoded(data: pydicom.Dataset, syntax: UID, rows: int, columns: int, elemen
         raise ValueError(
             f"has {len(values)} bytes of pixels; {rows} rows of {columns} pixels of {bits} bits are {size}: the slice "
             "is cut off, or its header is not its own"
+        )
+    if syntax == RLELossless and len(values) > 2 * size + LONGEST_FRAME_HEADER:
+        raise ValueError(
+            f"has {len(values)} bytes of run lengths; {rows} rows of {columns} pixels of {bits} bits are {size}, and "
+            "no more than twice that"
         )
     whole = element == "PixelData"
     stored = get_decoder(syntax).as_array(

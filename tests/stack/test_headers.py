@@ -106,11 +106,31 @@ def test_compressed_data_begin_their_file_or_tell_their_size(tmp_path, more, dat
 
 
 @pytest.mark.parametrize("name", ["x.nrrd", "x.mha"])
-def test_data_that_are_cut_off_are_counted(tmp_path, name):
+@pytest.mark.parametrize("length", [60, 65])
+def test_data_are_counted(tmp_path, name, length):
     header = NRRD + "\n" if name == "x.nrrd" else META + "ElementDataFile = LOCAL\n"
-    (tmp_path / name).write_bytes(header.encode() + bytes(60))
-    with pytest.raises(imaging.BadCase, match=rf"{name}: has 60 bytes of data; its header promises 64$"):
+    (tmp_path / name).write_bytes(header.encode() + bytes(length))
+    with pytest.raises(imaging.BadCase, match=rf"{name}: has {length} bytes of data; its header promises 64$"):
         only(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("x.nrrd", NRRD + "byte skip: -1\n\n"),
+        ("x.nrrd", NRRD + "byte skip: 3\ndata file: x.raw\n"),
+        ("x.mha", META + "HeaderSize = -1\nElementDataFile = LOCAL\n"),
+        ("x.mhd", META + "HeaderSize = 3\nElementDataFile = x.raw\n"),
+    ],
+    ids=["NRRD from the end", "NRRD in another file", "MetaImage from the end", "MetaImage in another file"],
+)
+def test_data_are_a_part_of_a_file_where_the_header_says_so(tmp_path, name, header):
+    values = np.arange(64, dtype=np.uint8)
+    data = b"123" + values.tobytes()
+    separate = "x.raw" in header
+    (tmp_path / name).write_bytes(header.encode() + (b"" if separate else data))
+    (tmp_path / "x.raw").write_bytes(data + b"more")
+    np.testing.assert_array_equal(only(tmp_path / name).values[0].T.ravel(), values)
 
 
 BARE = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 4 4 4\nencoding: raw\n"
