@@ -178,7 +178,7 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
     temporary = path.with_name(f".{digest}.part{'.mha' if suffix == '.mhd' else suffix}")
     try:
         if suffix in NIFTI:
-            header = nibabel.Nifti1Header() if volume.header is None else volume.header.copy()
+            header = _in_millimetres() if volume.header is None else volume.header.copy()
             header.set_data_dtype(values.dtype)
             header.set_slope_inter(1, 0)
             header["cal_min"] = header["cal_max"] = 0  # how to show the image, not its labels
@@ -192,3 +192,9 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
         raise OSError(f"{path}: cannot be written: {str(error).strip().splitlines()[-1]}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _in_millimetres() -> nibabel.Nifti1Header:
+    header = nibabel.Nifti1Header()
+    header.set_xyzt_units("mm")
+    return header

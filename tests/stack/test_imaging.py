@@ -363,6 +363,10 @@ def test_a_series_is_read_in_space_and_in_hu(tmp_path):
         itk.TransformIndexToPhysicalPoint((2, 1, 3)), (np.diag([-1, -1, 1, 1]) @ volume.affine @ (2, 1, 3, 1))[:3]
     )
     assert imaging.output_suffix(source) == ".nii.gz"
+    imaging.write(np.ones((6, 5, 4), np.uint8), volume, tmp_path / "label.nii.gz")
+    written = nibabel.load(tmp_path / "label.nii.gz")
+    np.testing.assert_allclose(written.affine, expected)
+    assert written.header.get_xyzt_units()[0] == "mm"
 
 
 def test_echoes_orientations_and_series_are_told_apart(tmp_path):
