@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pydicom
@@ -78,7 +79,7 @@ def read(path: Path, rows: int, columns: int) -> np.ndarray:
         return _decoded(data, syntax, rows, columns, element)
 
 
-def _checked(file) -> tuple[pydicom.FileDataset, UID]:
+def _checked(file: BinaryIO) -> tuple[pydicom.FileDataset, UID]:
     """Header of an open file and its transfer syntax; no element is longer than the file: reading it would take the
     memory."""
     size = os.fstat(file.fileno()).st_size
