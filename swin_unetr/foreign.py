@@ -63,6 +63,13 @@ def reason(error: BaseException) -> str:
     return text if speaks else f"{type(error).__name__}: {text}"
 
 
+def origin(error: BaseException) -> BaseException:
+    """What is behind `error`, where MONAI's transforms raised it: they say no more than which of them it was."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def listed(folder: Path) -> list[Path]:
     """What is in `folder`, by name.
 

@@ -26,6 +26,7 @@ import swin_kernels
 
 from . import distributed, imaging
 from .files import GIB
+from .foreign import origin
 from .imaging import dicom
 from .interruption import Interrupted, status
 from .names import say, some
@@ -60,7 +61,7 @@ class Options:
         identify: begin the names of DICOM series, and so those of their results, with the accession number (accession)
             or the patient's ID (patient); by default no results have data of patients but the names of their folders.
         overwrite: replace results that are there.
-        largest: GiB that one image may take as float32, in its file and resampled to the network's spacing.
+        largest: GiB that one image may take as float32 in its file, and while it is resampled to the network's spacing.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
     """
 
@@ -119,7 +120,8 @@ def _run(options: Options, device: torch.device, console: Console) -> int:
                 done.append(_case(source, outputs[source.name], ensemble, options, device))
             # One damaged file of many must not end the others' work, and libraries fail in many ways over one.
             except Exception as error:
-                failed[source.name] = str(error).strip() if isinstance(error, (ValueError, OSError)) else repr(error)
+                why = origin(error)
+                failed[source.name] = str(why).strip() if isinstance(why, (ValueError, OSError)) else repr(why)
             # What is done by then is in the tables and the report.
             except Interrupted as error:
                 signals.append(error.number)
@@ -155,8 +157,8 @@ def _prepare(options: Options, sources: Sequence[imaging.Source], outputs: Colle
 
 def _case(source, output: Path, ensemble: Ensemble, options: Options, device: torch.device) -> report.Case:
     started = time.perf_counter()
-    notes = list(source.notes)
     volume = source.read()
+    notes = [*source.notes, *volume.notes]
     found = segment(
         volume, ensemble, options.windows, device, options.mirror, options.entropy, notes.append, options.largest
     )
@@ -198,11 +200,11 @@ def segment(
     Args:
         mirror: axes that are mirrored too.
         say: is told what a reader of the result should know of how it was made.
-        largest: GiB that the image may take on the network's grid.
+        largest: GiB that the image may take on the network's grid, and while it is resampled to that.
 
     Raises:
-        ValueError: the volume has other channels than the networks, takes more than `largest` on their grid, or has
-            intensities there that are not finite.
+        ValueError: the volume has other channels than the networks, voxels of extents beyond any scanner, takes more
+            than `largest` on the networks' grid, or has intensities there that are not finite.
     """
     if len(volume.values) != ensemble.channels:
         raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")

@@ -17,6 +17,7 @@ transforms = lazily.Module("monai.transforms")
 
 FINEST, COARSEST = 1e-4, 1e3
 """Extents of a voxel in mm, from microscopy to beyond any scanner."""
+FLOAT64, FLOAT32 = 8, 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,31 @@ class Preprocessing:
         return steps
 
     def check_grid(self, image: data.MetaTensor, largest: float) -> None:
-        """Raise `ValueError` if ``image (C, *S)`` takes more than `largest` GiB on the grid that `geometry` makes."""
+        """Raise `ValueError` if `geometry` cannot make its grid of ``image (C, *S)``: voxels have extents that it does
+        not accept either, or resampling takes more than `largest` GiB."""
+        extents = " × ".join(f"{float(extent):.3g}" for extent in image.pixdim)
+        if self.spacing is not None and not all(FINEST <= extent <= COARSEST for extent in image.pixdim):
+            raise ValueError(
+                f"the image's voxels are of {extents} mm by its header; accepted are extents from {FINEST:g} to "
+                f"{COARSEST:g} mm"
+            )
         outline = data.MetaTensor(torch.zeros(()).expand(image.shape), affine=image.affine)  # of no memory
         item = {"image": outline}
         for step in self.geometry(("image",)):
+            before = item["image"].peek_pending_affine(), tuple(item["image"].peek_pending_shape())
             item = step(item, lazy=True)
         grid = tuple(int(extent) for extent in item["image"].peek_pending_shape())
-        size = 4 * len(image) * math.prod(grid) if min(grid) > 0 else math.inf  # what overflows comes out negative
+        # As MONAI does, which leaves an image that has the spacing already as it is.
+        resampled = self.spacing is not None and not (
+            before[1] == grid and torch.allclose(item["image"].peek_pending_affine(), before[0], atol=1e-3)
+        )
+        voxel = resampling(len(image)) if resampled else FLOAT32 * len(image)  # bytes
+        size = voxel * math.prod(grid) if min(grid) > 0 else math.inf  # what overflows comes out negative
         if size > largest * GIB:
-            spacing = " × ".join(f"{float(extent):.3g}" for extent in image.pixdim)
             raise ValueError(
-                f"the image takes {size / GIB:.3g} GiB on the network's grid of {' × '.join(map(str, grid))} voxels; "
-                f"accepted are {largest:g} (largest). By its header its voxels are of {spacing} mm: is that right?"
+                f"the image takes {size / GIB:.3g} GiB on the network's grid of {' × '.join(map(str, grid))} voxels"
+                f"{', coordinates for its resampling included' if resampled else ''}; accepted are {largest:g} "
+                f"(largest). By its header its voxels are of {extents} mm: is that right?"
             )
 
     def scale(self) -> list[transforms.Transform]:
@@ -86,3 +100,9 @@ class Preprocessing:
         if self.intensity == "zscore":
             return [transforms.NormalizeIntensityd("image", nonzero=True, channel_wise=True)]
         return [transforms.ScaleIntensityRanged("image", *self.window, 0.0, 1.0, clip=True)]
+
+
+def resampling(channels: int) -> int:
+    """Bytes that MONAI takes at most for a voxel of what it resamples to: for three coordinates, which are made from
+    four; for them and the channels; and for the channels as they are made and as they are kept."""
+    return max((4 + 3) * FLOAT64, (3 + channels) * FLOAT64, channels * (FLOAT64 + FLOAT32))

@@ -70,7 +70,7 @@ class Data:
             validates on none.
         split_seed: of that split.
         background: label values that count as background, beside 0. Any other that belongs to no class is an error.
-        largest: GiB that one image may take uncompressed, in its file and on the grid it is resampled to.
+        largest: GiB that one image may take uncompressed in its file, and while it is resampled.
         cache: where preprocessed cases are kept: memory; disk (in `cache_folder`); smart, some in memory and part of
             them replaced after each epoch; none.
         cache_folder: of the cache on disk; runs may share it.

@@ -17,34 +17,29 @@ from typing import BinaryIO
 
 import numpy as np
 import pydicom
-import SimpleITK as sitk
 from pydicom.config import disable_value_validation
 from pydicom.datadict import tag_for_keyword
-from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset, read_partial
 from pydicom.multival import MultiValue
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from pydicom.valuerep import VR
 
 from ..files import GIB
 from ..foreign import BadFile, reading, walk
 from ..names import shorten, some
+from . import pixels
 from .itk import TO_RAS
 from .nifti import BadCase
 
 TAGS = (
     "SOPClassUID", "SeriesDescription", "SeriesInstanceUID", "SeriesNumber", "EchoNumbers", "EchoTime",
     "ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames",
-    "SamplesPerPixel",
+    "SamplesPerPixel", "RescaleSlope", "RescaleIntercept",
 )  # fmt: skip
 IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
 """What else may be part of a series' name, where a user asks for it."""
 PREAMBLE = 128  # bytes
 MAGIC = b"DICM"  # after the preamble
 MOST_INFLATED = 2**28  # bytes; a slice of 8,192 × 8,192 has half
-DEFERRED = 1024  # bytes; longer values are not read for their lengths
-KINDS = {None, *(kind.value for kind in VR)}  # None in files that do not tell
-OPEN = 0xFFFFFFFF  # length of an element that a sign ends
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
 """Of DICOM without preamble: the group of the first element, 2 or 8, in either order of bytes."""
 PARALLEL = 1e-3
@@ -72,6 +67,7 @@ class Slice:
         axes: directions of rows and of columns, in LPS as DICOM has them.
         position: of the first pixel's centre, mm in LPS.
         spacing: mm from row to row, and from column to column.
+        slope, intercept: of stored values to those in HU, or their unit.
     """
 
     path: Path
@@ -86,6 +82,8 @@ class Slice:
     axes: tuple[float, ...] | None
     position: tuple[float, ...] | None
     spacing: tuple[float, ...] | None
+    slope: float
+    intercept: float
 
     @property
     def normal(self) -> np.ndarray:
@@ -222,6 +220,11 @@ def _slice(path: Path, series: str, header: pydicom.Dataset, identity: str) -> S
             raise ValueError(f"ImageOrientationPatient is {axes}; accepted are two directions at right angles")
     if spacing is not None and not min(spacing) > 0:
         raise ValueError(f"PixelSpacing is {spacing}; accepted are mm above 0")
+    (slope,), (intercept,) = (
+        _numbers(header, name, 1) or (default,) for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
+    )
+    if not slope:
+        raise ValueError("RescaleSlope is 0; accepted is another number")
     parts = (identity, "series", str(header.get("SeriesNumber") or ""), str(header.get("SeriesDescription") or ""))
     return Slice(
         path=path,
@@ -236,6 +239,8 @@ def _slice(path: Path, series: str, header: pydicom.Dataset, identity: str) -> S
         axes=axes,
         position=_numbers(header, "ImagePositionPatient", 3),
         spacing=spacing,
+        slope=slope,
+        intercept=intercept,
     )
 
 
@@ -245,7 +250,8 @@ def _numbers(header: pydicom.Dataset, name: str, count: int | None = None) -> tu
         return None
     values = tuple(float(x) for x in (value if isinstance(value, MultiValue) else [value]))
     if count not in (None, len(values)) or not all(map(math.isfinite, values)):
-        raise ValueError(f"{name} is {value}; accepted are {count or ''} finite numbers")
+        accepted = "is a finite number" if count == 1 else f"are {count or ''} finite numbers"
+        raise ValueError(f"{name} is {value}; accepted {accepted}")
     return values
 
 
@@ -370,7 +376,9 @@ def read(series: Series, largest: float) -> tuple[np.ndarray, np.ndarray]:
         raise BadCase(f"{where}: takes {size / GIB:.3g} GiB; accepted are {largest:g} (largest)")
     values = np.empty((columns, rows, len(slices)), np.float32)  # (X, Y, Z)
     for index, one in enumerate(slices):
-        values[:, :, index] = _pixels(one).T
+        stored = pixels.read(one.path, rows, columns)
+        with np.errstate(over="ignore"):  # what is infinite then is refused with the other voxels that are
+            values[:, :, index] = (stored * one.slope + one.intercept).T
     # PixelSpacing is from row to row, then from column to column; a row runs along the first axis.
     between_rows, between_columns = first.spacing
     affine = np.eye(4)
@@ -415,32 +423,3 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
             "accepted are slices above each other"
         )
     return step
-
-
-def _pixels(one: Slice) -> np.ndarray:
-    """Of a slice, with its own slope and intercept applied: ``(rows, columns)``."""
-    with reading(one.path, BadCase):
-        syntax = _check_lengths(one.path)
-    with reading(one.path, BadCase, f"cannot be decoded ({getattr(syntax, 'name', 'an unknown transfer syntax')})"):
-        pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(one.path), sitk.sitkFloat32, "GDCMImageIO"))
-        if pixels.shape != (1, one.rows, one.columns):
-            raise ValueError(f"has pixels {pixels.shape[1:]} where its header says {(one.rows, one.columns)}")
-    return pixels[0]
-
-
-def _check_lengths(path: Path) -> pydicom.uid.UID | None:
-    """Transfer syntax of a file, none of whose elements is longer than it: what decodes it would take the memory."""
-    with path.open("rb") as file, disable_value_validation():
-        size = os.fstat(file.fileno()).st_size
-        data = pydicom.dcmread(file, defer_size=DEFERRED, force=True)
-        syntax = data.file_meta.get("TransferSyntaxUID")
-        # Of a deflated file the places of elements are those after inflation.
-        inside = [] if syntax == DeflatedExplicitVRLittleEndian else data.values()
-        raw = [one for one in (*data.file_meta.values(), *inside) if isinstance(one, RawDataElement)]
-        for one in raw:
-            # Of an unknown kind the length is read from another place.
-            if one.VR not in KINDS:
-                raise ValueError(f"element {one.tag} is of kind {one.VR!r}, which DICOM does not have")
-            if one.length != OPEN and (end := one.value_tell + one.length) > size:
-                raise ValueError(f"element {one.tag} goes on to byte {end}, beyond the end of the file at {size}")
-    return syntax

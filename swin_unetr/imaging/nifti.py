@@ -18,6 +18,8 @@ FLATTEST = 1e-4
 """Volume between the axes of a voxel, were they of length 1."""
 GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 540  # bytes, of NIfTI-2
+MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+"""By NIfTI's codes of spatial units: unknown, metre, mm, micron. Most files of unknown unit are in mm."""
 MOST_COMPRESSED = 1032
 """Bytes that deflate, which gzip is made of, gives for one at most: 258 for two bits (RFC 1951)."""
 
@@ -56,13 +58,16 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
 
     Raises:
         BadCase: the file is damaged, larger than `largest` or than its header implies, or no grid of numbers in space.
+
+    The affine is in mm whatever unit the file is in; its header keeps that.
     """
     with reading(path, BadCase), _opened(path) as stream:
-        kind, size = _implied(stream)
+        kind, header, size = _implied(stream)
         check_size(path, size, largest)
         check_stored(path, size, [path])
+        unit = _unit(path, header)
         image = kind.from_stream(stream)
-        affine = image.affine
+        affine = np.diag([unit, unit, unit, 1.0]) @ image.affine
         values = np.asanyarray(image.dataobj)
         stream.seek(size)
         if stream.read(1):
@@ -82,16 +87,39 @@ def _opened(path: Path) -> IO[bytes]:
     return gzip.open(path) if compressed else path.open("rb")
 
 
-def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], int]:
-    """Which kind of NIfTI begins in `stream`, and how many bytes its header implies; leaves `stream` at its start."""
+def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], nibabel.Nifti1Header, int]:
+    """Which kind of NIfTI begins in `stream`, its header as it is written, and how many bytes that implies; leaves
+    `stream` at its start."""
     head = stream.read(LONGEST_HEADER)
     stream.seek(0)
     for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
         if kind.header_class.may_contain_header(head):
-            header = kind.header_class(head[: kind.header_class.template_dtype.itemsize])
+            written = head[: kind.header_class.template_dtype.itemsize]
+            header = kind.header_class(written)
             voxels = math.prod(map(int, header.get_data_shape()))
-            return kind, int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
+            size = int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
+            return kind, kind.header_class(written, check=False), size
     raise ValueError("is no NIfTI file")
+
+
+def _unit(path: Path, header: nibabel.Nifti1Header) -> float:
+    """mm of one unit of space in a file.
+
+    Raises:
+        BadCase: NIfTI has no such unit, or the header has neither an affine nor extents of voxels, for which nibabel
+            would put 1.
+    """
+    code = int(header["xyzt_units"]) & 7
+    if code not in MILLIMETRES:
+        raise BadCase(
+            f"{path}: its header has unit {code} of space; accepted are 1 (metre), 2 (mm), 3 (micron) and 0 (unknown)"
+        )
+    axes = min(3, int(header["dim"][0]))
+    extents, voxels = header["pixdim"][1 : axes + 1], header["dim"][1 : axes + 1]
+    if not header["sform_code"] > 0 and ((extents == 0) & (voxels > 1)).any():
+        shown = " × ".join(f"{extent:g}" for extent in extents)
+        raise BadCase(f"{path}: its header has voxels of {shown}, and no affine; accepted are extents above 0")
+    return MILLIMETRES[code]
 
 
 def check_size(path: Path, size: int, largest: float) -> None:

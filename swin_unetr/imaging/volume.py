@@ -34,11 +34,13 @@ class Volume:
         values: float32 ``(C, X, Y, Z)``.
         affine: voxel index to mm in RAS+ ``(4, 4)``.
         header: of the NIfTI file it came from, else None.
+        notes: what a reader of a result should know of how its file was understood.
     """
 
     values: np.ndarray
     affine: np.ndarray
     header: nibabel.Nifti1Header | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -144,16 +146,16 @@ def read(path: Path, largest: float) -> Volume:
     Raises:
         BadCase: the file is damaged, too large, has NaN or infinite voxels, or is no volume; the message names it.
     """
-    header = None
+    header, notes = None, []
     if path.name.endswith(NIFTI):
         values, affine, header = read_with_header(path, largest)
         values = values[..., None] if values.ndim == 3 else values  # (X, Y, Z, C)
     else:
-        values, affine = read_itk(path, largest)
+        values, affine = read_itk(path, largest, notes.append)
         if values.ndim != 4:
             raise BadCase(f"{path}: has {values.ndim - 1} axes; accepted are three")
     values = as_float32(values, path)
-    return Volume(np.ascontiguousarray(np.moveaxis(values, -1, 0)), affine, header)  # (C, X, Y, Z)
+    return Volume(np.ascontiguousarray(np.moveaxis(values, -1, 0)), affine, header, tuple(notes))  # (C, X, Y, Z)
 
 
 def output_suffix(source: Source) -> str:
@@ -176,7 +178,7 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
     temporary = path.with_name(f".{digest}.part{'.mha' if suffix == '.mhd' else suffix}")
     try:
         if suffix in NIFTI:
-            header = nibabel.Nifti1Header() if volume.header is None else volume.header.copy()
+            header = _in_millimetres() if volume.header is None else volume.header.copy()
             header.set_data_dtype(values.dtype)
             header.set_slope_inter(1, 0)
             header["cal_min"] = header["cal_max"] = 0  # how to show the image, not its labels
@@ -190,3 +192,9 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
         raise OSError(f"{path}: cannot be written: {str(error).strip().splitlines()[-1]}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _in_millimetres() -> nibabel.Nifti1Header:
+    header = nibabel.Nifti1Header()
+    header.set_xyzt_units("mm")
+    return header

@@ -14,7 +14,17 @@ import pydicom
 import SimpleITK as sitk
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from swin_unetr import imaging
 from swin_unetr.datasets.datalist import Case
@@ -50,6 +60,8 @@ ITK_LINES = (
     *("TransformMatrix = 0 0 0 0 0 0 0 0 0", "ElementSpacing = nan 0 -1", "Offset = inf 0 0", "CompressedData = True"),
     *(f"ElementDataFile = ../{STRANGER_NAME}", "ElementDataFile = LIST", "ElementDataFile = x%03d.raw 1 1000000 1"),
     *("ElementDataFile = /dev/zero", "BinaryDataByteOrderMSB = True", "CompressedDataSize = 1000000000000"),
+    *("spacings: 1 2 nan", "axis mins: 0 0 0", 'space units: "cm" "mm" "mm"', "DistanceUnits = um", "HeaderSize = 5"),
+    *("ElementToIntensityFunctionSlope = 2", "ElementToIntensityFunctionOffset = nan", "line skip: 1", "byte skip: 5"),
 )
 """Lines of NRRD and MetaImage headers."""
 
@@ -72,6 +84,8 @@ def prepare(folder: Path) -> Callable[[Draw, Path], str]:
                 raise
             outcome = "refused"
             _check_named(error, path)
+        if outcome == "read" and CUT in draw.notes:
+            raise Fault("slices with fewer or more bytes than their pixels take were read")
         # Not every image here is a label map.
         if outcome == "refused" and not draw.notes and read is _read_image:
             raise Fault(f"{path.name}: was refused, and is as it was written")
@@ -263,7 +277,9 @@ _SYNTAXES = (
     (ExplicitVRLittleEndian, False),
     (ImplicitVRLittleEndian, True),
     (ExplicitVRBigEndian, True),
+    (RLELossless, True),
 )
+CUT = "pixels of every slice cut or longer"
 _SLICES = 4
 
 
@@ -289,6 +305,9 @@ def _slice(index: int, syntax, preamble: bool) -> bytes:
     order = ">i2" if syntax == ExplicitVRBigEndian else "<i2"
     header.PixelData = (np.arange(30).reshape(SHAPE[:2]) + index).astype(order).tobytes()
     header["PixelData"].VR = "OW"
+    if syntax == RLELossless:
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.compress(RLELossless, generate_instance_uid=False)
     return _encoded(header)
 
 
@@ -300,8 +319,13 @@ def _encoded(header: FileDataset) -> bytes:
 
 def _mutant_series(draw: Draw, place: Path, bases: list) -> Path:
     files = list(draw.choice(bases))
-    change = one_of(draw, ((5, _dicom_element), (4, mutate_bytes), (0.3, lambda draw, data: data)))
-    for index in draw.sample(range(_SLICES), draw.choice((1, 1, 1, _SLICES))):
+    change = one_of(
+        draw,
+        ((5, _dicom_element), (4, mutate_bytes), (2, _dicom_frame), (0.3, _dicom_cut), (0.3, lambda draw, data: data)),
+    )
+    if change is _dicom_cut:
+        files = _dicom_cut(draw, files)
+    for index in draw.sample(range(_SLICES), draw.choice((1, 1, 1, _SLICES))) if change is not _dicom_cut else ():
         if change.__name__ != "<lambda>":
             draw.note(f"slice {index}:")
         files[index] = change(draw, files[index])
@@ -347,3 +371,48 @@ def _dicom_element(draw: Draw, data: bytes) -> bytes:
     except Exception:  # what pydicom does not write in this form
         draw.note("cannot be written; bytes instead")
         return mutate_bytes(draw, data)
+
+
+_FRAMES = (RLELossless, RLELossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless)
+_STARTS = {
+    RLELossless: b"",
+    JPEGLosslessSV1: bytes.fromhex("ffd8ffc3000b10000500060101110000"),
+    JPEGLSLossless: bytes.fromhex("ffd8fff7000b100005000601011100ffda0008010100000000"),
+    JPEG2000Lossless: bytes.fromhex("ff4fff510029"),
+}
+"""Headers of frames, after which anything comes."""
+
+
+def _dicom_frame(draw: Draw, data: bytes) -> bytes:
+    """Compressed pixels that are others."""
+    header = pydicom.dcmread(io.BytesIO(data), force=True)
+    syntax = draw.choice(_FRAMES)
+    if syntax == RLELossless and header.file_meta.get("TransferSyntaxUID") == RLELossless:
+        frame = next(generate_frames(header.PixelData, number_of_frames=1))
+        # Its header of 64 bytes, rather than what comes after.
+        frame = mutate_bytes(draw, frame[:64]) + frame[64:] if draw.chance(0.5) else mutate_bytes(draw, frame)
+    else:
+        frame = _STARTS[syntax] + mutate_bytes(draw, bytes(range(200))) + b"\xff\xd9"
+    draw.note(f"a frame of {syntax.name}")
+    whole = pydicom.Dataset({element.tag: element for element in header})
+    whole.file_meta = FileMetaDataset()
+    whole.file_meta.TransferSyntaxUID = syntax
+    whole.PixelData = encapsulate([frame])
+    whole["PixelData"].VR = "OB"
+    return _encoded(whole)
+
+
+def _dicom_cut(draw: Draw, files: list[bytes]) -> list[bytes]:
+    """Slices that have too few or too many bytes of pixels, and are as they were otherwise."""
+    native, packed = draw.choice([*range(0, 60, 2), *range(120, 180, 2)]), draw.randrange(2, 90)
+    cut = []
+    for data in files:
+        header = pydicom.dcmread(io.BytesIO(data), force=True)
+        if header.file_meta.get("TransferSyntaxUID") == RLELossless:
+            frame = next(generate_frames(header.PixelData, number_of_frames=1))
+            header.PixelData = encapsulate([frame[:packed]])  # of 112
+        else:
+            header.PixelData = (3 * header.PixelData)[:native]
+        cut.append(_encoded(header))
+    draw.note(CUT)
+    return cut

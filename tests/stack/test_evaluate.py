@@ -171,6 +171,23 @@ def test_a_format_does_not_move_a_label_map(tmp_path):
         label_maps.check_same_grid(other, nifti)
 
 
+@pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000.0), ("mm", 1.0), ("micron", 0.001)])
+def test_scores_are_in_mm_and_ml_whatever_the_unit_of_a_file(tmp_path, unit, millimetres):
+    """Of one in its own unit and one in mm."""
+    values = cube((5, 5, 5), (13, 13, 13))
+    labels = []
+    for name, of_a_unit in ((unit, millimetres), ("mm", 1.0)):
+        picture = nibabel.Nifti1Image(values, np.diag([*(np.array(SPACING) / of_a_unit), 1]))
+        picture.header.set_xyzt_units(name)
+        nibabel.save(picture, tmp_path / f"{name}.nii")
+        labels.append(label_maps.read(tmp_path / f"{name}.nii"))
+    label_maps.check_same_grid(*labels)
+    for label in labels:
+        found = scores(np.roll(values, 2, axis=2), label.values, {"organ": [1]}, label.spacing, tolerance=1.0)["organ"]
+        assert found.label_ml == pytest.approx(8**3 * 6 / 1000)
+        assert found.hd95 == pytest.approx(6.0)
+
+
 def test_label_maps_on_other_grids_are_refused(tmp_path):
     values, affine = np.zeros((4, 5, 6), np.uint8), np.diag([*SPACING, 1.0])
     label = label_maps.LabelMap(values, affine)

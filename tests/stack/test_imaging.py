@@ -77,6 +77,45 @@ def test_both_forms_of_a_nifti_geometry_are_kept(tmp_path):
     assert np.unique(written.get_fdata()).tolist() == [1]
 
 
+@pytest.mark.parametrize(
+    ("unit", "millimetres"), [("unknown", 1), ("mm", 1), ("meter", 1000), ("micron", 0.001)], ids=lambda part: str(part)
+)
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_places_are_in_mm_and_files_in_their_own_unit(tmp_path, kind, unit, millimetres):
+    """A label map lies on its image for whoever heeds units, and for whoever does not."""
+    values = image((7, 5, 4))
+    picture = kind(values, affine("LPS"))
+    picture.header.set_xyzt_units(unit, "sec")
+    nibabel.save(picture, tmp_path / "x.nii.gz")
+    volume = only(tmp_path / "x.nii.gz")
+    place = np.diag([millimetres] * 3 + [1]) @ affine("LPS")
+    np.testing.assert_allclose(volume.affine, place, rtol=1e-6)
+    np.testing.assert_allclose(volume.spacing, np.linalg.norm(place[:3, :3], axis=0), rtol=1e-6)
+    imaging.write((values > 0).astype(np.uint8), volume, tmp_path / "y.nii.gz")
+    source, written = (nibabel.load(tmp_path / name).header for name in ("x.nii.gz", "y.nii.gz"))
+    assert written.get_xyzt_units() == (unit, "sec")
+    for of in (lambda header: header.get_sform(), lambda header: header.get_qform(), lambda header: header["pixdim"]):
+        np.testing.assert_array_equal(of(written), of(source))
+    np.testing.assert_array_equal(label_maps.read(tmp_path / "y.nii.gz").affine, volume.affine)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "says"),
+    [
+        ("xyzt_units", 5, "its header has unit 5 of space; accepted are 1 (metre), 2 (mm), 3 (micron) and 0 (unknown)"),
+        ("pixdim", 0, "its header has voxels of 1 × 0 × 1, and no affine; accepted are extents above 0"),
+    ],
+)
+def test_extents_that_nibabel_replaces_are_refused(tmp_path, name, number, says):
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((4, 4, 4))
+    header["vox_offset"], header["magic"], header["pixdim"] = 352, b"n+1", 1
+    header[name][... if name == "xyzt_units" else 2] = number
+    (tmp_path / "x.nii").write_bytes(header.binaryblock + bytes(4 + 4 * 64))
+    with pytest.raises(imaging.BadCase, match=re.escape(f"x.nii: {says}")):
+        only(tmp_path / "x.nii")
+
+
 def test_channels_come_first(tmp_path):
     nifti(tmp_path / "x.nii.gz", np.stack([image((6, 5, 4), seed) for seed in range(3)], axis=-1))
     assert only(tmp_path / "x.nii.gz").values.shape == (3, 6, 5, 4)
@@ -324,6 +363,10 @@ def test_a_series_is_read_in_space_and_in_hu(tmp_path):
         itk.TransformIndexToPhysicalPoint((2, 1, 3)), (np.diag([-1, -1, 1, 1]) @ volume.affine @ (2, 1, 3, 1))[:3]
     )
     assert imaging.output_suffix(source) == ".nii.gz"
+    imaging.write(np.ones((6, 5, 4), np.uint8), volume, tmp_path / "label.nii.gz")
+    written = nibabel.load(tmp_path / "label.nii.gz")
+    np.testing.assert_allclose(written.affine, expected)
+    assert written.header.get_xyzt_units()[0] == "mm"
 
 
 def test_echoes_orientations_and_series_are_told_apart(tmp_path):

@@ -19,7 +19,7 @@ from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from rich.console import Console
 
-from swin_unetr import checkpoints, cli, imaging, predict
+from swin_unetr import checkpoints, cli, imaging, predict, preprocessing
 from swin_unetr.architecture import Architecture
 from swin_unetr.labels import Labels
 from swin_unetr.prediction import ensemble as ensembles
@@ -76,14 +76,15 @@ def test_a_grid_may_have_as_many_voxels_as_the_image(tmp_path):
     assert (ours == by_monai(ensemble, found, 0.0)).mean() > 0.9999
 
 
-def test_a_tilted_gantry_is_interpolated_in_space(tmp_path):
+def test_a_tilted_gantry_is_interpolated_in_space(tmp_path, monkeypatch):
     ensemble = ensembles.load([checkpoint(tmp_path / "x.pt")], CPU)
     place, said = affine(), []
     place[1, 2] = 1.1  # slices are not at right angles to the table
     found = imaging.Volume(volume().values, place)
     ours = predict.segment(found, ensemble, Windows(), CPU, say=said.append).labels
     assert "tilted gantry" in said[0]
-    # The image takes 0.0007 GiB on the network's grid, and there are three classes.
+    # The image takes 0.0007 GiB on the network's grid, and there are three classes. For these alone:
+    monkeypatch.setattr(preprocessing, "resampling", lambda channels: 4 * channels)
     with pytest.raises(ValueError, match=r"for the classes of the whole volume at once; accepted are .* \(largest\)"):
         predict.segment(found, ensemble, Windows(), CPU, largest=0.001)
     assert (ours == by_monai(ensemble, found, 0.5)).mean() > 0.9999
@@ -278,12 +279,47 @@ def test_largest_bounds_the_networks_grid_too(inputs):
     item = {"image": MetaTensor(torch.zeros(1, 12, 12, 12), affine=torch.diag(torch.tensor([32.0, 32.0, 32.0, 1.0])))}
     for step in Preprocessing((2.0, 2.0, 3.0)).geometry(("image",)):
         item = step(item)
-    size = item["image"].numel() * 4 / 2**30
+    size = item["image"].numel() * (32 + 24) / 2**30  # homogeneous coordinates and coordinates, in float64
     grid = " × ".join(map(str, item["image"].shape[1:]))
-    assert f"takes {size:.3g} GiB on the network's grid of {grid} voxels; accepted are 0.001 (largest)" in (
-        terminal.getvalue()
-    )
+    said = f"takes {size:.3g} GiB on the network's grid of {grid} voxels, coordinates for its resampling included"
+    assert f"{said}; accepted are 0.001 (largest)" in terminal.getvalue()
     assert "By its header its voxels are of 32 × 32 × 32 mm: is that right?" in terminal.getvalue()
+
+
+def test_voxels_beyond_any_scanner_are_refused(inputs):
+    """Where resampling takes the memory, rather than the image."""
+    place = np.diag([32000.0, 32.0, 32.0, 1.0])
+    nifti(inputs / "in" / "unit.nii.gz", image((12, 12, 12)), place)
+    terminal = io.StringIO()
+    assert predict.run(options(inputs), Console(file=terminal, width=300)) == 1
+    said = (
+        "unit: the image's voxels are of 3.2e+04 × 32 × 32 mm by its header; accepted are extents from 0.0001 to 1000"
+    )
+    assert said in terminal.getvalue()
+    assert (inputs / "out" / "good.nii.gz").exists()
+
+
+def test_an_image_of_the_networks_spacing_takes_no_coordinates():
+    ready = MetaTensor(torch.zeros(1, 30, 40, 50), affine=torch.diag(torch.tensor([-2.0, 2.0, 3.0, 1.0])))
+    Preprocessing((2.0, 2.0, 3.0)).check_grid(ready, 30 * 40 * 50 * 4 / 2**30)
+    with pytest.raises(ValueError, match="coordinates for its resampling included"):
+        Preprocessing((2.0, 2.0, 2.9)).check_grid(ready, 30 * 40 * 50 * 4 * 10 / 2**30)
+
+
+def test_what_is_behind_an_error_of_preprocessing_is_told(inputs, monkeypatch):
+    """MONAI says which transform it was, and no more."""
+
+    def scale(self):
+        def step(item):
+            raise RuntimeError("no memory for 5 bytes")
+
+        return [step]
+
+    monkeypatch.setattr(Preprocessing, "scale", scale)
+    terminal = io.StringIO()
+    assert predict.run(options(inputs), Console(file=terminal, width=300)) == 1
+    assert "no memory for 5 bytes" in terminal.getvalue()
+    assert "applying transform" not in terminal.getvalue()
 
 
 def test_intensities_that_overflow_the_preprocessing_are_refused(tmp_path):
