@@ -442,7 +442,7 @@ class SwinTransformer(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}; accepted is a batch of at least 1"
             )
-        if not computes_in_float32(x):
+        if not computes_in_float32(self, x):
             return self._features(x, normalize)
         with torch.autocast("cpu", enabled=False):
             features = self._features(x.float(), normalize)
