@@ -199,6 +199,16 @@ class TestModel:
         expected, own = (torch.func.jvp(model, (x,), (tangent,)) for model in pair)
         torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    def test_traced_by_jit(self, pair, x):
+        """With gradients, as by default; the trace of one image computes another."""
+        traced = torch.jit.trace(pair[1], x, check_trace=False)
+        other = (2 * x + 1).requires_grad_()
+        results = [model(other) for model in (traced, pair[0])]
+        gradients = [torch.autograd.grad(out.square().mean(), other)[0] for out in results]
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
+
     @pytest.mark.parametrize("dynamo", [False, True])
     def test_onnx_export_says_what_to_do(self, pair, x, tmp_path, dynamo):
         with pytest.raises(Exception, match=r"call swin_kernels\.restore\(model\) before torch\.onnx\.export"):
