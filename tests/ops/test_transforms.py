@@ -153,6 +153,22 @@ def test_an_operator_of_the_library_loses_no_tangent_in_silence():
     x = randn(1, 4, 4, 3)
     with pytest.raises(RuntimeError, match=r"torch\.ops\.swin_kernels\.window_partition: has no forward-mode"):
         torch.func.jvp(lambda x: torch.ops.swin_kernels.window_partition(x, [2, 2], [0, 0], ""), (x,), (x,))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"torch\.ops\.swin_kernels\.window_partition: has no forward-mode"),
+    ):
+        torch.ops.swin_kernels.window_partition(forward_ad.make_dual(x, x), [2, 2], [0, 0], "")
+
+
+def test_a_graph_recorded_before_forward_mode_runs_its_backward_meanwhile(operator):
+    """The level of forward-mode AD is the process's, so that it may be on in another thread."""
+    function, x = operator
+    x.requires_grad_()
+    loss = function(x).square().mean()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    with forward_ad.dual_level():
+        (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 class TestModel:
