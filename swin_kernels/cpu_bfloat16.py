@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn as nn
 
 from .backends.reference.convolution import LEAST_EXTENT
 from .ops._library import autocast_is_on
@@ -24,14 +25,18 @@ def has_bfloat16() -> bool:
     return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def computes_in_float32(x: torch.Tensor) -> bool:
-    """Whether a block of a network should compute in float32 for `x` ``(B, C, *S)``, whatever autocast says."""
+def computes_in_float32(block: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `block` should compute in float32 for `x` ``(B, C, *S)``, whatever autocast says.
+
+    Not where a parameter has another dtype: autocast lets layers take both.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and autocast_is_on(x.device)
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and (not has_bfloat16() or min(x.shape[2:]) < LEAST_EXTENT)
+        and all(parameter.dtype == torch.float32 for parameter in block.parameters())
     )
 
 
@@ -39,8 +44,8 @@ def in_float32(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     """A block's `forward` of tensors (or None) that follows `computes_in_float32`, judging by the first."""
 
     @functools.wraps(forward)
-    def run(self, *tensors: torch.Tensor | None) -> torch.Tensor:
-        if not computes_in_float32(tensors[0]):
+    def run(self: nn.Module, *tensors: torch.Tensor | None) -> torch.Tensor:
+        if not computes_in_float32(self, tensors[0]):
             return forward(self, *tensors)
         with torch.autocast("cpu", enabled=False):
             out = forward(self, *(t if t is None else t.float() for t in tensors))

@@ -25,11 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .cpu_bfloat16 import computes_in_float32
 from .geometry import WindowGrid, bias_index, bias_table_length
-from .ops._library import is_transformed
 from .ops.layer_norm import autocast_layer_norm
 from .ops.projected_window_attention import projected_window_attention
 from .ops.window_attention import window_attention
-from .plain import is_plain, is_untouched
+from .plain import is_plain
 
 __all__ = [
     "MERGING_MODES",
@@ -196,21 +195,6 @@ class Mlp(nn.Module):
         return self.drop2(self.linear2(self.drop1(self.fn(self.linear1(x)))))
 
 
-def _recomputing_hidden(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``mlp(x)``, whose two hidden tensors, the largest of a block, are computed again in the backward, not kept.
-
-    That costs one linear layer and one GELU more and leaves a block with ``8 · dim`` fewer values a token to keep.
-    `torch.compile` decides about recomputation itself, and an exported graph is for inference. On GPUs recomputation is
-    what ``use_checkpoint`` asks for: a step that starts hundreds of kernels should not start more unasked.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_cuda or is_transformed():
-        return mlp(x)
-    if not all(is_untouched(part) for part in mlp.modules()):  # hooks are called once
-        return mlp(x)
-    draws = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in mlp.modules())
-    return checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=draws)
-
-
 class SwinTransformerBlock(nn.Module):
     """Norm, window attention and residual; norm, MLP and residual."""
 
@@ -266,7 +250,7 @@ class SwinTransformerBlock(nn.Module):
         """The MLP branch, without residual."""
         mlp = self.mlp
         first = mlp.linear1 if is_plain(mlp, self.mlp_class) else None  # any other may use its input elsewhere too
-        return self.drop_path(_recomputing_hidden(mlp, _norm_before(first, self.norm2, x)))
+        return self.drop_path(mlp(_norm_before(first, self.norm2, x)))
 
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and not used."""
@@ -458,7 +442,7 @@ class SwinTransformer(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}; accepted is a batch of at least 1"
             )
-        if not computes_in_float32(x):
+        if not computes_in_float32(self, x):
             return self._features(x, normalize)
         with torch.autocast("cpu", enabled=False):
             features = self._features(x.float(), normalize)

@@ -101,6 +101,45 @@ def test_thin_volumes(monai, shape, threads):
     torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+class LoRA(nn.Module):
+    """An adapter with weights in bfloat16 beside a layer's in float32."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        torch.manual_seed(layer.in_features)
+        self.down = nn.Linear(layer.in_features, 2, bias=False, dtype=torch.bfloat16)
+        self.up = nn.Linear(2, layer.out_features, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def adapted(model: nn.Module) -> None:
+    for stage in (model.swinViT.layers1, model.swinViT.layers4):
+        attention = stage[0].blocks[0].attn
+        attention.qkv = LoRA(attention.qkv)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.Module.bfloat16, lambda model: model.swinViT.bfloat16(), adapted, lambda model: model.decoder5.bfloat16()],
+    ids=["model", "encoder", "adapters", "decoder block"],
+)
+@pytest.mark.parametrize("has", [True, False], ids=["instructions", "no instructions"])
+def test_weights_in_bfloat16_are_computed_with_as_monai_does(monai, image, monkeypatch, has, change):
+    """Autocast takes weights of either dtype; float32 alone is no choice where a weight is not in it."""
+    monkeypatch.setattr(cpu_bfloat16, "has_bfloat16", lambda: has)
+    results = []
+    for model in (copy.deepcopy(monai), accelerate(copy.deepcopy(monai), strict=True)):
+        change(model)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            results.append(model(image))
+    theirs, own = results
+    assert own.dtype == theirs.dtype
+    assert relative(own, theirs) < 2e-2
+
+
 @pytest.mark.skipif(not cpu_bfloat16.has_bfloat16(), reason="this processor has no instructions for bfloat16")
 def test_with_instructions_layers_compute_in_bfloat16(monai, image):
     model = accelerate(copy.deepcopy(monai), strict=True)

@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable, Sequence
 
 import torch
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from ..backends import forced_name, forced_or_environment, log
@@ -100,12 +101,13 @@ def runs_definition(operator: str, backend: str | None) -> bool:
 def implement(operator: str, function: Callable) -> None:
     """Register `function` as `operator` of the namespace, on every device.
 
-    Under forward-mode AD the operator raises in place of losing the tangent; the public functions do not call it then.
+    Of tensors that carry a tangent of forward-mode AD the operator raises in place of losing it; the public functions
+    do not call it then. A graph that was recorded before may run its backward meanwhile, in this thread or another.
     """
 
     @functools.wraps(function)
     def run(*args):
-        if forward_ad._current_level >= 0:
+        if _carry_tangent(args):
             raise RuntimeError(
                 f"torch.ops.{NAMESPACE}.{operator}: has no forward-mode derivative; the function of "
                 "swin_kernels that wraps it has"
@@ -113,6 +115,34 @@ def implement(operator: str, function: Callable) -> None:
         return function(*args)
 
     library.impl(operator, run, "CompositeExplicitAutograd")
+
+
+def _carry_tangent(arguments: Sequence[object]) -> bool:
+    """Whether a derivative in forward mode is wanted of an operator's result; `torch.func.jvp` hides the tangents."""
+    if forward_ad._current_level < 0:
+        return False
+    if eager_transforms.JVP_NESTING > 0:
+        return True
+    return any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments)
+
+
+def guard_write(namespace: torch.library.Library, operator: str) -> None:
+    """Tell autograd that `operator` writes to its first argument, a tensor.
+
+    Where a gradient would be recorded for an argument the operator raises; elsewhere the tensor's version counts the
+    write, so that a graph that saved it before refuses its backward. Without this PyTorch does neither.
+    """
+    name = f"{namespace.ns}.{operator}"
+
+    def run(x, *rest):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in (x, *rest)):
+            raise RuntimeError(f"torch.ops.{name}: writes to x, and a gradient is recorded; use torch.no_grad()")
+        with torch._C._AutoDispatchBelowAutograd():
+            getattr(getattr(torch.ops, namespace.ns), operator)(x, *rest)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+    namespace.impl(operator, run, "Autograd")
 
 
 def owned(view: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ._library import (
     check_saved,
     check_tensor,
     define,
+    guard_write,
     implement,
     library,
     owned,
@@ -164,10 +165,11 @@ def _forward_inplace(x, residual, normalize_residual, eps, negative_slope, backe
     _check(x, residual, normalize_residual, eps, negative_slope)
     _check_writable(x)
     engine, rows = _engine(x, backend), x.movedim(1, -1)  # (B, *S, C)
-    if rows.is_contiguous():
-        engine.forward_inplace(rows, _rows(residual), normalize_residual, eps, negative_slope)
+    residual = None if residual is None else _rows(residual.resolve_neg())
+    if rows.is_contiguous() and not rows.is_neg():
+        engine.forward_inplace(rows, residual, normalize_residual, eps, negative_slope)
         return
-    out, _ = engine.forward(rows.contiguous(), _rows(residual), normalize_residual, eps, negative_slope)
+    out, _ = engine.forward(rows.resolve_neg().contiguous(), residual, normalize_residual, eps, negative_slope)
     rows.copy_(out)
 
 
@@ -206,6 +208,9 @@ def _backward(grad_out, out, x, residual, statistics, has_residual, normalize_re
 implement("instance_norm_act", _forward)
 implement("instance_norm_act_", _forward_inplace)
 implement("instance_norm_act_backward", _backward)
+guard_write(library, "instance_norm_act_")
+# Views that are negated lazily: PyTorch resolves them for operators that return something.
+library.impl("instance_norm_act_", torch.library.fallthrough_kernel, "Negative")
 
 
 @torch.library.register_fake(f"{NAMESPACE}::instance_norm_act", lib=library)

@@ -220,6 +220,52 @@ def test_inplace_refuses_to_lose_a_gradient(backend):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("recorded", ["x", "residual"])
+@pytest.mark.parametrize(
+    ("name", "backend"), [("swin_kernels.instance_norm_act_", [""]), ("swin_kernels_cpu.instance_norm_act_inplace", [])]
+)
+def test_raw_inplace_refuses_to_lose_a_gradient(cpu_backend, name, backend, recorded):
+    namespace, operator = name.split(".")
+    inplace = getattr(getattr(torch.ops, namespace), operator)
+    x, residual = (torch.randn(1, 3, 3, 2, requires_grad=recorded == which) for which in ("x", "residual"))
+    x = 1 * x
+    before = x.detach().clone()
+    with pytest.raises(RuntimeError, match=rf"torch\.ops\.{name}: writes to x, and a gradient is recorded"):
+        inplace(x, residual, False, 1e-5, 0.01, *backend)
+    assert torch.equal(x, before)
+    with torch.no_grad():
+        inplace(x, residual, False, 1e-5, 0.01, *backend)
+    assert not torch.equal(x, before)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_autograd_sees_the_write(backend, layout):
+    """Else a product recorded before would take its gradient from what was written over."""
+    x = laid_out(torch.randn(1, 3, 4, 5), layout)
+    weight = torch.ones_like(x, requires_grad=True)
+    loss = (weight * x).sum()
+    with torch.no_grad():
+        instance_norm_act(x, inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("given", ["x", "residual"])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+def test_inplace_of_what_is_negated_lazily(backend, layout, given):
+    """The imaginary part of a conjugate is a view, of which PyTorch negates what it reads and writes."""
+    real = laid_out(torch.randn(1, 3, 4, 5), layout)
+    negated = torch.complex(torch.zeros_like(real), -real).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, real)
+    other = torch.randn(1, 3, 4, 5)
+    x, residual = (negated, other) if given == "x" else (other, negated)
+    expected = instance_norm_act(x.clone().resolve_neg(), residual.clone().resolve_neg(), backend=backend)
+    out = instance_norm_act(x, residual, inplace=True, backend=backend)
+    assert out is x
+    torch.testing.assert_close(x.resolve_neg(), expected)
+
+
 @pytest.mark.parametrize("residual", ["none", "plain", "normalized"])
 @pytest.mark.parametrize("slope", [0.01, 0.0, 1.0])
 def test_gradcheck(backend, residual, slope):

@@ -153,6 +153,22 @@ def test_an_operator_of_the_library_loses_no_tangent_in_silence():
     x = randn(1, 4, 4, 3)
     with pytest.raises(RuntimeError, match=r"torch\.ops\.swin_kernels\.window_partition: has no forward-mode"):
         torch.func.jvp(lambda x: torch.ops.swin_kernels.window_partition(x, [2, 2], [0, 0], ""), (x,), (x,))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"torch\.ops\.swin_kernels\.window_partition: has no forward-mode"),
+    ):
+        torch.ops.swin_kernels.window_partition(forward_ad.make_dual(x, x), [2, 2], [0, 0], "")
+
+
+def test_a_graph_recorded_before_forward_mode_runs_its_backward_meanwhile(operator):
+    """The level of forward-mode AD is the process's, so that it may be on in another thread."""
+    function, x = operator
+    x.requires_grad_()
+    loss = function(x).square().mean()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    with forward_ad.dual_level():
+        (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
 
 
 class TestModel:
@@ -198,6 +214,16 @@ class TestModel:
         tangent = randn(*x.shape, seed=9).float()
         expected, own = (torch.func.jvp(model, (x,), (tangent,)) for model in pair)
         torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    def test_traced_by_jit(self, pair, x):
+        """With gradients, as by default; the trace of one image computes another."""
+        traced = torch.jit.trace(pair[1], x, check_trace=False)
+        other = (2 * x + 1).requires_grad_()
+        results = [model(other) for model in (traced, pair[0])]
+        gradients = [torch.autograd.grad(out.square().mean(), other)[0] for out in results]
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[1].abs().max().item())
 
     @pytest.mark.parametrize("dynamo", [False, True])
     def test_onnx_export_says_what_to_do(self, pair, x, tmp_path, dynamo):

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ...ops._library import guard_write
+
 LIBRARY = Path(__file__).resolve().parents[2] / "lib" / "libswin_kernels_cpu.so"
+
+_operators = torch.library.Library("swin_kernels_cpu", "IMPL")  # defined by the C++ library, once it is loaded
+guard_write(_operators, "instance_norm_act_inplace")
+for _name in ("isa", "projects"):  # `torch.jit.trace` refuses to record what returns no tensor
+    _operators.impl(_name, torch.library.fallthrough_kernel, "Tracer")
 
 
 @functools.cache
