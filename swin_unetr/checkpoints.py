@@ -58,7 +58,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         with files.replacing(path) as file:
             torch.save(whole, file)
-    # RuntimeError: what torch's zip writer makes of a failed write.
+    # RuntimeError: of torch's zip writer; of a failed write `replacing` says why.
     except (OSError, RuntimeError) as error:
         raise NotSaved(
             f"{path}: cannot be written: {_first_line(error)}; what was there before is untouched"

@@ -71,7 +71,7 @@ def parse(kind: type, command: str, argv: Sequence[str]):
     """`kind`, a dataclass of options, as `argv` and the YAML files named there say; the last word counts.
 
     Raises:
-        ValueError: an option is unknown, or its value not accepted.
+        ValueError: an option is unknown, its value not accepted, or one of several values is in `argv` twice.
     """
     parser = command_line.Parser(
         kind, prog=f"swin-unetr {command}", description=_summary(kind), print_config="--print_config"

@@ -17,6 +17,11 @@ from jsonargparse.typing import register_type
 
 EXAMPLES = {int: ("64", "96", "128", "160"), float: ("1.5", "2.0", "2.5", "3.0")}
 
+SEVERAL = (
+    "Several values of an option stand after it, as in --roi 96 96 64, or as a list, as in --roi [96,96,64]. Such an "
+    "option is given once on a command line; there it replaces what files say."
+)
+
 
 def _path(text: object) -> Path:
     """`pathlib` makes the current folder of an empty text, which is no name that anybody meant."""
@@ -36,7 +41,7 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, kind: type, **more: Any) -> None:
-        super().__init__(**more)
+        super().__init__(epilog=SEVERAL, **more)
         self.kind = kind
         self.types = dict(leaves(kind))
 
@@ -67,8 +72,14 @@ class Parser(ArgumentParser):
         return f"{name} is {came[-1] or repr('')}; accepted {form(self.types[name])}"
 
     def typed(self, argv: Sequence[str]) -> list[str]:
-        """`argv` with each option and its words as one, as the parser reads them: ``--roi 64 64 64`` as a list."""
+        """`argv` with each option and its words as one, as the parser reads them: ``--roi 64 64 64`` as a list.
+
+        Raises:
+            ValueError: there is no such option, it has no value, or one of several values is there twice: to some the
+                last would count, to others all.
+        """
         typed: list[str] = []
+        several: set[str] = set()
         words = deque(argv)
         while words:
             word = words.popleft()
@@ -79,6 +90,10 @@ class Parser(ArgumentParser):
                     self.refuse(name)
                 typed.append(word)
                 continue
+            if _origin(self.types[name]) is not None:
+                if name in several and not option.endswith("+"):
+                    raise ValueError(f"{name} is given twice; accepted is --{name} once, with all its values after it")
+                several.add(name)
             given = [value] if equals else []
             while words and not words[0].startswith("--") and words[0] != "-h":
                 given.append(words.popleft())

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import lock
 from .evaluation import label_maps, report, statistics
 from .evaluation.scores import METRICS, Score, by_case, scores
 from .foreign import BadFile, reading
@@ -69,13 +70,18 @@ def run(options: Options, console: Console | None = None) -> int:
     """Evaluate; returns the exit status: 0, or 1 if a case has no prediction or could not be scored.
 
     Raises:
-        ValueError: no case can be scored, or `options.compare` is no evaluation of the same labels.
-        OSError: `options.out` cannot be written to.
+        ValueError: no case can be scored, `options.compare` is no evaluation of the same labels, or `options.out`
+            cannot be written to or is in use.
+        OSError: the disk is full, say; results of an earlier evaluation are as they were.
     """
     console = console or Console()
     how = statistics.Bootstrap(options.resamples, options.confidence, options.seed)
     other = _read_other(options.compare) if options.compare else None
-    options.out.mkdir(parents=True, exist_ok=True)
+    with lock.owned(options.out, "evaluation"):
+        return _run(options, other, how, console)
+
+
+def _run(options: Options, other: Mapping | None, how: statistics.Bootstrap, console: Console) -> int:
     found = _score_cases(options, console)
     results = {"format": FORMAT, "options": asdict(options), **found}
     results["summary"] = {metric: statistics.summary(by_case(found["scores"], metric), how) for metric in METRICS}
@@ -111,9 +117,20 @@ def _score_cases(options: Options, console: Console) -> dict[str, object]:
             scored[name] = scores(prediction.values, label.values, classes, label.spacing, options.tolerance)
     if not scored:
         raise ValueError("no case could be scored: " + "; ".join(f"{name}: {why}" for name, why in failed.items()))
+    absent = [
+        name
+        for name in classes
+        if not any(score[name].label_ml or score[name].prediction_ml for score in scored.values())
+    ]
+    if options.classes and len(absent) == len(classes):
+        raise ValueError(
+            f"classes is {classes}, and no label and no prediction has any of these values; accepted are values that "
+            "some have"
+        )
     used = set(pairs.values())
     return {
         "classes": {name: list(values) for name, values in classes.items()},
+        "absent": absent,
         "scores": scored,
         "files": {name: {"prediction": str(pairs[name]), "label": str(labels[name])} for name in scored},
         "failed": failed,

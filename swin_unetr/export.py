@@ -21,6 +21,8 @@ from .exporting import graphs, record
 from .exporting.bundle import Bundle, BundleOptions
 from .exporting.formats import TOLERANCE, CheckFailed, Format, Inputs, check
 from .exporting.weights import Safetensors
+from .files import naming
+from .names import say
 from .trained import Trained
 
 TEMPORARY = ".export-"
@@ -70,17 +72,36 @@ def run(options: Options, console: Console | None = None) -> int:
     """Export; returns the exit status: 0, or 1 if a format could not be written or does not agree with the network.
 
     Raises:
-        ValueError: the checkpoint or options do not fit, a package is missing, or files are in the way.
-        OSError: the checkpoint cannot be read, or `options.out` cannot be written to.
+        ValueError: the checkpoint or options do not fit, a package is missing, files are in the way, or `options.out`
+            cannot be written to or is in use.
+        OSError: the checkpoint cannot be read.
     """
     console = console or Console()
+    lock.check(options.out)
     trained = Trained.read(options.checkpoint)
     inputs = Inputs(trained.architecture.in_channels, _shape(options, trained), options.batch)
     formats = _formats(options, trained, inputs)
     _check_packages(formats)
-    _check_in_the_way(formats, options)
-    exported = record.read(options.out)
-    options.out.mkdir(parents=True, exist_ok=True)
+    with lock.owned(options.out, "export"):
+        _check_in_the_way(formats, options)
+        exported = record.read(options.out)
+        for left in options.out.glob(f"{TEMPORARY}*"):  # by an export that was killed
+            if not (left / "old").exists():  # what was there before, moved out of the way of the new
+                shutil.rmtree(left)
+        failed = _export_all(formats, trained, inputs, exported, options, console)
+    _show(formats, exported, failed, options.out, console)
+    return 1 if failed else 0
+
+
+def _export_all(
+    formats: Mapping[str, Format],
+    trained: Trained,
+    inputs: Inputs,
+    exported: dict[str, Any],
+    options: Options,
+    console: Console,
+) -> dict[str, str]:
+    """Write `formats`, and add them to the record `exported`; why others failed, by name."""
     source = {
         "checkpoint": {"name": options.checkpoint.name, "sha256": record.sha256(options.checkpoint)},
         "averaged weights": trained.averaged,
@@ -91,22 +112,17 @@ def run(options: Options, console: Console | None = None) -> int:
         network = trained.network()
         expected = [network(image) for image in images]
     failed: dict[str, str] = {}
-    with lock.owned(options.out, "export"):
-        for left in options.out.glob(f"{TEMPORARY}*"):  # by an export that was killed
-            if not (left / "old").exists():  # what was there before, moved out of the way of the new
-                shutil.rmtree(left)
-        for name, form in formats.items():
-            with console.status(f"exporting {name}"):
-                try:
-                    result = _export(form, trained, images, expected, options.out)
-                # Exporters and runtimes raise what they like; the other formats can go on.
-                except Exception as error:
-                    failed[name] = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
-                    continue
-            exported[name] = {**result, "network": source}
-            record.write(options.out, exported)
-    _show(formats, exported, failed, options.out, console)
-    return 1 if failed else 0
+    for name, form in formats.items():
+        with console.status(f"exporting {name}"):
+            try:
+                result = _export(form, trained, images, expected, options.out)
+                record.write(options.out, exported | {name: {**result, "network": source}})
+            # Exporters and runtimes raise what they like; the other formats can go on.
+            except Exception as error:
+                failed[name] = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
+                continue
+        exported[name] = {**result, "network": source}
+    return failed
 
 
 def _shape(options: Options, trained: Trained) -> tuple[int, ...]:
@@ -155,7 +171,8 @@ def _export(
     with tempfile.TemporaryDirectory(dir=out, prefix=TEMPORARY) as folder:
         new, old = Path(folder) / "new", Path(folder) / "old"
         new.mkdir()
-        form.write(trained, new)
+        with naming(out / form.output):
+            form.write(trained, new)
         error = check(form.load(new), images, expected)
         written = record.files(new)
         if os.path.lexists(out / form.output):
@@ -191,7 +208,8 @@ def _show(
     note = (
         f"Error: largest difference from the network's logits, relative to the largest; up to {TOLERANCE:.0e} passes."
     )
-    console.print(note, style="dim", markup=False)
+    say(console, note, "dim")
     for name, why in failed.items():
-        console.print(f"Not exported: {name}: {why}", style="red", markup=False)
-    console.print(f"\nIn {out}: {record.NAME}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"Not exported: {name}: {' '.join(why.split())}", "red")
+    console.print()
+    say(console, f"In {out}: {record.NAME}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,19 +22,72 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     `remove_leftovers`.
 
     Raises:
-        OSError: the disk is full, say. The file that was at `path` is as it was.
+        OSError: the disk is full, say; it names `path`. The file that was at `path` is as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = None
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with naming(path, (None, str(temporary))):
+            raw = _Raw(temporary, "xb")
+            with io.BufferedWriter(raw) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    except RuntimeError as error:
+        if raw is None or raw.failed is None:
+            raise
+        raise OSError(raw.failed.errno, raw.failed.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class _Raw(io.FileIO):
+    """A file that remembers why it could not be written: PyTorch's writer of zip files says something else then.
+
+    Attributes:
+        failed: the first error; None where there is none.
+    """
+
+    failed: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = self.failed or error
+            raise
+
+
+def replace(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: none takes its place before all of them are written.
+
+    Raises:
+        OSError: the disk is full, say; it names the file. All are as they were then.
+    """
+    with ExitStack() as until_written:
+        for path, content in contents.items():
+            file = until_written.enter_context(replacing(path))
+            file.write(content)
+            file.flush()
+
+
+@contextmanager
+def naming(path: Path, instead_of: Container[str | None] | None = None) -> Iterator[None]:
+    """An `OSError` of the system within this context names `path`: of a write it names no file at all.
+
+    Args:
+        instead_of: names in the place of which it does, None for no name; by default any.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = None if error.filename is None else os.fsdecode(error.filename)
+        if error.errno is None or not (instead_of is None or name in instead_of):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_leftovers(folder: Path) -> None:

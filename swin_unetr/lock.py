@@ -1,4 +1,5 @@
-"""One owner for a folder: two trainings in it would delete each other's checkpoints."""
+"""One owner for a folder of results: two trainings in it would delete each other's checkpoints, two predictions replace
+each other's tables."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 NAME = ".lock"
@@ -17,6 +18,37 @@ NAME = ".lock"
 
 class InUse(ValueError):
     """Another process has the folder."""
+
+
+class Unusable(ValueError):
+    """What is asked for as a folder of results can be none."""
+
+    def __init__(self, out: Path, why: str) -> None:
+        super().__init__(out, why)
+        self.out, self.why = out, why
+
+    def __str__(self) -> str:
+        return f"out: {self.out} cannot be written to: {self.why}; accepted is a folder, or a name for a new one"
+
+
+def check(out: Path) -> None:
+    """Refuse what is plain to see that it can be no folder of results, and make nothing.
+
+    Raises:
+        Unusable: `out`, or what is above it, is no folder, or nothing may be written there.
+    """
+    for there in (out, *out.absolute().parents):
+        try:
+            os.lstat(there)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise Unusable(out, error.strerror) from error
+        break
+    if not os.path.isdir(there):
+        raise Unusable(out, f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise Unusable(out, f"{there} is not open for writing")
 
 
 @contextmanager
@@ -31,19 +63,26 @@ def owned(out: Path, what: str = "training") -> Iterator[None]:
 
     Raises:
         InUse: another process owns it; the message says which, on which host, since when.
-        OSError: the folder cannot be written to.
+        Unusable: it is no folder, or cannot be written to.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    check(out)
     path = out / NAME
-    descriptor = _acquire(path, out, what)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+    with ExitStack() as until_left:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            descriptor = _acquire(path, out, what)
+            until_left.callback(_release, path, descriptor)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+        except OSError as error:
+            raise Unusable(out, error.strerror or str(error)) from error
         yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):  # with the whole folder, by its user
-            path.unlink()
-        os.close(descriptor)
+
+
+def _release(path: Path, descriptor: int) -> None:
+    with contextlib.suppress(FileNotFoundError):  # with the whole folder, by its user
+        path.unlink()
+    os.close(descriptor)
 
 
 def _acquire(path: Path, out: Path, what: str) -> int:

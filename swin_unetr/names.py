@@ -31,9 +31,9 @@ def shown(text: object) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
-def say(console: Console, text: str, style: str | None = None, **how: bool) -> None:
-    """Print `text` as it is: brackets in it are no markup."""
-    console.print(shown(text), style=style, markup=False, highlight=False, **how)
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print `text` as it is and as one line, however long: brackets in it are no markup, and no name is broken."""
+    console.print(shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def some(names: Sequence[object], most: int = 3) -> str:

@@ -7,7 +7,8 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import swin_kernels
 
-from . import distributed, imaging
-from .files import GIB
+from . import distributed, imaging, lock
+from .files import GIB, naming, replace
 from .foreign import origin
 from .imaging import dicom
 from .interruption import Interrupted, status
@@ -36,6 +37,8 @@ from .prediction.ensemble import Ensemble, Mirrored
 from .prediction.restore import Restored, axes_between
 from .prediction.windows import Windows, slabs
 
+WRITTEN = ("volumes.csv", "volumes.json", "report.html")
+"""What tells of all cases."""
 ENTROPY = "entropy"
 """Folder of the entropy maps, inside of that of the results."""
 
@@ -48,8 +51,8 @@ class Options:
     """Segment images.
 
     Writes into `out` a label map of each image in the image's own geometry (of DICOM a NIfTI file), volumes.csv,
-    volumes.json and report.html. A case that cannot be segmented is reported and the others go on. Under torchrun the
-    cases are shared among ranks.
+    volumes.json and report.html. A case that cannot be segmented is reported and the others go on; an earlier label map
+    of it stays. Under torchrun the cases are shared among ranks.
 
     Args:
         checkpoint: of `swin-unetr train`; the mean of several decides.
@@ -92,8 +95,9 @@ def run(options: Options, console: Console | None = None) -> int:
     """Predict; returns the exit status: 0, 1 if a case could not be segmented, that of `interruption` after a signal.
 
     Raises:
-        ValueError: a checkpoint or an input does not fit, or results are there already.
-        OSError: `options.out` cannot be written to.
+        ValueError: a checkpoint or an input does not fit, results are there already, or `options.out` cannot be written
+            to or is in use.
+        OSError: the disk is full, say; tables and report of an earlier prediction are as they were.
     """
     with distributed.job(options.device) as device:
         if not distributed.is_first():
@@ -102,13 +106,72 @@ def run(options: Options, console: Console | None = None) -> int:
 
 
 def _run(options: Options, device: torch.device, console: Console) -> int:
+    distributed.first(lambda: lock.check(options.out))
     left_out: list[tuple[Path, str]] = []
     sources = imaging.find(
-        options.input, options.largest, lambda path, why: left_out.append((path, why)), options.identify
+        _once(options.input, partial(say, console, style="yellow")),
+        options.largest,
+        lambda path, why: left_out.append((path, why)),
+        options.identify,
     )
     outputs = {source.name: options.out / f"{source.name}{imaging.output_suffix(source)}" for source in sources}
-    distributed.first(lambda: _prepare(options, sources, outputs.values()))
-    ensemble = ensembles.load(options.checkpoint, device)
+    with ExitStack() as until_written:
+        distributed.first(lambda: _prepare(options, sources, outputs.values(), until_written))
+        ensemble = ensembles.load(options.checkpoint, device)
+        done, failed, signals = _cases(sources, outputs, ensemble, options, device, console)
+        _show(done, failed, left_out, console)
+        written = distributed.first(lambda: _write(done, failed, left_out, ensemble, options, device))
+    if written:
+        say(console, f"in {options.out}: {', '.join(written)}")
+    else:
+        say(
+            console, f"no case was segmented; {', '.join(WRITTEN)} in {options.out} are of an earlier prediction", "red"
+        )
+    if signals:
+        return status(signals[0])
+    return 1 if failed else 0
+
+
+def _once(paths: Sequence[Path], tell: Callable[[str], None]) -> list[Path]:
+    """`paths` without those that lead where an earlier one does: an image is one case, however often it is named."""
+    by_place: dict[str, Path] = {}
+    for path in paths:
+        # Not `Path.resolve`, which raises where links lead around in a circle.
+        first = by_place.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            tell(f"input: {path} {'is there twice' if path == first else f'is the same as {first}'}; it is taken once")
+    return list(by_place.values())
+
+
+def _prepare(
+    options: Options, sources: Sequence[imaging.Source], outputs: Collection[Path], until_written: ExitStack
+) -> None:
+    """Own the folder of the results by a context of `until_written`; they take the place of no image and, unasked, of
+    no earlier result."""
+    until_written.enter_context(lock.owned(options.out, "prediction"))
+    files = [*outputs, *(options.out / name for name in WRITTEN)]
+    if options.entropy:
+        files += [options.out / ENTROPY / path.name for path in outputs]
+    images = {os.path.realpath(source.path) for source in sources}
+    for path in files:
+        if os.path.realpath(path) in images:
+            raise ValueError(f"out: {path} is an image to segment; accepted is another folder")
+    present = [path for path in files if path.exists()]
+    if present and not options.overwrite:
+        raise ValueError(f"out: {present[0]} is there already; accepted is another folder, or overwrite: true")
+    if options.entropy:
+        (options.out / ENTROPY).mkdir(exist_ok=True)
+
+
+def _cases(
+    sources: Sequence[imaging.Source],
+    outputs: Mapping[str, Path],
+    ensemble: Ensemble,
+    options: Options,
+    device: torch.device,
+    console: Console,
+) -> tuple[list[report.Case], dict[str, str], list[int]]:
+    """Segment `sources`; what is done and why the others failed, by all ranks, and the signals that came meanwhile."""
     done: list[report.Case] = []
     failed: dict[str, str] = {}
     signals: list[int] = []
@@ -131,28 +194,10 @@ def _run(options: Options, device: torch.device, console: Console) -> int:
     everywhere = distributed.gather((done, failed, signals))
     done = sorted((case for of_rank, _, _ in everywhere for case in of_rank), key=lambda case: case.name)
     failed = {name: why for _, of_rank, _ in everywhere for name, why in sorted(of_rank.items())}
-    signals = [number for *_, of_rank in everywhere for number in of_rank]
-    distributed.first(lambda: _write(done, failed, left_out, ensemble, options, device))
-    _show(done, failed, left_out, options, console)
-    if signals:
-        return status(signals[0])
-    return 1 if failed else 0
-
-
-def _prepare(options: Options, sources: Sequence[imaging.Source], outputs: Collection[Path]) -> None:
-    """Make the folders of the results, which take the place of no image and, unasked, of no earlier result."""
-    files = [*outputs, *(options.out / name for name in ("volumes.csv", "volumes.json", "report.html"))]
-    if options.entropy:
-        files += [options.out / ENTROPY / path.name for path in outputs]
-    # Not `Path.resolve`, which raises where links lead around in a circle.
-    images = {os.path.realpath(source.path) for source in sources}
-    for path in files:
-        if os.path.realpath(path) in images:
-            raise ValueError(f"out: {path} is an image to segment; accepted is another folder")
-    present = [path for path in files if path.exists()]
-    if present and not options.overwrite:
-        raise ValueError(f"out: {present[0]} is there already; accepted is another folder, or overwrite: true")
-    (options.out / ENTROPY if options.entropy else options.out).mkdir(parents=True, exist_ok=True)
+    for name in failed:
+        if outputs[name].exists():  # `_case` writes it last
+            failed[name] += f"; {outputs[name].name} there is of an earlier prediction"
+    return done, failed, [number for *_, of_rank in everywhere for number in of_rank]
 
 
 def _case(source, output: Path, ensemble: Ensemble, options: Options, device: torch.device) -> report.Case:
@@ -162,13 +207,15 @@ def _case(source, output: Path, ensemble: Ensemble, options: Options, device: to
     found = segment(
         volume, ensemble, options.windows, device, options.mirror, options.entropy, notes.append, options.largest
     )
-    imaging.write(found.labels, volume, output)
+    organs = volumes.measure(found.labels, volume.values[0], volume.affine, ensemble.labels)
+    picture = report.picture(volume.values[0], found.labels, volume.affine, ensemble.labels)
     entropy = ""
     if found.entropy is not None:
-        # In a folder of its own: what lies beside a label map is taken for one by `evaluate`.
-        imaging.write(found.entropy, volume, options.out / ENTROPY / output.name)
         entropy = report.entropy_picture(found.entropy, found.labels, volume.affine)
-    organs = volumes.measure(found.labels, volume.values[0], volume.affine, ensemble.labels)
+        # In a folder of its own: what lies beside a label map is taken for one by `evaluate`.
+        _write_map(found.entropy, volume, options.out / ENTROPY / output.name)
+    # Last: a case that fails leaves the label map that was there.
+    _write_map(found.labels, volume, output)
     return report.Case(
         name=source.name,
         source=str(source.path),
@@ -179,9 +226,14 @@ def _case(source, output: Path, ensemble: Ensemble, options: Options, device: to
         warnings=volumes.warnings(organs, volume.spacing),
         notes=notes,
         seconds=time.perf_counter() - started,
-        picture=report.picture(volume.values[0], found.labels, volume.affine, ensemble.labels),
+        picture=picture,
         entropy=entropy,
     )
+
+
+def _write_map(values: np.ndarray, volume: imaging.Volume, path: Path) -> None:
+    with naming(path):
+        imaging.write(values, volume, path)
 
 
 @torch.inference_mode()
@@ -204,7 +256,8 @@ def segment(
 
     Raises:
         ValueError: the volume has other channels than the networks, voxels of extents beyond any scanner, takes more
-            than `largest` on the networks' grid, or has intensities there that are not finite.
+            than `largest` on the networks' grid, or has intensities there that are not finite; or the networks' output
+            is not.
     """
     if len(volume.values) != ensemble.channels:
         raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")
@@ -234,6 +287,8 @@ def segment(
     whole = []
     for first, logits in slabs(padded, networks, ensemble.labels.channels, ensemble.roi, windows, say):
         rows = inside[0] if lack[0] else slice(None)  # of an axis that was padded there is one slab
+        if not all(_is_finite(of_one) for of_one in logits):
+            raise ValueError("the network's output for this image is not finite (NaN or infinite)")
         pieces = zip(*(of_one[0, :, rows, inside[1], inside[2]].split(PIECE, dim=1) for of_one in logits), strict=True)
         for number, piece in enumerate(pieces):  # each (channels, up to PIECE, *grid[1:]) of every network
             probabilities = sum(ensemble.labels.probabilities(of_one[None])[0] for of_one in piece) / len(networks)
@@ -247,8 +302,15 @@ def segment(
     return restored
 
 
-def _write(done, failed, left_out, ensemble: Ensemble, options: Options, device: torch.device) -> None:
-    report.write_tables(done, options.out)
+def _is_finite(logits: torch.Tensor) -> bool:
+    """Whether all are, in one pass: the least and the largest of what has a NaN are NaN."""
+    return all(math.isfinite(end) for end in torch.aminmax(logits))
+
+
+def _write(done, failed, left_out, ensemble: Ensemble, options: Options, device: torch.device) -> tuple[str, ...]:
+    """Write tables and report, and return their names; of a run that did nothing, they replace no earlier ones."""
+    if not done and any((options.out / name).exists() for name in WRITTEN):
+        return ()
     prepared = (
         f"{name} {value}" for name, value in asdict(ensemble.preprocessing).items() if name != "crop_foreground"
     )
@@ -262,15 +324,13 @@ def _write(done, failed, left_out, ensemble: Ensemble, options: Options, device:
         f"Python {platform.python_version()}",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    report.write(done, failed, how, ensemble.labels, options.out / "report.html", left_out)
+    contents = {**report.tables(done), "report.html": report.page(done, failed, how, ensemble.labels, left_out)}
+    replace({options.out / name: contents[name] for name in WRITTEN})
+    return WRITTEN
 
 
 def _show(
-    done: Sequence[report.Case],
-    failed: dict[str, str],
-    left_out: Sequence[tuple[Path, str]],
-    options: Options,
-    console: Console,
+    done: Sequence[report.Case], failed: dict[str, str], left_out: Sequence[tuple[Path, str]], console: Console
 ) -> None:
     tell = partial(say, console)
     for case in done:
@@ -285,4 +345,3 @@ def _show(
         tell(f"{len(files)} file{'s' * (len(files) != 1)} left out of {folder}: {some(files)}", "yellow")
     for name, why in failed.items():
         tell(f"not segmented: {name}: {why}", "red")
-    tell(f"in {options.out}: report.html, volumes.csv, volumes.json")

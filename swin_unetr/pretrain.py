@@ -83,8 +83,8 @@ def run(options: Options, console: Console | None = None) -> int:
     interrupted, 130 interrupted from the keyboard; then all is saved.
 
     Raises:
-        ValueError: data or options do not fit, or `options.out` holds another run.
-        OSError: `options.out` cannot be written to.
+        ValueError: data or options do not fit, or `options.out` holds another run, cannot be written to or is in use.
+        OSError: the disk is full, say.
     """
     crops = options.data.batch_size * options.data.crops_per_volume * int(environ.get("WORLD_SIZE", "1"))
     if crops < 2:

@@ -83,8 +83,8 @@ def run(options: Options, console: Console | None = None) -> int:
     interrupted, 130 interrupted from the keyboard; then all is saved.
 
     Raises:
-        ValueError: data or options do not fit, or `options.out` holds another run.
-        OSError: `options.out` cannot be written to.
+        ValueError: data or options do not fit, or `options.out` holds another run, cannot be written to or is in use.
+        OSError: the disk is full, say.
     """
     with interruption.exiting():
         lazily.load(session, segmentation)

@@ -41,7 +41,8 @@ class Trained:
         """What a checkpoint of `swin-unetr train` holds; the moving average of the weights where there is one.
 
         Raises:
-            ValueError: the file is damaged, of another command, or does not describe its own weights.
+            ValueError: the file is damaged, of another command, does not describe its own weights, or has some that are
+                NaN or infinite.
             FileNotFoundError: there is no such file.
         """
         content = checkpoints.read(path)
@@ -57,6 +58,13 @@ class Trained:
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise ValueError(f"checkpoint: {path} does not describe its own weights: {reason}") from error
+        for name, value in state.items():
+            if not value.isfinite().all():
+                bad = int(value.numel() - value.isfinite().sum())
+                raise ValueError(
+                    f"checkpoint: {path} has weights that are NaN or infinite, such as {name} ({bad} of "
+                    f"{value.numel()}); accepted are finite ones"
+                )
         if trained.architecture.out_channels != trained.labels.channels:
             raise ValueError(
                 f"checkpoint: {path} has {trained.architecture.out_channels} output channels and labels for "

@@ -146,8 +146,8 @@ def test_slices_are_radiological_whatever_the_orientation_of_the_scan(orientatio
         (["--device", "abacus"], "device: cannot use 'abacus'"),
         (["--device", "cuda:77"], "device: cannot use 'cuda:77'"),
         (["--device", "cpu", "--backend", "abacus"], "backend is 'abacus'; accepted are "),
-        (["--out", "a file/below"], "out: cannot write to 'a file/below': Not a directory"),
-        (["--out", "a file"], "out: cannot write to 'a file': File exists"),
+        (["--out", "a file/below"], "out: a file/below cannot be written to: "),
+        (["--out", "a file"], "out: a file cannot be written to: "),
         (["--speed", "11"], "speed"),
     ],
 )

@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,9 +19,12 @@ import monai
 import torch
 from monai.data import CacheDataset, Dataset, PersistentDataset, SmartCacheDataset
 from monai.transforms import Compose
+from monai.utils import convert_to_tensor
 from rich.console import Console
 from rich.progress import Progress
 
+from .. import files
+from ..foreign import reason
 from .datalist import Case
 from .images import BadCase
 
@@ -49,6 +53,10 @@ class OnDisk(PersistentDataset):
     """
 
     def __init__(self, cases: Sequence[Case], transform: Compose, folder: Path, recipe: Any) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotKept(folder, error) from error
         self.recipe = json.dumps([FORMAT, monai.__version__, recipe], sort_keys=True, default=str)
         super().__init__(cases, transform, folder, hash_func=self.identity, weights_only=True)
 
@@ -57,13 +65,35 @@ class OnDisk(PersistentDataset):
         return hashlib.sha256(json.dumps([state, self.recipe]).encode()).hexdigest().encode()
 
     def _cachecheck(self, case: Case) -> Any:
-        # MONAI copies a file into place where the folder for temporary files is on another disk: a run killed in the
-        # middle of that leaves part of it.
         path = self.cache_dir / f"{self.identity(case).decode()}.pt"
+        # Of a run of earlier versions that was killed while it copied the file into place.
         if path.is_file() and not zipfile.is_zipfile(path):
             warnings.warn(f"{path}: is no whole cache file; the case is preprocessed again", stacklevel=2)
             path.unlink(missing_ok=True)
-        return super()._cachecheck(case)
+        if path.is_file():
+            return super()._cachecheck(case)
+        # MONAI would write by way of the folder for temporary files, where PyTorch ends the process if it is full.
+        item = self._pre_transform(deepcopy(case))
+        try:
+            with files.replacing(path) as file:
+                torch.save(convert_to_tensor(item, convert_numeric=False, track_meta=self.track_meta), file)
+        except OSError as error:
+            raise NotKept(self.cache_dir, error) from error
+        return item
+
+
+class NotKept(BadCase):
+    """The cache on disk cannot take a case, whose own files are right."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(folder, error)
+        self.folder, self.error = folder, error
+
+    def __str__(self) -> str:
+        return (
+            f"data.cache_folder: {self.folder} cannot be written to: {reason(self.error)}; accepted is a folder with "
+            "room for all cases, or another data.cache"
+        )
 
 
 class Rolling(SmartCacheDataset):
@@ -137,6 +167,8 @@ def _bad(error: Exception, case: Case) -> BadCase:
     """What is behind `error`, which MONAI's transforms wrap, and whose case it is."""
     while error.__cause__ is not None and not isinstance(error, BadCase):
         error = error.__cause__
+    if isinstance(error, NotKept):
+        return error
     says = str(error).strip() or type(error).__name__
     if any(str(file) in says for file in case.files):
         return BadCase(says)

@@ -14,6 +14,7 @@ from rich.console import Console
 from .. import distributed
 from ..imaging.nifti import read_nifti
 from ..labels import Labels
+from ..names import say
 from ..preprocessing import Preprocessing
 from . import archives, cache, datalist, transforms
 from .datalist import Case
@@ -202,8 +203,8 @@ def open_dataset(
         raise ValueError(f"background is {data.background}; accepted are values of no class")
     values = None if labels is None else {0, *data.background, *classes}
     if archives.is_archive(data.datalist):
-        say = partial(console.print, markup=False, highlight=False, soft_wrap=True) if console else str
-        data = replace(data, datalist=distributed.first(partial(archives.datalist_in, data.datalist, say)))
+        tell = partial(say, console) if console else str
+        data = replace(data, datalist=distributed.first(partial(archives.datalist_in, data.datalist, tell)))
     cases = datalist.read(data, labels is not None, channels)
     if labels is not None:
         distributed.first(lambda: _check_labelled(cases, labels, data))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 import swin_kernels
 from swin_kernels import doctor
 
-from .. import cli, distributed, evaluate, predict, pretrain, train
+from .. import cli, distributed, evaluate, lock, predict, pretrain, train
 from ..datasets.transforms import square_plane
 from ..evaluation.scores import scores
 from ..prediction import ensemble
@@ -75,9 +74,9 @@ def run(options: Options, console: Console | None = None) -> int:
     """Run the demo; returns the exit status: 0, or 1 if a check of the doctor failed.
 
     Raises:
-        OSError: `options.out` cannot be written to.
         ValueError: `options.backend` is unknown or cannot run on the device, or `options.out` holds a demo by other
-            options.
+            options, cannot be written to or is in use.
+        OSError: the disk is full, say.
     """
     results = demonstrate(options, console or Console())
     return 0 if results["doctor_passed"] else 1
@@ -85,7 +84,11 @@ def run(options: Options, console: Console | None = None) -> int:
 
 def demonstrate(options: Options, console: Console) -> dict[str, object]:
     """Run the demo, write `FILES` into its folder and return what ``results.json`` holds."""
-    check_writable(options.out)
+    with lock.owned(options.out, "demo"):
+        return _demonstrate(options, console)
+
+
+def _demonstrate(options: Options, console: Console) -> dict[str, object]:
     with distributed.job(options.device) as device:
         pass  # it can be used
     training = _training(options)
@@ -125,16 +128,6 @@ def demonstrate(options: Options, console: Console) -> dict[str, object]:
     report.write_json(results, paths["results"])
     report.files(console, paths)
     return results
-
-
-def check_writable(out: Path) -> None:
-    """Make the folder `out` if it is missing; raise `OSError` unless files can be written into it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise OSError(f"out: cannot write to {str(out)!r}: {error.strerror or error}") from error
 
 
 def choose_backend(feature_size: int, device: torch.device, forced: str | None = None) -> str:

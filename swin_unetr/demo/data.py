@@ -12,6 +12,8 @@ import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
+from ..files import replace
+
 CLASSES = ("background", "body", "lung")
 LABEL_NOTE = "Labels are derived by rule (see swin_unetr/data/README.md), not drawn by an expert."
 AIR_HU = -400
@@ -70,5 +72,5 @@ def folder() -> Path:
 def write_datalist(path: Path) -> Path:
     """A datalist of patient 2, labelled, which entries of `folder` make; patient 1 stays unseen."""
     entry = {"image": "patient2_ct.nii.gz", "label": "patient2_labels.nii.gz"}
-    path.write_text(json.dumps({"training": [entry]}, indent=2) + "\n")
+    replace({path: (json.dumps({"training": [entry]}, indent=2) + "\n").encode()})
     return path

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..files import replacing
 from ..imaging.planes import PLANES, ras_spacing, slice_of, tint, to_ras, write_letters
 from .data import CLASSES, LABEL_NOTE, Patient
 
@@ -64,7 +65,8 @@ def overlay(patient: Patient, prediction: np.ndarray, scores: Mapping[str, float
         handles=handles, loc="lower center", ncols=len(handles), frameon=False, labelcolor="white", fontsize=12,
         bbox_to_anchor=(0.5, 0.008),
     )  # fmt: skip
-    FigureCanvasAgg(figure).print_figure(path, dpi=110, facecolor=figure.get_facecolor())
+    with replacing(path) as file:
+        FigureCanvasAgg(figure).print_figure(file, dpi=110, facecolor=figure.get_facecolor(), format="png")
 
 
 def _paint(axes, labels: np.ndarray, aspect: float) -> None:

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from .. import train
+from ..files import replace
+from ..names import say
 from .comparison import TOLERANCE, Timing
 from .data import LABEL_NOTE
 
@@ -91,8 +93,8 @@ def _table(first: str, *others: str) -> Table:
 def files(console: Console, paths: Mapping[str, Path]) -> None:
     heading(console, "Files")
     for path in paths.values():
-        console.print(str(path), soft_wrap=True, highlight=False)
+        say(console, str(path))
 
 
 def write_json(results: Mapping[str, object], path: Path) -> None:
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    replace({path: (json.dumps(results, indent=2) + "\n").encode()})

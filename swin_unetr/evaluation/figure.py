@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,9 +25,8 @@ def draw_scores(
     estimates: Mapping[str, Mapping[str, Estimate]],
     title: str,
     caption: str,
-    path: Path,
-) -> None:
-    """Write a PNG with one panel a metric, one row a class.
+) -> bytes:
+    """A PNG with one panel a metric, one row a class.
 
     Args:
         values: by metric and row the cases' scores; NaN are left out.
@@ -45,11 +44,11 @@ def draw_scores(
             _interval(axes, estimate, row, MARK, f"{estimate.mean:.3f}" if metric != "hd95" else f"{estimate.mean:.1f}")
         axes.set_title(f"{TITLES[metric]}  {'→' if HIGHER_IS_BETTER[metric] else '←'} better", color=INK, fontsize=11)
         axes.set_xlim(*((-0.02, 1.02) if metric != "hd95" else (-0.02 * axes.get_xlim()[1], None)))
-    _save(figure, path)
+    return _png(figure)
 
 
-def draw_differences(estimates: Mapping[str, Mapping[str, Estimate]], title: str, caption: str, path: Path) -> None:
-    """Write a PNG of mean differences with their intervals, coloured where the interval leaves out 0.
+def draw_differences(estimates: Mapping[str, Mapping[str, Estimate]], title: str, caption: str) -> bytes:
+    """A PNG of mean differences with their intervals, coloured where the interval leaves out 0.
 
     Args:
         estimates: of this run's scores minus the other's, by metric and row.
@@ -68,7 +67,7 @@ def draw_differences(estimates: Mapping[str, Mapping[str, Estimate]], title: str
         reach = 1.15 * max(ends, default=0) or 1.0
         axes.set_xlim(-reach, reach)
         axes.set_title(f"Δ {TITLES[metric]}  {'→' if HIGHER_IS_BETTER[metric] else '←'} better", color=INK, fontsize=11)
-    _save(figure, path)
+    return _png(figure)
 
 
 def _panels(rows: list[str], title: str, caption: str) -> tuple[Figure, list[Axes]]:
@@ -109,5 +108,7 @@ def _interval(axes: Axes, estimate: Estimate, row: int, colour: str, text: str) 
     )
 
 
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure).print_figure(path, dpi=120)
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(file, dpi=120, format="png")
+    return file.getvalue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .. import files
 from ..names import TEXT, cell, say, shown
 from . import figure, statistics
 from .scores import METRICS, Score, by_case
@@ -27,9 +29,16 @@ FILES = {
 
 
 def write(results: Mapping, out: Path) -> None:
-    """Write `FILES` into the folder `out`, the comparison only if there is one."""
-    (out / FILES["evaluation"]).write_text(json.dumps(_plain(results), indent=2, allow_nan=False) + "\n", **TEXT)
-    _write_table(results["scores"], out / FILES["scores"])
+    """Write `FILES` into the folder `out`, all of them or none; the comparison only if there is one.
+
+    Raises:
+        OSError: the disk is full, say. Those of an earlier evaluation are as they were.
+    """
+    files.replace({out / FILES[kind]: content for kind, content in _contents(results).items()})
+
+
+def _contents(results: Mapping) -> dict[str, bytes]:
+    """What `FILES` hold."""
     summary, options = results["summary"], results["options"]
     by_metric = {metric: by_case(results["scores"], metric) for metric in METRICS}
     values = {
@@ -37,34 +46,38 @@ def write(results: Mapping, out: Path) -> None:
         for metric in METRICS
     }
     tolerance, interval = f"NSD at {options['tolerance']:g} mm.", f"{options['confidence']:.0%} bootstrap interval"
-    figure.draw_scores(
-        values,
-        summary,
-        f"{_count(len(results['scores']))} scored against labels",
-        f"Dot: a case. Circle and bar: the mean over cases and its {interval}. {tolerance} "
-        "HD95 of a class that only one of the two maps has: the volume's diagonal.",
-        out / FILES["plot"],
-    )
+    contents = {
+        "evaluation": (json.dumps(_plain(results), indent=2, allow_nan=False) + "\n").encode(**TEXT),
+        "scores": _table_of(results["scores"]).encode(**TEXT),
+        "plot": figure.draw_scores(
+            values,
+            summary,
+            f"{_count(len(results['scores']))} scored against labels",
+            f"Dot: a case. Circle and bar: the mean over cases and its {interval}. {tolerance} "
+            "HD95 of a class that only one of the two maps has: the volume's diagonal.",
+        ),
+    }
     if "comparison" in results:
         comparison = results["comparison"]
-        figure.draw_differences(
+        contents["comparison"] = figure.draw_differences(
             comparison["differences"],
             f"This run minus {_end(comparison['with'])}: {_count(len(comparison['cases']))}, paired",
             f"Circle and bar: mean difference and its {interval}, coloured where it leaves out 0. {tolerance}",
-            out / FILES["comparison"],
         )
+    return contents
 
 
-def _write_table(scores: Mapping[str, Mapping[str, Score]], path: Path) -> None:
-    """One line a case and class; an unknown score is an empty cell."""
+def _table_of(scores: Mapping[str, Mapping[str, Score]]) -> str:
+    """CSV, one line a case and class; an unknown score is an empty cell."""
     columns = [field.name for field in fields(Score)]
-    with path.open("w", newline="", **TEXT) as file:
-        table = csv.writer(file)
-        table.writerow(["case", "class", *columns])
-        for case, classes in scores.items():
-            for name, score in classes.items():
-                values = (getattr(score, column) for column in columns)
-                table.writerow([cell(case), cell(name), *("" if math.isnan(value) else value for value in values)])
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["case", "class", *columns])
+    for case, classes in scores.items():
+        for name, score in classes.items():
+            values = (getattr(score, column) for column in columns)
+            table.writerow([cell(case), cell(name), *("" if math.isnan(value) else value for value in values)])
+    return text.getvalue()
 
 
 def _value(case: Mapping[str, float], name: str) -> float:
@@ -82,7 +95,7 @@ def show(results: Mapping, out: Path, console: Console) -> None:
         table.add_row(Text(shown(name)), str(summary["dice"][name].cases), *cells, style=style)
     console.print(table)
     note = f"Means over cases [{results['options']['confidence']:.0%} bootstrap interval]."
-    console.print(note, style="dim", markup=False)
+    say(console, note, "dim")
     if "comparison" in results:
         comparison = results["comparison"]
         table = _table("class", "cases", "Δ Dice", "Δ NSD", "Δ HD95 in mm")
@@ -99,6 +112,9 @@ def show(results: Mapping, out: Path, console: Console) -> None:
         for key, where in (("only_here", "only in this run"), ("only_there", "only in the other")):
             if comparison[key]:
                 say(console, f"Not compared, {where}: {', '.join(comparison[key])}", "yellow")
+    for name in results["absent"]:
+        values = ", ".join(map(str, results["classes"][name]))
+        say(console, f"No label and no prediction has class {name} ({values}): it has no score", "yellow")
     for name, why in results["failed"].items():
         say(console, f"Not scored: {name}: {why}", "red")
     if results["without_prediction"]:
@@ -107,7 +123,7 @@ def show(results: Mapping, out: Path, console: Console) -> None:
         say(console, f"No label for: {', '.join(results['without_label'])}", "yellow")
     written = [name for key, name in FILES.items() if key != "comparison" or "comparison" in results]
     console.print()
-    say(console, f"In {out}: {', '.join(written)}", soft_wrap=True)
+    say(console, f"In {out}: {', '.join(written)}")
 
 
 def _end(path: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+from ..files import replacing
 from ..trained import Trained
 from . import bundle_texts
 from .formats import Run
@@ -70,7 +71,8 @@ class Bundle:
         root = folder / self.output
         for name in ("configs", "models", "docs"):
             (root / name).mkdir(parents=True)
-        torch.save(dict(trained.state), root / "models/model.pt")
+        with replacing(root / "models/model.pt") as file:  # given a path, PyTorch ends the process on a full disk
+            torch.save(dict(trained.state), file)
         _write_json(root / "configs/inference.json", self._inference(trained))
         _write_json(root / "configs/metadata.json", self._metadata(trained))
         labels = zip(trained.labels.written(), trained.labels.names, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import replacing
 from ..trained import Trained
 from .formats import Inputs, Run
 from .plain import plain_network
@@ -37,7 +39,9 @@ class Program:
                 program = torch.export.export(
                     trained.network(), (example,), dynamic_shapes=_dynamic(self.inputs), strict=True
                 )
-            torch.export.save(program, folder / self.output)
+            content = io.BytesIO()
+            torch.export.save(program, content)
+        _write(content, folder / self.output)
 
     def load(self, folder: Path) -> Run:
         with _quiet():
@@ -89,7 +93,9 @@ class TorchScript:
     def write(self, trained: Trained, folder: Path) -> None:
         example = self.inputs.example()
         with plain_network(trained, example) as network, _quiet():
-            torch.jit.trace(network, example, check_trace=False).save(folder / self.output)
+            content = io.BytesIO()
+            torch.jit.save(torch.jit.trace(network, example, check_trace=False), content)
+        _write(content, folder / self.output)
 
     def load(self, folder: Path) -> Run:
         with _quiet():
@@ -99,6 +105,12 @@ class TorchScript:
 def _dynamic(inputs: Inputs) -> tuple[dict[int, torch.export.Dim]] | None:
     """What of the image's shape is free, for `torch.export`."""
     return ({0: torch.export.Dim("batch", min=1)},) if inputs.batch is None else None
+
+
+def _write(content: io.BytesIO, path: Path) -> None:
+    """Write what PyTorch made in memory: given a path, its writer ends the process where the disk is full."""
+    with replacing(path) as file:
+        file.write(content.getbuffer())
 
 
 @contextmanager

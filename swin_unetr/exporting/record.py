@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from ..files import replacing
 
 FORMAT = "swin-unetr export 1"
 NAME = "export.json"
@@ -35,10 +36,9 @@ def read(out: Path) -> dict[str, Any]:
 
 def write(out: Path, exported: dict[str, Any]) -> None:
     """Replace the record in the folder `out`."""
-    temporary = out / f".{NAME}"
     content = {"format": FORMAT, "exported": exported}
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out / NAME)
+    with replacing(out / NAME) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -115,16 +115,15 @@ def _colours(options: Labels) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(options.classes))]
 
 
-def write_tables(cases: Sequence[Case], folder: Path) -> None:
-    """volumes.csv, one line a case and class, and volumes.json, which has sources and warnings too."""
-    with (folder / "volumes.csv").open("w", newline="", **TEXT) as file:
-        table = csv.writer(file)
-        table.writerow(["case", "class", "millilitres", "mean", "std", "voxels", "cut"])
-        for case in cases:
-            for organ in case.organs:
-                numbers = ["" if math.isnan(x) else x for x in (organ.millilitres, organ.mean, organ.std)]
-                cut = " ".join(organ.cut)
-                table.writerow([cell(case.name), cell(organ.name), *numbers, organ.voxels, cut])
+def tables(cases: Sequence[Case]) -> dict[str, bytes]:
+    """volumes.csv, one line a case and class, and volumes.json, which has sources and warnings too, by name."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(["case", "class", "millilitres", "mean", "std", "voxels", "cut"])
+    for case in cases:
+        for organ in case.organs:
+            numbers = ["" if math.isnan(x) else x for x in (organ.millilitres, organ.mean, organ.std)]
+            table.writerow([cell(case.name), cell(organ.name), *numbers, organ.voxels, " ".join(organ.cut)])
     plain = {
         case.name: {
             "source": case.source,
@@ -137,7 +136,10 @@ def write_tables(cases: Sequence[Case], folder: Path) -> None:
         }
         for case in cases
     }
-    (folder / "volumes.json").write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    return {
+        "volumes.csv": text.getvalue().encode(**TEXT),
+        "volumes.json": (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode(),
+    }
 
 
 def _known(value: object) -> object:
@@ -176,15 +178,14 @@ summary { cursor: pointer; font-weight: 600; font-size: 18px; } details table { 
 """
 
 
-def write(
+def page(
     cases: Sequence[Case],
     failed: Mapping[str, str],
     how: Mapping[str, str],
     options: Labels,
-    path: Path,
     left_out: Sequence[tuple[Path, str]] = (),
-) -> None:
-    """One HTML file: pictures, volumes and warnings of every case, and how it was made.
+) -> bytes:
+    """An HTML file: pictures, volumes and warnings of every case, and how it was made.
 
     Args:
         failed: reason by name of case.
@@ -208,7 +209,7 @@ def write(
         parts.append(f"<section><details><summary>{count}</summary><table class=how>{rows}</table></details></section>")
     rows = "".join(f"<tr><td>{markup(name)}</td><td>{markup(value)}</td></tr>" for name, value in how.items())
     parts.append(f"<section><h2>How it was made</h2><table class=how>{rows}</table></section></main></html>")
-    path.write_text("\n".join(parts), **TEXT)
+    return "\n".join(parts).encode(**TEXT)
 
 
 def _case(case: Case, options: Labels) -> str:

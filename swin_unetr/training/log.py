@@ -34,6 +34,7 @@ class Log:
 
         out.mkdir(parents=True, exist_ok=True)
         _keep(out / LINES, step, validates)
+        self._out = out
         self._lines = (out / LINES).open("a")
         # Purging is for all scalars of a step: a validation that comes again is the same point a second time.
         self._scalars = SummaryWriter(out / SCALARS, purge_step=step + 1)
@@ -44,12 +45,11 @@ class Log:
         Raises:
             OSError: the disk is full, say.
         """
-        line = {"event": event, "step": step} | {name: _finite(value) for name, value in values.items()}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if value is not None:
-                self._scalars.add_scalar(f"{event}/{name}", value, step)
+        self._write({"event": event, "step": step} | {name: _finite(value) for name, value in values.items()})
+        with files.naming(self._out / SCALARS):
+            for name, value in values.items():
+                if value is not None:
+                    self._scalars.add_scalar(f"{event}/{name}", value, step)
 
     def say(self, event: str, step: int, texts: Mapping[str, str]) -> None:
         """One line, which nothing is plotted of.
@@ -57,8 +57,12 @@ class Log:
         Raises:
             OSError: the disk is full, say.
         """
-        self._lines.write(json.dumps({"event": event, "step": step, **texts}) + "\n")
-        self._lines.flush()
+        self._write({"event": event, "step": step, **texts})
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        with files.naming(self._out / LINES):
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
 
     def close(self) -> None:
         self._lines.close()

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import checkpoints, distributed
 from ..interruption import Interrupted, Interruption
+from ..names import say
 from . import precision, state
 from .learning_rate import warm_up_and_cosine
 from .log import Log
@@ -82,12 +83,7 @@ class Loop:
         self.scheduler = warm_up_and_cosine(self.optimizer, self.steps, schedule.warm_up)
         self.precision = precision.chosen(optimization.precision, device)
         if optimization.precision == "auto":
-            self.console.print(
-                f"precision: {self.precision} ({precision.reason(device)})",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(self.console, f"precision: {self.precision} ({precision.reason(device)})")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         state.seed(seed, distributed.rank())
 
@@ -390,10 +386,11 @@ class Loop:
             state.set_random_state(training["random"][distributed.rank()], self.device)
         else:
             state.seed(self.seed, distributed.rank(), self.position.step)
-            self.console.print(
+            say(
+                self.console,
                 f"the checkpoint is of {len(training['random'])} ranks, this job has {distributed.ranks()}: it goes on "
                 "with other random numbers and other batches",
-                style="yellow",
+                "yellow",
             )
 
     def forget_best(self) -> None:

@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..names import say
+
 SECONDS_BETWEEN_LINES = 60
 """Where the output is no terminal but a file, a line of text this often instead of one that moves."""
 
@@ -52,7 +54,7 @@ class ProgressLine:
 
     def say(self, text: str, style: str | None = None) -> None:
         """A line that stays."""
-        self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(self._console, text, style)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -23,6 +23,7 @@ import swin_kernels
 from .. import checkpoints, distributed, files, lock
 from ..datasets.identity import digest
 from ..interruption import Interruption, status
+from ..names import say
 from ..pretrained import load_pretrained
 from . import resume, state
 from .loop import BEST, Loop
@@ -87,14 +88,15 @@ def run(
 def _run(
     command, options, open_dataset, make_task, identify, device: torch.device, console: Console, until_said: ExitStack
 ) -> int:
+    distributed.first(lambda: lock.check(options.out))  # the data may take long
     config = resume.plain(options)
     initial = digest((options.initial,)) if options.initial is not None and options.initial.is_file() else None
-    data = _agreed(config, initial, partial(identify, partial(_say, console)))
+    data = _agreed(config, initial, partial(identify, partial(say, console)))
     found, recorded = distributed.first(lambda: _prepare(command, options, config, data, initial, until_said))
     if recorded != CONFIG:
-        _say(console, f"{options.out / CONFIG} says other options and stays as it is; those of this run: {recorded}")
+        say(console, f"{options.out / CONFIG} says other options and stays as it is; those of this run: {recorded}")
     for error in found.damaged if found else ():
-        _say(console, f"passed over, and renamed to .damaged: {error}", style="yellow")
+        say(console, f"passed over, and renamed to .damaged: {error}", "yellow")
     state.seed(options.seed)  # the same weights on every rank
     with closing(open_dataset(console)) as dataset:
         task = make_task(dataset)
@@ -114,12 +116,12 @@ def _run(
         )
         if found is not None:
             loop.restore(found.content)
-            _say(console, f"goes on from {found.path}")
+            say(console, f"goes on from {found.path}")
             if lost := distributed.first(lambda: _lost_best(options.out / BEST, loop)):
-                _say(console, f"{lost}; the next validation writes it anew", style="yellow")
+                say(console, f"{lost}; the next validation writes it anew", "yellow")
                 loop.forget_best()
             for change in _changes_of_schedule(found.content["config"], config):
-                _say(console, f"{change}; the learning rate goes on as if it had been so from the start")
+                say(console, f"{change}; the learning rate goes on as if it had been so from the start")
         # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
         interruption = until_said.enter_context(Interruption())
         ended = loop.run(interruption)
@@ -127,7 +129,7 @@ def _run(
         return status(interruption.asked or signal.SIGTERM)  # or another rank was asked
     best = loop.position.best
     says = f", best {task.figure} {best[task.figure]:.4f} at step {best['step']}" if best else ""
-    _say(console, f"done after {loop.position.step} steps{says}; in {options.out}: best.pt, checkpoints, log.jsonl")
+    say(console, f"done after {loop.position.step} steps{says}; in {options.out}: best.pt, checkpoints, log.jsonl")
     return 0
 
 
@@ -249,7 +251,8 @@ def _initial(task: Task, path: Path | None, content: str | None, console: Consol
         report = load_pretrained(task.core, path, verbose=False)
     except ValueError as error:
         raise ValueError(f"initial: {str(error).removeprefix('load_pretrained: ')}") from error
-    _say(console, str(report))
+    for line in str(report).splitlines():
+        say(console, line)
     return {
         "source": report.source,
         "digest": content,
@@ -269,7 +272,3 @@ def _provenance(initial: dict[str, Any] | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "initial": initial,
     }
-
-
-def _say(console: Console, text: str, style: str | None = None) -> None:
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

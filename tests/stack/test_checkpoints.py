@@ -15,6 +15,8 @@ import torch
 from swin_unetr import SwinUNETR, checkpoints, files, load_pretrained
 from swin_unetr.training import resume
 
+from . import full
+
 
 def content(step: int = 1) -> dict:
     return {"kind": "train", "model": OrderedDict(weight=torch.arange(6.0).view(2, 3)), "progress": {"step": step}}
@@ -68,13 +70,15 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch):
-    """torch's writer meets the full disk itself, in the middle of the file."""
-    save = torch.save
-    monkeypatch.setattr(torch, "save", lambda whole, file: save(whole, open("/dev/full", "wb", buffering=0)))  # noqa: SIM115
-    with pytest.raises(checkpoints.NotSaved, match="what was there before is untouched"):
-        checkpoints.write(tmp_path / "x.pt", content() | {"large": torch.zeros(100_000)})
+@pytest.mark.parametrize("size", [50, 3000, 150_000])
+def test_a_disk_that_fills_up_while_writing(tmp_path, size):
+    """torch's writer of zip files meets it in the middle of the file, and says something of positions."""
+    weights = {f"w{number}": torch.rand(size) for number in range(600_000 // size // 4 or 1)}
+    with full.after(200_000), pytest.raises(checkpoints.NotSaved) as error:
+        checkpoints.write(tmp_path / "x.pt", content() | {"model": weights})
+    assert str(error.value) == (
+        f"{tmp_path / 'x.pt'}: cannot be written: {full.SAYS}; what was there before is untouched"
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +56,36 @@ def test_lists_of_numbers_texts_and_paths():
     assert trained.data.sections == ("training", "test")
     assert parse("train", "--preprocessing.spacing", "null").preprocessing.spacing is None
     assert parse("train", "--data.trusted", "/a, b", "c").data.trusted == (Path("/a, b"), Path("c"))
-    assert parse("predict", "--input", "x,y", "z", "--mirror", "0", "2").input == [Path("x,y"), Path("z")]
+    words = ["--checkpoint", "a.pt", "--input", "x,y", "z", "--mirror", "0", "2"]
+    assert cli.parse(predict.Options, "predict", words).input == [Path("x,y"), Path("z")]
     assert parse("predict", "--input+=y").input == [Path("in"), Path("y")]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("predict", ("--input", "b")),
+        ("predict", ("--checkpoint=b.pt",)),
+        ("predict", ("--mirror", "0", "--input+", "b", "--mirror", "1")),
+        ("train", ("--roi", "64", "64", "64", "--seed", "1", "--roi=[96,96,96]")),
+        ("train", ("--labels.classes", "{liver: 1}")),
+        ("evaluate", ("--classes", "{a: 1}", "--classes", "{b: 2}")),
+        ("export", ("--formats", "onnx", "--formats", "pt2")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[-1],
+)
+def test_several_values_are_given_once(command, words):
+    """Of an option with one value the last counts; of several, to some the last ones and to others all."""
+    name = [word for word in words if word.startswith("--")][-1][2:].partition("=")[0]
+    says = rf"^{name} is given twice; accepted is --{name} once, with all its values after it$"
+    with pytest.raises(ValueError, match=says):
+        parse(command, *words)
+
+
+def test_a_command_line_replaces_several_values_of_a_file(tmp_path):
+    (tmp_path / "x.yaml").write_text("roi: [64, 64, 64]\nseed: 3\n")
+    trained = parse("train", "--config", str(tmp_path / "x.yaml"), "--roi", "96", "96", "64", "--seed", "1", "--seed=2")
+    assert (trained.roi, trained.seed) == ((96, 96, 64), 2)
 
 
 @pytest.mark.parametrize("words", [("onnx",), ("[onnx]",), ("onnx,pt2",), ("onnx", "pt2"), ("[onnx, pt2]",)])
@@ -147,6 +177,41 @@ def test_a_files_errors_name_the_option_too(text, message, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(text)
     assert cli.main(["train", *NEEDED["train"], "--config", str(tmp_path / "c.yaml")]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [*NEEDED, "demo"])
+@pytest.mark.parametrize(
+    ("out", "why"),
+    [
+        ("file", "{out} is no folder"),
+        ("file/below/it", "{tmp}/file is no folder"),
+        ("link", "{out} is no folder"),
+        ("x" * 300, "File name too long"),
+        ("locked/new", "{tmp}/locked is not open for writing"),
+    ],
+    ids=["file", "below a file", "link to nowhere", "long name", "not writable"],
+)
+def test_an_out_that_can_be_no_folder_is_refused_first(command, out, why, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in os.fspath(path))  # root may write anywhere
+    words = NEEDED.get(command, ())
+    if "--out" in words:
+        words = words[: words.index("--out")]
+    channels = ("--architecture.out_channels", "2") if command == "train" else ()
+    assert cli.main([command, *words, *channels, "--out", str(tmp_path / out)]) == 2
+    why = why.format(out=tmp_path / out, tmp=tmp_path)
+    assert capsys.readouterr().err == (
+        f"swin-unetr {command}: out: {tmp_path / out} cannot be written to: {why}; accepted is a folder, or a name for "
+        "a new one\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "locked"]
+
+
+def test_an_out_that_the_system_does_not_make_is_refused_by_name(capsys):
+    assert cli.main(["evaluate", *NEEDED["evaluate"], "--out", "/proc/x"]) == 2
+    assert re.match("swin-unetr evaluate: out: /proc/x cannot be written to: ", capsys.readouterr().err)
 
 
 def test_what_is_missing_is_listed(capsys):

@@ -22,7 +22,7 @@ from swin_unetr.datasets import Augmentation, Data, cache, datalist, open_datase
 from swin_unetr.datasets.stream import Schedule
 from swin_unetr.labels import Labels
 from swin_unetr.preprocessing import Preprocessing
-from tests.stack import synthetic
+from tests.stack import full, synthetic
 
 ROI = (32, 32, 32)
 LABELS = Labels({"organ": [1]})
@@ -280,6 +280,22 @@ def test_the_cache_on_disk_belongs_to_files_and_preprocessing(own, tmp_path):
     for number in range(4):
         synthetic.write(own.parent / f"imagesTr/case_{number:02d}.nii.gz", image[..., 0])
     assert count() == 8
+
+
+@pytest.mark.parametrize("kind", ["full", "a file"])
+def test_a_cache_folder_that_takes_no_case_is_named(shared, tmp_path, kind):
+    """Rather than an image, which is right."""
+    folder = tmp_path / "cache"
+    if kind == "a file":
+        folder.touch()
+    why = {"full": full.SAYS, "a file": "File exists"}[kind]
+    with full.after(50_000 if kind == "full" else 2**30), pytest.raises(cache.BadCase) as error:
+        opened(shared, cache="disk", cache_folder=folder)
+    assert str(error.value) == (
+        f"data.cache_folder: {folder} cannot be written to: {why}; accepted is a folder with room for all cases, or "
+        "another data.cache"
+    )
+    assert not list(tmp_path.glob("cache/*"))
 
 
 # --- options ---

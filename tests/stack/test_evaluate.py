@@ -22,6 +22,8 @@ from swin_unetr import evaluate
 from swin_unetr.evaluation import label_maps, statistics
 from swin_unetr.evaluation.scores import scores
 
+from . import full
+
 CLASSES = {"organ": [1, 2], "tumour": [2]}
 SPACING = (1.0, 2.0, 3.0)
 FEW = statistics.Bootstrap(resamples=500)
@@ -279,6 +281,16 @@ def test_classes_are_the_labels_values_unless_given(tmp_path):
     assert results["classes"] == {"1": [1], "2": [2]}
 
 
+def test_classes_that_no_case_has_are_named(tmp_path):
+    status, results, terminal = evaluated(run_of(tmp_path, 0.7, cases=2), classes={"organ": [1], "cyst": [5, 6]})
+    assert status == 0
+    assert results["absent"] == ["cyst"]
+    assert "No label and no prediction has class cyst (5, 6): it has no score\n" in terminal
+    says = r"classes is \{'cyst': \[5\]\}, and no label and no prediction has any of these values; accepted are values"
+    with pytest.raises(ValueError, match=says):
+        evaluated(tmp_path, classes={"cyst": [5]})
+
+
 def test_two_runs_are_compared_by_case(tmp_path):
     worse, better = run_of(tmp_path / "worse", 0.4), run_of(tmp_path / "better", 0.9, missing=(5,))
     evaluated(worse)
@@ -323,6 +335,17 @@ def test_a_broken_case_is_reported_and_the_others_go_on(tmp_path):
     assert [path for path in results["without_label"] if path.endswith("stranger.nii.gz")]
     for stated in ("Not scored: case_1", "Not scored: case_2", "No label for: "):
         assert stated in terminal
+
+
+def test_a_full_disk_leaves_the_results_that_were_there(tmp_path):
+    """A table fits on it, the picture does not."""
+    evaluated(run_of(tmp_path, 0.7, cases=2))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "evaluation").iterdir()}
+    room = (2 * len(before["evaluation.json"]) + len(before["scores.png"])) // 3
+    picture = re.escape(str(tmp_path / "evaluation" / "scores.png"))
+    with full.after(room), pytest.raises(OSError, match=rf"{full.SAYS}: '{picture}'"):
+        evaluated(tmp_path, tolerance=1.0)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "evaluation").iterdir()} == before
 
 
 def test_names_are_shown_and_written_as_they_are(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from swin_unetr.architecture import Architecture
 from swin_unetr.exporting import formats, plain, weights
 from swin_unetr.trained import Trained
 
+from . import full
 from .exporter import BUNDLE, ROI, checkpoint, run
 
 
@@ -219,13 +221,34 @@ def test_a_file_that_agreed_stays_where_the_next_does_not(tmp_path, monkeypatch)
     assert after == record | {"bundle": after["bundle"]}
 
 
-def test_weights_that_are_not_numbers_do_not_pass(tmp_path):
+def test_weights_that_are_not_numbers_are_refused(tmp_path):
     state = Architecture(out_channels=3, feature_size=12, depths=(2, 1, 1, 1)).build().state_dict()
     state["out.conv.conv.bias"][0] = torch.nan
-    status, printed = run(checkpoint(tmp_path / "best.pt", content={"ema": state}), tmp_path / "out", "safetensors")
+    with pytest.raises(ValueError, match=r"weights that are NaN or infinite, such as out.conv.conv.bias \(1 of 3\)"):
+        run(checkpoint(tmp_path / "best.pt", content={"ema": state}), tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_not_a_number_does_not_pass():
+    image = torch.ones(1, 1, 2, 2, 2)
+    with pytest.raises(formats.CheckFailed, match="its relative error is nan; accepted is up to 1e-04"):
+        formats.check(lambda image: image * torch.nan, [image], [image])
+
+
+def test_a_full_disk_is_said_of_every_format(tmp_path):
+    """PyTorch's own writers end the process where it is full."""
+    path, out, names = (
+        checkpoint(tmp_path / "best.pt"),
+        tmp_path / "out",
+        ("pt2", "torchscript", "safetensors", "bundle"),
+    )
+    with full.after(300_000):
+        status, printed = run(path, out, *names)
     assert status == 1
-    assert "relative error is nan" in printed
-    assert not os.listdir(tmp_path / "out")
+    for name, file in zip(names, ("model.pt2", "model.ts", "model.safetensors", BUNDLE), strict=True):
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"Not exported: {name}: "))
+        assert line.endswith(f": [Errno {errno.EFBIG}] {full.SAYS}: '{out / file}'")
+    assert not os.listdir(out)
 
 
 def test_an_output_of_another_shape_does_not_pass():

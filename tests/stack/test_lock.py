@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from swin_unetr import lock
+from swin_unetr import cli, lock
 
-from . import toy_job
+from . import exporter, toy_job
+from .segmenter import nifti
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -55,6 +57,28 @@ def test_a_second_training_is_refused_until_the_first_is_gone(tmp_path, owner):
     owner.wait()
     assert toy_job.run(toy_job.Options(tmp_path)) == 0
     assert not (tmp_path / lock.NAME).exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export", "demo", "pretrain", "train"])
+def test_no_command_writes_into_a_folder_that_another_process_owns(command, tmp_path, owner, capsys):
+    """Before it reads weights or label maps, of which there are none here."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    image = nifti(tmp_path.parent / f"{tmp_path.name}.nii.gz")
+    datalist = image.with_suffix(".json")
+    datalist.write_text(json.dumps({"training": [{"image": image.name, "label": image.name}]}))
+    data = ["--data.datalist", str(datalist), "--data.folds", "1"]
+    words = {
+        "predict": ["--checkpoint", "none.pt", "--input", str(image)],
+        "evaluate": ["--predictions", "none", "--labels", "none"],
+        "export": ["--checkpoint", str(exporter.checkpoint(image.with_suffix(".pt"))), "--formats", "safetensors"],
+        "pretrain": data,
+        "train": [*data, "--labels.classes", "{organ: 1}", "--architecture.out_channels", "2"],
+    }
+    device = [] if command in ("evaluate", "export") else ["--device", "cpu"]
+    assert cli.main([command, *words.get(command, []), *device, "--out", str(tmp_path)]) == 2
+    said = rf"swin-unetr {command}: out: .* is in use by another \w+ \(process {owner.pid} on "
+    assert re.match(said, capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", b"[1]", json.dumps({"pid": 1, "host": "elsewhere"}).encode()])

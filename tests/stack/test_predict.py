@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
+import itertools
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -28,6 +31,7 @@ from swin_unetr.prediction.restore import entropy
 from swin_unetr.prediction.windows import Windows, starts_along
 from swin_unetr.preprocessing import Preprocessing
 
+from . import full
 from .segmenter import ORGANS, ROI, SMALL, affine, checkpoint, image, nifti
 
 CPU = torch.device("cpu")
@@ -250,6 +254,16 @@ def test_a_broken_case_is_reported_and_the_others_go_on(inputs):
     assert 0 < uncertain.min() < uncertain.max() <= 1
 
 
+def test_a_failure_is_one_line_however_long_its_names(inputs):
+    """In a file or a pipe, which rich takes to be 80 columns wide."""
+    path = inputs / "in" / f"a patient [with] a name {'and a study ' * 10}.nii.gz"
+    path.write_text("no image")
+    terminal = io.StringIO()
+    assert predict.run(options(inputs), Console(file=terminal, width=80)) == 1
+    (line,) = (line for line in terminal.getvalue().splitlines() if line.startswith("not segmented"))
+    assert f": {path}: cannot be read: " in line
+
+
 def test_what_is_no_image_costs_nothing_and_is_named(inputs):
     os.mkfifo(inputs / "in" / "fifo.nii.gz")
     (inputs / "in" / "loop.nii.gz").symlink_to("loop.nii.gz")
@@ -348,6 +362,99 @@ def test_results_are_not_replaced_unasked(inputs):
         predict.run(options(inputs, entropy=True), quiet)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_full_disk_leaves_tables_and_report_that_were_there(inputs):
+    """The label map fits on it and a table, the report does not."""
+    quiet, out = Console(quiet=True), inputs / "out"
+    assert predict.run(options(inputs), quiet) == 0
+    before = contents(out)
+    nifti(inputs / "in" / "good.nii.gz", image(seed=3))
+    room = (len(before["volumes.json"]) + len(before["good.nii.gz"]) + len(before["report.html"])) // 2
+    with full.after(room), pytest.raises(OSError, match=rf"{full.SAYS}: '{re.escape(str(out / 'report.html'))}'"):
+        predict.run(options(inputs, overwrite=True), quiet)
+    after = contents(out)
+    assert after.pop("good.nii.gz") != before.pop("good.nii.gz")
+    assert after == before
+
+
+def test_a_run_that_segments_nothing_replaces_nothing(inputs):
+    terminal, out = io.StringIO(), inputs / "out"
+    assert predict.run(options(inputs, entropy=True), Console(quiet=True)) == 0
+    before = contents(out)
+    with full.after(400):
+        assert predict.run(options(inputs, overwrite=True), Console(file=terminal, width=80)) == 1
+    assert contents(out) == before
+    path = out / "good.nii.gz"
+    assert (
+        f"not segmented: good: [Errno {errno.EFBIG}] {full.SAYS}: '{path}'; good.nii.gz there is of an earlier "
+        "prediction\n"
+    ) in terminal.getvalue()
+    assert f"no case was segmented; volumes.csv, volumes.json, report.html in {out} are of an earlier prediction\n" in (
+        terminal.getvalue()
+    )
+
+
+def test_a_label_map_that_stays_is_said_to_be_of_an_earlier_prediction(inputs):
+    nifti(inputs / "in" / "other.nii.gz", image(seed=1))
+    assert predict.run(options(inputs), Console(quiet=True)) == 0
+    (inputs / "in" / "other.nii.gz").write_text("no image")
+    (inputs / "in" / "third.nii.gz").write_text("no image")
+    assert predict.run(options(inputs, overwrite=True), Console(quiet=True)) == 1
+    assert set(json.loads((inputs / "out" / "volumes.json").read_text())) == {"good"}
+    page = (inputs / "out" / "report.html").read_text()
+    assert page.count("there is of an earlier prediction") == 1
+    assert "; other.nii.gz there is of an earlier prediction</li>" in page
+
+
+def test_an_image_that_is_named_twice_is_one_case(inputs):
+    (inputs / "link").symlink_to(inputs / "in")
+    terminal = io.StringIO()
+    given = [inputs / "in", inputs / "link", inputs / "in"]
+    assert predict.run(options(inputs, input=given), Console(file=terminal, width=80)) == 0
+    assert set(json.loads((inputs / "out" / "volumes.json").read_text())) == {"good"}
+    for said in (
+        f"input: {inputs / 'link'} is the same as {inputs / 'in'}; it is taken once\n",
+        f"input: {inputs / 'in'} is there twice; it is taken once\n",
+    ):
+        assert said in terminal.getvalue()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    content = checkpoints.read(checkpoint(tmp_path / "x.pt"))
+    name = "decoder5.conv_block.conv1.conv.weight"
+    content["model"][name][0, 0, 0, 0, :2] = torch.tensor([math.nan, math.inf])
+    size = content["model"][name].numel()
+    checkpoints.write(tmp_path / "x.pt", content)
+    says = (
+        rf"checkpoint: .*x.pt has weights that are NaN or infinite, such as {name} \(2 of {size}\); accepted are finite"
+    )
+    with pytest.raises(ValueError, match=says):
+        ensembles.load([tmp_path / "x.pt"], CPU)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_an_output_that_is_not_finite_is_no_segmentation(inputs, monkeypatch, value):
+    """Of one image; the others go on."""
+    nifti(inputs / "in" / "bright.nii.gz", np.full((40, 61, 23), 90, np.int16))
+
+    def slide(part, network, roi, how, device):
+        logits = torch.zeros(1, ORGANS.channels, *part.shape[2:])
+        logits[0, 1, 0, 0, 0] = value if len(part.unique()) == 2 else 0.0  # it, and zeros around it
+        return logits
+
+    monkeypatch.setattr(windows, "_slide", slide)
+    terminal = io.StringIO()
+    assert predict.run(options(inputs), Console(file=terminal, width=80)) == 1
+    assert "not segmented: bright: the network's output for this image is not finite (NaN or infinite)\n" in (
+        terminal.getvalue()
+    )
+    assert not (inputs / "out" / "bright.nii.gz").exists()
+    assert set(json.loads((inputs / "out" / "volumes.json").read_text())) == {"good"}
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 def test_an_image_is_never_replaced(inputs, entropy):
     """Not even where replacing results is allowed, and not through another name of its folder."""
@@ -441,15 +548,16 @@ def test_a_shells_pattern_names_files(tmp_path):
 
 def test_bad_options_are_named(inputs, capsys):
     assert SMALL["out_channels"] == ORGANS.channels
-    base = ["predict", "--checkpoint", f"[{inputs / 'x.pt'}]", "--input", f"[{inputs / 'in'}]", "--device", "cpu"]
-    for more, message in (
+    base = {"--checkpoint": f"[{inputs / 'x.pt'}]", "--input": f"[{inputs / 'in'}]", "--device": "cpu"}
+    for (option, value), message in (
         (["--mirror", "[0, 0]"], "mirror is (0, 0); accepted are different axes of (0, 1, 2)"),
         (["--checkpoint", "[none.pt]"], "checkpoint: none.pt does not exist"),
         (["--input", "[nowhere]"], "input: nowhere does not exist"),
         (["--identify", "name"], "identify"),
         (["--windows.overlap", "1"], "overlap is 1.0; accepted is 0 ≤ overlap < 1"),
     ):
-        assert _status([*base, "--out", str(inputs / "out"), *more]) == 2
+        given = base | {"--out": str(inputs / "out"), option: value}
+        assert _status(["predict", *itertools.chain(*given.items())]) == 2
         assert message in capsys.readouterr().err
 
 
