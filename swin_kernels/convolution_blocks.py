@@ -39,11 +39,11 @@ class ResidualBlock:
         slope = _slope(self.lrelu)
         out = _norm_act(self.conv1, self.norm1, _convolve(self.conv1, x, skip), slope)
         if slope is None:
-            out = self.lrelu(out)
+            out = self.lrelu(_writable(out))
         out = _convolve(self.conv2, out)
         residual = _convolve(self.conv3, x, skip) if hasattr(self, "conv3") else _joined(x, skip)
         out = _norm_act(self.conv2, self.norm2, out, slope, residual, normalize_residual=hasattr(self, "conv3"))
-        return out if slope is not None else self.lrelu(out)
+        return out if slope is not None else self.lrelu(_writable(out))
 
     def runs_fused(self, x: torch.Tensor) -> bool:
         """Whether the norms are what `instance_norm_act` computes and a kernel computes it for `x`."""
@@ -118,6 +118,11 @@ def _slope(activation: nn.Module) -> float | None:
     if is_plain(activation, nn.LeakyReLU) and activation.negative_slope >= 0:
         return activation.negative_slope
     return None
+
+
+def _writable(out: torch.Tensor) -> torch.Tensor:
+    """`out` of `instance_norm_act` for a layer that may work in place: a copy if the backward needs `out` as it is."""
+    return out.clone() if torch.is_grad_enabled() and out.requires_grad else out
 
 
 def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:

@@ -34,6 +34,13 @@ def image(axes: int) -> torch.Tensor:
     return torch.randn(IMAGES[axes], generator=torch.Generator().manual_seed(1))
 
 
+def gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Of a loss of ``model(x)``, with respect to `x`."""
+    x = x.clone().requires_grad_()
+    model(x).square().mean().backward()
+    return x.grad
+
+
 def parts(model: nn.Module, ending: str) -> Iterator[nn.Module]:
     """The modules of the encoder whose name ends so, and those of one decoder block and one skip connection."""
     roots = ("swinViT.", "decoder1.", "encoder2.")
@@ -55,6 +62,14 @@ def hook(ending: str) -> Callable[[nn.Module], None]:
     def apply(model):
         for part in parts(model, ending):
             part.register_forward_hook(lambda _, inputs, out: out + torch.linspace(0, 0.5, out.shape[-1]))
+
+    return apply
+
+
+def observe(ending: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            part.register_forward_hook(lambda *_: None)
 
     return apply
 
@@ -180,6 +195,9 @@ CHANGES = {
     "pre-hook on the MLP": (2, pre_hook("mlp")),
     "pre-hook on proj": (2, pre_hook("attn.proj")),
     "pre-hook on a norm of the decoder": (3, pre_hook("norm2")),
+    "hook on an activation in place": (3, hook("lrelu")),
+    "observer of an activation in place": (2, observe("lrelu")),
+    "other activations in place": (2, wrap("layer.lrelu", lambda _: nn.ELU(inplace=True))),
     "LoRA on qkv": (2, wrap("attn.qkv", LoRA)),
     "LoRA on qkv, 3D": (3, wrap("attn.qkv", LoRA)),
     "LoRA on proj": (2, wrap("attn.proj", LoRA)),
@@ -198,6 +216,10 @@ CHANGES = {
 }
 
 
+UNCHANGED = ("no dropout", "attention dropout alone in e", "observer")
+"""What these do leaves the model's numbers as they are."""
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.filterwarnings("ignore:accelerate. left on MONAI's code:UserWarning")
@@ -211,9 +233,12 @@ def test_a_changed_layer_counts_as_with_monai(models, name, when):
     x = image(axes)
     with torch.no_grad():
         untouched, right = models[axes](x), expected(x)
-        assert (right - untouched).abs().max() > 1e-2 or name.startswith(("no dropout", "attention dropout alone in e"))
+        assert (right - untouched).abs().max() > 1e-2 or name.startswith(UNCHANGED)
         torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-4)
+    if not name.startswith("quantised"):  # which has no backward
+        right = gradient(expected, x)
+        assert (gradient(model, x) - right).norm() < 1e-3 * right.norm()
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward pre", "full backward", "full backward pre"])
