@@ -28,6 +28,18 @@ def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     return type(module) in kinds and is_untouched(module)
 
 
+def is_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """`is_plain`, while `torch.export` traces, too: for layers that are called in any case."""
+    return class_of(module) in kinds and is_untouched(module)
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of `module`. `torch.export` hands out proxies while it traces, of a class made for each."""
+    if torch.compiler.is_exporting() and hasattr(module, "get_base"):
+        module = module.get_base()
+    return type(module)
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling `module` does what its class says; its parts are not looked at."""
     return change(module) is None

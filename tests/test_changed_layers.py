@@ -303,6 +303,122 @@ def test_gradients_of_an_adapter(models):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
 
+class Gate(nn.Module):
+    """Squeeze and excitation over the tokens of a window."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        torch.manual_seed(1)
+        self.gate = nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) * torch.sigmoid(4 * self.gate(x.mean(1, keepdim=True)))
+
+
+class Normed(nn.Module):
+    """A batch norm over the tokens of all windows, padding included."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm = nn.BatchNorm1d(layer.out_features)
+
+    def forward(self, x):
+        return self.norm(self.layer(x).mT).mT
+
+
+def centred(_, inputs, out):
+    return out - out.mean(1, keepdim=True)
+
+
+AROUND_ATTENTION = {
+    "LoRA on qkv": lambda attention: setattr(attention, "qkv", LoRA(attention.qkv)),
+    "(IA)3 on qkv": lambda attention: setattr(attention, "qkv", Scaled(attention.qkv)),
+    "gate on qkv": lambda attention: setattr(attention, "qkv", Gate(attention.qkv)),
+    "batch norm on qkv": lambda attention: setattr(attention, "qkv", Normed(attention.qkv)),
+    "hook on qkv": lambda attention: attention.qkv.register_forward_hook(centred),
+    "(IA)3 on proj": lambda attention: setattr(attention, "proj", Scaled(attention.proj)),
+    "gate on proj": lambda attention: setattr(attention, "proj", Gate(attention.proj)),
+    "batch norm on proj": lambda attention: setattr(attention, "proj", Normed(attention.proj)),
+    "hook on proj": lambda attention: attention.proj.register_forward_hook(centred),
+    "gates on both": lambda attention: (
+        setattr(attention, "qkv", Gate(attention.qkv)),
+        setattr(attention, "proj", Gate(attention.proj)),
+    ),
+    "softmax over tokens as proj_drop": lambda attention: setattr(attention, "proj_drop", nn.Softmax(dim=1)),
+    "hook on proj_drop": lambda attention: attention.proj_drop.register_forward_hook(centred),
+}
+
+
+class TestLayersAroundTheAttention:
+    """They are given windows ``(B·nW, n, C)``, padding included, as MONAI gives them; the attention stays fused."""
+
+    @pytest.fixture(autouse=True)
+    def in_float64(self):
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)
+
+    @pytest.fixture(autouse=True)
+    def windows_of_monai(self, monkeypatch):
+        """The fused block computes no mask."""
+        self.mask = monai.compute_mask
+        monkeypatch.setattr(monai, "compute_mask", None)
+
+    def run(self, change, extents, shift):
+        """Outputs, gradients and buffers of a block of MONAI's and of a fused one, both with `change`."""
+        window = (4, 3, 4)[: len(extents)]
+        torch.manual_seed(0)
+        expected = monai.SwinTransformerBlock(12, 3, window, shift)
+        model = copy.deepcopy(expected)
+        accelerate(model, strict=True)
+        results = []
+        for block in (expected, model):
+            change(block.attn)
+            x = torch.randn(2, *extents, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            torch.manual_seed(2)
+            if block is expected:
+                clipped, shifts = monai.get_window_size(extents, window, shift)
+                padded = [-(-e // w) * w for e, w in zip(extents, clipped, strict=True)]
+                out = block(x, self.mask(padded, clipped, shifts, x.device))
+            else:
+                out = block(x)
+            out.square().mean().backward()
+            results.append([out, x.grad, *block.buffers(), *(p.grad for p in block.parameters())])
+        return results
+
+    @pytest.mark.parametrize("name", AROUND_ATTENTION)
+    @pytest.mark.parametrize(
+        ("extents", "shift"),
+        [
+            ((8, 9), (0, 0)),
+            ((8, 9), (2, 1)),
+            ((7, 10), (0, 0)),
+            ((7, 10), (2, 1)),
+            ((3, 7), (2, 1)),  # a clipped axis
+            ((3, 3), (2, 1)),  # one window
+            ((4, 6, 8), (2, 1, 2)),
+            ((5, 7, 6), (2, 1, 2)),
+        ],
+        ids=str,
+    )
+    def test_as_with_monai(self, name, extents, shift):
+        expected, found = self.run(AROUND_ATTENTION[name], extents, shift)
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-13)
+
+    @pytest.mark.parametrize("name", ["gate on proj", "hook on proj_drop"])
+    def test_dropout_of_windows_draws_the_numbers_of_monai(self, name):
+        def change(attention):
+            AROUND_ATTENTION[name](attention)
+            attention.proj_drop.p = 0.5
+
+        expected, found = self.run(change, (7, 10), (2, 1))
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-13)
+
+
 def test_nothing_is_written_to_what_others_hold(models):
     """Where a part of the block is not our own operator or PyTorch's plain convolution, its output may be anyone's."""
     model = accelerate(copy.deepcopy(models[3]))

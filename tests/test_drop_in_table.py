@@ -64,10 +64,10 @@ def other_layer(masks, norms, caplog):
     network = accelerate(model(), strict=True)
     attention = block(network).attn
     attention.qkv = nn.Sequential(attention.qkv)
-    called: list[int] = []
-    attention.proj.register_forward_hook(lambda *_: called.append(1))
+    shapes: list[tuple[int, ...]] = []
+    attention.proj.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
     network(image())
-    assert called == [1]
+    assert shapes == [(7 * 7, 5 * 5, 12)]
     assert not masks
 
 

@@ -18,7 +18,7 @@ from monai.networks.nets import swin_unetr
 
 from .. import convolution_blocks, modules
 from ..geometry import WindowGrid
-from ..plain import change
+from ..plain import change, class_of
 
 log = logging.getLogger("swin_kernels")
 
@@ -58,7 +58,7 @@ def changed_attention(block: nn.Module) -> str | None:
         "attn.attn_drop": (attention.attn_drop, (nn.Dropout,)),
     }
     for name, (part, kinds) in parts.items():
-        if _class_of(part) not in kinds:
+        if class_of(part) not in kinds:
             return f"{name} is a {type(part).__qualname__}"
         if reason := change(part):
             return f"{name} {reason}"
@@ -97,13 +97,6 @@ _TAKEN_OVER = {
 # Other networks have these blocks too and keep them.
 _CONVOLUTION_BLOCKS = {UnetResBlock: FusedResidualBlock, UnetrUpBlock: FusedUpBlock, UnetOutBlock: FusedOutBlock}
 _HAVE_CONVOLUTION_BLOCKS = (swin_unetr.SwinUNETR, swin_unetr.SwinTransformer)
-
-
-def _class_of(module: nn.Module) -> type:
-    """The class of `module`. `torch.export` hands out proxies while it traces, of a class made for each."""
-    if torch.compiler.is_exporting() and hasattr(module, "get_base"):
-        module = module.get_base()
-    return type(module)
 
 
 def swin_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
