@@ -25,7 +25,7 @@ and PyTorch's convolution, which does not transform them, is faster."""
 class ResidualBlock:
     """Two 3×3×3 convolutions with instance norms and LeakyReLU, and a residual before the last activation.
 
-    Parts: ``conv1, norm1, lrelu, conv2, norm2``, and where the residual changes channels ``conv3, norm3``.
+    Parts: ``conv1, norm1, lrelu, conv2, norm2``, and for the residual, where it changes channels, ``conv3, norm3``.
     """
 
     @in_float32
@@ -42,7 +42,7 @@ class ResidualBlock:
             out = self.lrelu(_writable(out))
         out = _convolve(self.conv2, out)
         residual = _convolve(self.conv3, x, skip) if hasattr(self, "conv3") else _joined(x, skip)
-        out = _norm_act(self.conv2, self.norm2, out, slope, residual, normalize_residual=hasattr(self, "conv3"))
+        out = _norm_act(self.conv2, self.norm2, out, slope, residual, normalize_residual=hasattr(self, "norm3"))
         return out if slope is not None else self.lrelu(_writable(out))
 
     def runs_fused(self, x: torch.Tensor) -> bool:
@@ -109,8 +109,15 @@ def _computed_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _is_plain_instance_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is an instance norm without parameters or running statistics, and plain."""
-    return is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d) and not norm.affine and not norm.track_running_stats
+    """Whether `norm` is an instance norm without parameters or running statistics, and plain.
+
+    Given to it later they count, whatever its options say.
+    """
+    return (
+        is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d)
+        and not norm.track_running_stats
+        and all(part is None for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    )
 
 
 def _slope(activation: nn.Module) -> float | None:

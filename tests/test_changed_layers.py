@@ -171,6 +171,31 @@ def dropout_in_evaluation(model: nn.Module) -> None:
         part.eval()
 
 
+def set_to(ending: str, name: str, value: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            setattr(part, name, value(part))
+
+    return apply
+
+
+def remove(ending: str, name: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            delattr(part, name)
+
+    return apply
+
+
+def filled(value: float) -> Callable[[nn.Module], nn.Parameter]:
+    return lambda norm: nn.Parameter(torch.full((norm.num_features,), value))
+
+
+def affine_by_hand(model: nn.Module) -> None:
+    set_to("layer.norm1", "weight", filled(2.0))(model)
+    set_to("layer.norm1", "bias", filled(0.5))(model)
+
+
 CHANGES = {
     "forward of qkv": (2, replace_forward("attn.qkv")),
     "forward of proj": (2, replace_forward("attn.proj")),
@@ -208,6 +233,8 @@ CHANGES = {
     "parametrised bias table": (2, parametrised("attn")),
     "spectral norm of qkv": (2, spectral),
     "quantised linear layers": (2, quantised),
+    "no norm of a residual": (3, remove("conv_block", "norm3")),
+    "weights given to instance norms": (2, affine_by_hand),
     "no dropout layer": (2, identity("attn.attn_drop")),
     "no softmax": (2, identity("attn.softmax")),
     "no first convolution": (3, identity("encoder2.layer.conv1")),
