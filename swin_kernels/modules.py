@@ -282,11 +282,11 @@ class SwinTransformerBlock(nn.Module):
         return self.drop_path(_recomputing_hidden(mlp, _norm_before(first, self.norm2, x)))
 
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and not used."""
+        """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and only handed on."""
         if self.use_checkpoint:
-            x = x + self.drop_path(checkpoint(self.forward_part1, x, use_reentrant=False))
+            x = x + self.drop_path(checkpoint(self.forward_part1, x, mask_matrix, use_reentrant=False))
             return x + checkpoint(self.forward_part2, x, use_reentrant=False)
-        x = x + self.drop_path(self.forward_part1(x))
+        x = x + self.drop_path(self.forward_part1(x, mask_matrix))
         return x + self.forward_part2(x)
 
     def load_from(self, weights: Mapping[str, Mapping[str, torch.Tensor]], n_block: str, layer: str) -> None:
@@ -420,12 +420,16 @@ class BasicLayer(nn.Module):
 
         The output is channels last in memory; a channels-last input is not copied.
         """
-        x = x.movedim(1, -1).contiguous()  # (B, *S, C)
-        for block in self.blocks:
-            x = block(x)
+        x = self.run_blocks(x.movedim(1, -1).contiguous())  # (B, *S, C)
         if self.downsample is not None:
             x = self.downsample(x)  # (B, *⌈S/2⌉, 2C)
         return x.movedim(-1, 1)  # (B, 2C, *⌈S/2⌉)
+
+    def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, *S, C)`` through all blocks, to the same shape."""
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 class SwinTransformer(nn.Module):
@@ -484,6 +488,7 @@ class SwinTransformer(nn.Module):
         for i in range(1, 5):
             if self.use_v2:
                 x = getattr(self, f"layers{i}c")[0](x.contiguous())
-            x = getattr(self, f"layers{i}")[0](x)
+            stage = getattr(self, f"layers{i}")[0]
+            x = stage(x if isinstance(stage, BasicLayer) else x.contiguous())
             features.append(self.proj_out(x, normalize))
         return features

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn as nn
+from monai.networks.blocks import UnetOutBlock, UnetResBlock, UnetrUpBlock
 from monai.networks.nets import swin_unetr as monai
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
 
-from swin_kernels import accelerate, restore
-from swin_kernels.plain import change
+from swin_kernels import accelerate, modules, restore
+from swin_kernels.plain import change, patched
 
 IMAGES = {2: (1, 1, 64, 64), 3: (1, 1, 32, 32, 64)}
 
@@ -196,6 +198,94 @@ def affine_by_hand(model: nn.Module) -> None:
     set_to("layer.norm1", "bias", filled(0.5))(model)
 
 
+def table(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module], None]:
+    return set_to(
+        "attn", "relative_position_bias_table", lambda a: nn.Parameter(value(30 * a.relative_position_bias_table.data))
+    )
+
+
+def other_index(model: nn.Module) -> None:
+    table(lambda t: t)(model)
+    set_to("attn", "relative_position_index", lambda a: a.relative_position_index.flip(0).clone())(model)
+
+
+def index_written_to(model: nn.Module) -> None:
+    table(lambda t: t)(model)
+    for attention in parts(model, "attn"):
+        attention.relative_position_index.copy_(attention.relative_position_index.flip(0))
+
+
+def smaller_windows(model: nn.Module) -> None:
+    for number in range(1, 5):
+        stage = getattr(model.swinViT, f"layers{number}")[0]
+        for part in (stage, *stage.blocks, *(block.attn for block in stage.blocks)):
+            part.window_size = (4, 4)
+
+
+def other_shift(model: nn.Module) -> None:
+    table(lambda t: t)(model)
+    for block in parts(model, "blocks.1"):
+        block.shift_size = (1, 1)
+
+
+class WithMask(nn.Module):
+    """A block that cannot be called without the mask."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, mask):
+        return torch.tanh(2 * self.block(x, mask)) + 0.3
+
+
+def wrapped_blocks(model: nn.Module) -> None:
+    blocks = model.swinViT.layers1[0].blocks
+    blocks[1] = WithMask(blocks[1])
+
+
+def appended_block(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    model.swinViT.layers1[0].blocks.append(monai.SwinTransformerBlock(12, 3, (5, 5), (2, 2)))
+
+
+class Flat(nn.Module):
+    """A block whose tokens come in one row."""
+
+    def forward(self, x, mask):
+        return torch.tanh(2 * x.flatten(1, -2)) + 0.3
+
+
+def flat_block(model: nn.Module) -> None:
+    model.swinViT.layers1[0].blocks.append(Flat())
+
+
+def method_with_mask(name: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for block in parts(model, "blocks.1"):
+            original = getattr(block, name)
+            setattr(block, name, lambda x, mask_matrix, call=original: torch.tanh(2 * call(x, mask_matrix)) + 0.3)
+
+    return apply
+
+
+def hook_that_masks_more(model: nn.Module) -> None:
+    for block in parts(model, "blocks.1"):
+        block.register_forward_pre_hook(
+            lambda _, inputs: (3 * inputs[0], inputs[1] - 50 * torch.eye(inputs[1].shape[1]))
+        )
+
+
+def channels_first_stage(model: nn.Module) -> None:
+    """A stage that views its input, which MONAI gives it contiguous."""
+
+    class Stage(nn.Module):
+        def forward(self, x):
+            return torch.tanh(2 * x.view(x.shape[0], -1)).view(x.shape).repeat(1, 2, 1, 1)[..., ::2, ::2]
+
+    model.swinViT.layers2[0] = Stage()
+
+
 CHANGES = {
     "forward of qkv": (2, replace_forward("attn.qkv")),
     "forward of proj": (2, replace_forward("attn.proj")),
@@ -235,6 +325,22 @@ CHANGES = {
     "quantised linear layers": (2, quantised),
     "no norm of a residual": (3, remove("conv_block", "norm3")),
     "weights given to instance norms": (2, affine_by_hand),
+    "softmax over another axis": (2, wrap("attn.softmax", lambda _: nn.Softmax(dim=-2))),
+    "axis of the softmax": (2, set_to("attn.softmax", "dim", lambda _: 1)),
+    "bias table of one column": (2, table(lambda t: t[:, :1])),
+    "longer bias table": (2, table(lambda t: torch.cat([t, t]))),
+    "learnable scale": (2, set_to("attn", "scale", lambda a: nn.Parameter(torch.tensor(30 * a.scale)))),
+    "smaller windows": (2, smaller_windows),
+    "shift of a block": (2, other_shift),
+    "relative_position_index replaced": (2, other_index),
+    "relative_position_index written to": (2, index_written_to),
+    "wrapper around a block": (2, wrapped_blocks),
+    "another block": (2, appended_block),
+    "block of tokens in a row": (2, flat_block),
+    "forward of a block": (2, method_with_mask("forward")),
+    "forward_part1 of a block": (2, method_with_mask("forward_part1")),
+    "hook that changes the mask": (2, hook_that_masks_more),
+    "another stage": (2, channels_first_stage),
     "no dropout layer": (2, identity("attn.attn_drop")),
     "no softmax": (2, identity("attn.softmax")),
     "no first convolution": (3, identity("encoder2.layer.conv1")),
@@ -461,6 +567,104 @@ def test_nothing_is_written_to_what_others_hold(models):
     with torch.no_grad():
         model(image(3))
     assert torch.equal(*kept[0])
+
+
+PATCHED = [
+    *((monai.WindowAttention, "forward"), (monai.BasicLayer, "forward"), (monai.SwinTransformer, "proj_out")),
+    *((monai.SwinTransformerBlock, f"forward{part}") for part in ("", "_part1", "_part2")),
+    *((UnetResBlock, "forward"), (UnetrUpBlock, "forward"), (UnetOutBlock, "forward"), (monai.Mlp, "forward")),
+    *((kind, "forward") for kind in (nn.Linear, nn.LayerNorm, nn.LeakyReLU, nn.Softmax, nn.Dropout, nn.Conv3d)),
+    *((nn.InstanceNorm2d, "forward"), (nn.modules.instancenorm._InstanceNorm, "_apply_instance_norm")),
+    *((nn.Conv3d, "_conv_forward"), (nn.Module, "__call__")),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "name"), PATCHED, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.filterwarnings("ignore:accelerate. left on MONAI's code:UserWarning")
+def test_methods_replaced_on_classes_count(models, monkeypatch, kind, name, when):
+    axes = 3 if kind is nn.Conv3d else 2
+    expected, model = copy.deepcopy(models[axes]), copy.deepcopy(models[axes])
+    x = image(axes)
+    if when == "after":
+        accelerate(model)
+    own = getattr(kind, name)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(kind, name, lambda self, x, *rest, **named: _changed(own(self, x, *rest, **named)))
+        if when == "before":
+            accelerate(model)
+        torch.testing.assert_close(model(x), expected(x), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), models[axes](x), rtol=1e-3, atol=1e-4)
+    assert patched(kind) is None
+
+
+def _changed(out):
+    return [*map(_changed, out)] if isinstance(out, list) else torch.tanh(2 * out) + 0.3
+
+
+def test_what_is_patched_is_named(models, monkeypatch):
+    monkeypatch.setattr(monai.SwinTransformer, "proj_out", lambda self, x, normalize=False: x)
+    monkeypatch.setattr(nn.Softmax, "forward", lambda self, x: x)
+    with pytest.raises(ValueError, match=r"swinViT: SwinTransformer\.proj_out was replaced") as error:
+        accelerate(copy.deepcopy(models[2]), strict=True)
+    assert "blocks.0: attn.softmax is of a changed class: Softmax.forward was replaced" in str(error.value)
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        changed = (nn.functional.linear, nn.functional.layer_norm, nn.functional.instance_norm)
+        return torch.tanh(2 * out) if function in changed else out
+
+
+def test_a_function_mode_sees_what_monai_calls(models):
+    expected, model = copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))
+    with torch.no_grad():
+        with Doubled():
+            torch.testing.assert_close(model(image(2)), expected(image(2)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(image(2)), expected(image(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_fused_within_a_default_device(models, monkeypatch):
+    """``with torch.device(...)`` is a function mode, too, but changes nothing that layers compute."""
+    model = accelerate(copy.deepcopy(models[2]))
+    monkeypatch.setattr(monai, "compute_mask", None)
+    with torch.device("cpu"), torch.no_grad():
+        model(image(2))
+
+
+def test_attention_stays_fused_in_a_block_with_hooks(models, monkeypatch):
+    """The block's mask is for whoever looks at it."""
+    model = accelerate(copy.deepcopy(models[2]))
+    block = model.swinViT.layers1[0].blocks[1]
+    masks: list[torch.Tensor] = []
+    block.register_forward_hook(lambda _, inputs, out: masks.append(inputs[1]))
+    fused: list[tuple[int, ...]] = []
+    own = modules.projected_window_attention
+    monkeypatch.setattr(
+        modules, "projected_window_attention", lambda x, *rest, **named: fused.append(x.shape) or own(x, *rest, **named)
+    )
+    with torch.no_grad():
+        model(image(2))
+    assert len(fused) == 8
+    torch.testing.assert_close(*masks, monai.compute_mask((35, 35), (5, 5), (2, 2), "cpu"))
+
+
+NAMED = {
+    "axis of the softmax": r"blocks\.0: attn\.softmax is over axis 1",
+    "bias table of one column": r"blocks\.1: attn\.relative_position_bias_table has shape \(81, 1\), for 3 heads",
+    "learnable scale": r"blocks\.0: attn\.scale is a Parameter",
+    "shift of a block": r"blocks\.1: shift_size is \(1, 1\), that of the stage \(2, 2\)",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_settings_that_only_monais_code_can_take_are_named(models, name):
+    model = copy.deepcopy(models[2])
+    CHANGES[name][1](model)
+    with pytest.raises(ValueError, match=NAMED[name]):
+        accelerate(model, strict=True)
 
 
 def test_strict_names_what_runs_on_monais_code(models):
