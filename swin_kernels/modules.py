@@ -93,7 +93,7 @@ class WindowAttention(nn.Module):
         """
         if not (is_unchanged(self.qkv, nn.Linear) and self._ends_plainly()):
             return self._around_windows(x if norm is None else norm(x), shift_size)
-        if self._dropout_p() == 0 and is_plain(self.qkv, nn.Linear):
+        if self._dropout_p() == 0 and type(self.qkv) is nn.Linear:  # no proxy: `torch.export` has to see it called
             parameters = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
             if is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
                 parameters |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}

@@ -16,8 +16,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as global_hooks
 from torch.utils._device import DeviceContext
 
-_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-"""The last two stand for plain tensors while PyTorch traces. Other subclasses bring arithmetic of their own."""
+TRACED = (FakeTensor, FunctionalTensor)
+"""What stands for plain tensors while PyTorch traces."""
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, *TRACED)
+"""Other subclasses bring arithmetic of their own."""
 
 _REPLACEABLE = ("forward", "forward_part1", "forward_part2", "_call_impl", "_conv_forward", "_apply_instance_norm")
 """Methods by which PyTorch's layers and MONAI's blocks compute; set on an instance they replace the class's."""

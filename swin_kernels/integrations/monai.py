@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import convolution_blocks, modules
 from ..geometry import WindowGrid, bias_table_length
-from ..plain import change, class_of, in_function_mode, is_untouched, know, patched
+from ..plain import TRACED, change, class_of, in_function_mode, is_untouched, know, patched
 
 log = logging.getLogger("swin_kernels")
 
@@ -136,7 +136,7 @@ def _holds_bias_index(attention: nn.Module) -> bool:
     Not while a graph is made or a tensor has no values to look at.
     """
     index, window = attention.relative_position_index, tuple(attention.window_size)
-    if torch.compiler.is_compiling() or type(index) is not torch.Tensor or is_functorch_wrapped_tensor(index):
+    if torch.compiler.is_compiling() or isinstance(index, TRACED) or is_functorch_wrapped_tensor(index):
         return True
     if index.is_cuda and torch.cuda.is_current_stream_capturing():  # which cannot wait for a comparison
         return True
