@@ -7,6 +7,8 @@ a device or dtype without kernels) goes to MONAI's ``forward``.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn as nn
 
@@ -116,15 +118,16 @@ def _is_plain_instance_norm(norm: nn.Module) -> bool:
     return (
         is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d)
         and not norm.track_running_stats
+        and isinstance(norm.eps, numbers.Real)
         and all(part is None for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
     )
 
 
 def _slope(activation: nn.Module) -> float | None:
     """The slope below 0 of a LeakyReLU; None for any other activation, which then runs by itself."""
-    if is_plain(activation, nn.LeakyReLU) and activation.negative_slope >= 0:
-        return activation.negative_slope
-    return None
+    if not is_plain(activation, nn.LeakyReLU) or not isinstance(activation.negative_slope, numbers.Real):
+        return None
+    return activation.negative_slope if activation.negative_slope >= 0 else None
 
 
 def _writable(out: torch.Tensor) -> torch.Tensor:

@@ -157,12 +157,20 @@ class WindowAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
+_EXPECTED_INDEX: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
+"""`geometry.bias_index` by window and device: data-parallel training writes to buffers before every forward."""
+
+
 def holds_bias_index(index: torch.Tensor, window_size: Sequence[int]) -> bool:
     """Whether a module's ``relative_position_index`` has the values of `geometry.bias_index`, or none (on "meta")."""
     if index.is_meta:
         return True
-    with torch.device(index.device):  # weights may be loaded within `torch.device("meta")`
-        expected = bias_index(window_size, math.prod(window_size))
+    key = tuple(window_size), index.device
+    if (expected := _EXPECTED_INDEX.get(key)) is None:
+        with torch.device(index.device):  # weights may be loaded within `torch.device("meta")`
+            expected = bias_index(window_size, math.prod(window_size))
+        if type(expected) is torch.Tensor and not is_transformed():  # else it belongs to who traces
+            _EXPECTED_INDEX[key] = expected
     return torch.equal(index.to(expected), expected)
 
 

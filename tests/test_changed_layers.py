@@ -312,6 +312,7 @@ CHANGES = {
     "pre-hook on a norm of the decoder": (3, pre_hook("norm2")),
     "hook on an activation in place": (3, hook("lrelu")),
     "observer of an activation in place": (2, observe("lrelu")),
+    "slope of a tensor": (2, set_to("layer.lrelu", "negative_slope", lambda _: torch.tensor(0.5))),
     "other activations in place": (2, wrap("layer.lrelu", lambda _: nn.ELU(inplace=True))),
     "LoRA on qkv": (2, wrap("attn.qkv", LoRA)),
     "LoRA on qkv, 3D": (3, wrap("attn.qkv", LoRA)),
@@ -632,6 +633,19 @@ def test_fused_within_a_default_device(models, monkeypatch):
     monkeypatch.setattr(monai, "compute_mask", None)
     with torch.device("cpu"), torch.no_grad():
         model(image(2))
+
+
+def test_no_mask_is_no_mask(models):
+    """None, which MONAI takes for no mask, is something else than leaving the argument out."""
+    expected, model = copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))
+    x = torch.randn(1, 12, 12, 12, generator=torch.Generator().manual_seed(1))
+    own, block = (network.swinViT.layers1[0].blocks[1] for network in (expected, model))
+    mask = monai.compute_mask((15, 15), (5, 5), (2, 2), "cpu")
+    with torch.no_grad():
+        assert (own(x, mask) - own(x, None)).abs().max() > 1e-3
+        for given in (mask, None, 2 * mask):
+            torch.testing.assert_close(block(x, given), own(x, given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block(x), own(x, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_attention_stays_fused_in_a_block_with_hooks(models, monkeypatch):

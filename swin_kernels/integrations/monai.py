@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import numbers
 from collections.abc import Container, Iterator
+from types import EllipsisType
 from typing import ClassVar
 
 import torch
@@ -65,25 +66,26 @@ class FusedSwinTransformerBlock(modules.SwinTransformerBlock, swin_unetr.SwinTra
     original: ClassVar = swin_unetr.SwinTransformerBlock
     mlp_class: ClassVar = swin_unetr.Mlp
 
-    def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | EllipsisType | None = ...) -> torch.Tensor:
         """``(B, *S, C)`` to ``(B, *S, C)``; by MONAI's code if somebody changed that."""
         kind = _code_of(self, modules.SwinTransformerBlock)
         return kind.forward(self, x, mask_matrix)
 
-    def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
+    def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | EllipsisType | None = ...) -> torch.Tensor:
         """The attention branch, without residual; by MONAI's code while `changed_attention` finds something.
 
-        Without `mask_matrix` tokens are masked as a stage would have it; another mask than that is MONAI's work.
+        Without `mask_matrix` tokens are masked as a stage would have it. Another mask than that, or None, which is no
+        mask, is MONAI's work.
         """
         grid = WindowGrid.of(x.shape[1:-1], self.window_size, self.shift_size)
         reason = patched(swin_unetr.SwinTransformerBlock) or changed_attention(self)
-        if reason is None and mask_matrix is not None and grid.is_shifted and _grid_of(mask_matrix) != grid:
-            reason = "it was given a mask of another shift or window"
+        if reason is None and mask_matrix is not ... and grid.is_shifted and _grid_of(mask_matrix) != grid:
+            reason = "it was given another mask than that of its stage"
         if reason is None:
             return super().forward_part1(x)
         if not torch.compiler.is_dynamo_compiling():  # which would break its graph at a line for the log
             log.debug("a SwinTransformerBlock runs its attention on MONAI's code: %s", reason)
-        if mask_matrix is None and grid.is_shifted:
+        if mask_matrix is ... and grid.is_shifted:
             mask_matrix = swin_unetr.compute_mask(grid.padded, grid.window, grid.shift, x.device)
         return swin_unetr.SwinTransformerBlock.forward_part1(self, x, mask_matrix)
 
@@ -157,9 +159,9 @@ _MASKS = WeakIdKeyDictionary()
 """Masks that stages handed to their blocks, to the windows for which they are, and their versions."""
 
 
-def _grid_of(mask: torch.Tensor) -> WindowGrid | None:
-    """The windows for which a stage made `mask`; None for a mask of anyone else's, or written to since."""
-    if torch.compiler.is_compiling():  # whose graph would break here
+def _grid_of(mask: torch.Tensor | None) -> WindowGrid | None:
+    """The windows for which a stage made `mask`; None for no mask, one of anyone else's, or one written to since."""
+    if mask is None or torch.compiler.is_compiling():  # whose graph would break below
         return None
     grid, version = _MASKS.get(mask, (None, None))
     return grid if version == _version(mask) else None
