@@ -138,7 +138,7 @@ class WindowAttention(nn.Module):
         """
         shift = per_axis(shift_size, x.dim() - 2, f"{type(self).__name__}: shift_size")
         where = tuple(self.window_size), shift
-        grid = WindowGrid.of(x.shape[1:-1], *where)
+        grid = WindowGrid.of(extents(x), *where)
         qkv = window_reverse(self.qkv(window_partition(x, *where)), *where, grid.padded)  # (B, *padded, 3C)
         out = self._attend(qkv, shift)  # (B, *padded, C)
         if self._ends_plainly():
@@ -155,6 +155,11 @@ class WindowAttention(nn.Module):
                 "attention computes; swin_kernels.restore the model first, so that MONAI's code uses the index given"
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+def extents(x: torch.Tensor) -> tuple[int, ...]:
+    """``S`` of ``(B, *S, C)``, as numbers also under `torch.jit.trace`, which has tensors for them."""
+    return tuple(int(e) if torch.jit.is_tracing() else e for e in x.shape[1:-1])
 
 
 _EXPECTED_INDEX: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}

@@ -553,6 +553,19 @@ class TestLayersAroundTheAttention:
             torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["LoRA on qkv", "wrapper around a block"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_traced_and_compiled(models, name):
+    model = accelerate(copy.deepcopy(models[2]))
+    CHANGES[name][1](model)
+    stage, x = model.swinViT.layers1[0], torch.randn(1, 12, 12, 13, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = stage(x)
+        traced, compiled = torch.jit.trace(stage, x), torch.compile(stage, backend="eager", fullgraph=True)
+        torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_written_to_what_others_hold(models):
     """Where a part of the block is not our own operator or PyTorch's plain convolution, its output may be anyone's."""
     model = accelerate(copy.deepcopy(models[3]))

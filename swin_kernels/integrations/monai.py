@@ -77,12 +77,13 @@ class FusedSwinTransformerBlock(modules.SwinTransformerBlock, swin_unetr.SwinTra
         Without `mask_matrix` tokens are masked as a stage would have it. Another mask than that, or None, which is no
         mask, is MONAI's work.
         """
-        grid = WindowGrid.of(x.shape[1:-1], self.window_size, self.shift_size)
         reason = patched(swin_unetr.SwinTransformerBlock) or changed_attention(self)
-        if reason is None and mask_matrix is not ... and grid.is_shifted and _grid_of(mask_matrix) != grid:
-            reason = "it was given another mask than that of its stage"
-        if reason is None:
+        if reason is None and mask_matrix is ...:
             return super().forward_part1(x)
+        grid = WindowGrid.of(modules.extents(x), self.window_size, self.shift_size)
+        if reason is None and (not grid.is_shifted or _grid_of(mask_matrix) == grid):
+            return super().forward_part1(x)
+        reason = reason or "it was given another mask than that of its stage"
         if not torch.compiler.is_dynamo_compiling():  # which would break its graph at a line for the log
             log.debug("a SwinTransformerBlock runs its attention on MONAI's code: %s", reason)
         if mask_matrix is ... and grid.is_shifted:
@@ -182,7 +183,7 @@ class FusedBasicLayer(modules.BasicLayer, swin_unetr.BasicLayer):
         if not any(_may_use_mask(block, self) for block in self.blocks):
             return super().run_blocks(x)
         shape = x.shape
-        grid = WindowGrid.of(shape[1:-1], self.window_size, self.shift_size)
+        grid = WindowGrid.of(modules.extents(x), self.window_size, self.shift_size)
         mask = swin_unetr.compute_mask(grid.padded, grid.window, grid.shift, x.device)
         if not torch.compiler.is_compiling():
             _MASKS[mask] = grid, _version(mask)
