@@ -7,6 +7,8 @@ a device or dtype without kernels) goes to MONAI's ``forward``.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn as nn
 
@@ -25,7 +27,7 @@ and PyTorch's convolution, which does not transform them, is faster."""
 class ResidualBlock:
     """Two 3×3×3 convolutions with instance norms and LeakyReLU, and a residual before the last activation.
 
-    Parts: ``conv1, norm1, lrelu, conv2, norm2``, and where the residual changes channels ``conv3, norm3``.
+    Parts: ``conv1, norm1, lrelu, conv2, norm2``, and for the residual, where it changes channels, ``conv3, norm3``.
     """
 
     @in_float32
@@ -39,11 +41,11 @@ class ResidualBlock:
         slope = _slope(self.lrelu)
         out = _norm_act(self.conv1, self.norm1, _convolve(self.conv1, x, skip), slope)
         if slope is None:
-            out = self.lrelu(out)
+            out = self.lrelu(_writable(out))
         out = _convolve(self.conv2, out)
         residual = _convolve(self.conv3, x, skip) if hasattr(self, "conv3") else _joined(x, skip)
-        out = _norm_act(self.conv2, self.norm2, out, slope, residual, normalize_residual=hasattr(self, "conv3"))
-        return out if slope is not None else self.lrelu(out)
+        out = _norm_act(self.conv2, self.norm2, out, slope, residual, normalize_residual=hasattr(self, "norm3"))
+        return out if slope is not None else self.lrelu(_writable(out))
 
     def runs_fused(self, x: torch.Tensor) -> bool:
         """Whether the norms are what `instance_norm_act` computes and a kernel computes it for `x`."""
@@ -109,15 +111,28 @@ def _computed_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _is_plain_instance_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is an instance norm without parameters or running statistics, and plain."""
-    return is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d) and not norm.affine and not norm.track_running_stats
+    """Whether `norm` is an instance norm without parameters or running statistics, and plain.
+
+    Given to it later they count, whatever its options say.
+    """
+    return (
+        is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d)
+        and not norm.track_running_stats
+        and isinstance(norm.eps, numbers.Real)
+        and all(part is None for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    )
 
 
 def _slope(activation: nn.Module) -> float | None:
     """The slope below 0 of a LeakyReLU; None for any other activation, which then runs by itself."""
-    if is_plain(activation, nn.LeakyReLU) and activation.negative_slope >= 0:
-        return activation.negative_slope
-    return None
+    if not is_plain(activation, nn.LeakyReLU) or not isinstance(activation.negative_slope, numbers.Real):
+        return None
+    return activation.negative_slope if activation.negative_slope >= 0 else None
+
+
+def _writable(out: torch.Tensor) -> torch.Tensor:
+    """`out` of `instance_norm_act` for a layer that may work in place: a copy if the backward needs `out` as it is."""
+    return out.clone() if torch.is_grad_enabled() and out.requires_grad else out
 
 
 def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:

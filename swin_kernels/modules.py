@@ -25,10 +25,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .cpu_bfloat16 import computes_in_float32
 from .geometry import WindowGrid, bias_index, bias_table_length
+from .ops._library import is_transformed, per_axis
 from .ops.layer_norm import autocast_layer_norm
 from .ops.projected_window_attention import projected_window_attention
 from .ops.window_attention import window_attention
-from .plain import is_plain
+from .ops.window_partition import window_partition, window_reverse
+from .plain import is_plain, is_unchanged
 
 __all__ = [
     "MERGING_MODES",
@@ -89,48 +91,60 @@ class WindowAttention(nn.Module):
             shift_size: cyclic shift of the windows, an int or one per axis.
             norm: applied to `x` first, by the kernel where it can.
         """
-        dropout_p = self.attn_drop.p if self.attn_drop.training else 0.0
-        table = self.relative_position_bias_table
-        if dropout_p == 0 and is_plain(self.qkv, nn.Linear):
-            parameters = {}
+        if not (is_unchanged(self.qkv, nn.Linear) and self._ends_plainly()):
+            return self._around_windows(x if norm is None else norm(x), shift_size)
+        if self._dropout_p() == 0 and type(self.qkv) is nn.Linear:  # no proxy: `torch.export` has to see it called
+            parameters = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
             if is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
-                parameters = {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+                parameters |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
             elif norm is not None:
                 x = norm(x)
-            inside = is_plain(self.proj, nn.Linear)
-            if inside:
-                parameters |= {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
+            table = self.relative_position_bias_table
             out = projected_window_attention(
                 x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale, **parameters
             )
-            return self.proj_drop(out if inside else self.proj(out))
-        qkv, pad_qkv = self._projected(x if norm is None else norm(x), shift_size)
+            return self.proj_drop(out)
+        qkv = self.qkv(x if norm is None else norm(x))
+        return self.proj_drop(self.proj(self._attend(qkv, shift_size, self.qkv.bias)))
+
+    def _ends_plainly(self) -> bool:
+        """Whether what comes after the attention treats tokens alike, each by itself."""
+        return is_unchanged(self.proj, nn.Linear) and is_unchanged(self.proj_drop, nn.Dropout, nn.Identity)
+
+    def _dropout_p(self) -> float:
+        return self.attn_drop.p if self.attn_drop.training else 0.0
+
+    def _attend(
+        self, qkv: torch.Tensor, shift_size: int | Sequence[int], pad_qkv: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`window_attention` as this module has it; ``(B, *S, 3C)`` to ``(B, *S, C)``."""
+        p = self._dropout_p()
         out = window_attention(
             qkv,
-            table,
+            self.relative_position_bias_table,
             self.window_size,
             shift_size,
             pad_qkv=pad_qkv,
             scale=self.scale,
-            dropout_p=dropout_p if dropout_p < 1 else 0.0,
+            dropout_p=p if p < 1 else 0.0,
         )
-        if dropout_p == 1:  # every weight is dropped: the operator accepts only less
-            out = F.dropout(out, 1.0)
-        return self.proj_drop(self.proj(out))
+        return F.dropout(out, 1.0) if p == 1 else out  # every weight is dropped: the operator accepts only less
 
-    def _projected(self, x: torch.Tensor, shift_size: int | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`qkv` of the tokens `x`, ``(B, *S, 3C)``, and of a padding token, ``(3C,)``."""
-        if is_plain(self.qkv, nn.Linear):
-            return self.qkv(x), self.qkv.bias
-        # An adapter, a hook, a quantised or sharded layer: what it makes of a padding token, which is zeros, only a
-        # call can tell. One call, as upstream makes one, so that hooks and collectives run as often.
-        tokens = x.flatten(0, -2)[None]  # (1, B · prod(S), C)
-        shift = (shift_size,) * len(self.window_size) if isinstance(shift_size, int) else shift_size
-        padded = WindowGrid.of(x.shape[1:-1], self.window_size, shift).is_padded
-        rows = self.qkv(F.pad(tokens, (0, 0, 0, 1)) if padded else tokens)[0]  # (B · prod(S) [+ 1], 3C)
-        if not padded:
-            return rows.view(*x.shape[:-1], -1), None
-        return rows[:-1].view(*x.shape[:-1], -1), rows[-1]
+    def _around_windows(self, x: torch.Tensor, shift_size: int | Sequence[int]) -> torch.Tensor:
+        """`forward` of normalised tokens, whose layers are called as upstream calls them.
+
+        An adapter, a hook, a quantised or sharded layer may look at all the tokens that it is given, padding too. So
+        `qkv` gets windows ``(B·nW, n, C)``, once, and so do `proj` and `proj_drop` unless both are plain.
+        """
+        shift = per_axis(shift_size, x.dim() - 2, f"{type(self).__name__}: shift_size")
+        where = tuple(self.window_size), shift
+        grid = WindowGrid.of(extents(x), *where)
+        qkv = window_reverse(self.qkv(window_partition(x, *where)), *where, grid.padded)  # (B, *padded, 3C)
+        out = self._attend(qkv, shift)  # (B, *padded, C)
+        if self._ends_plainly():
+            return self.proj_drop(self.proj(out[(slice(None), *map(slice, grid.spatial))]))
+        windows = self.proj_drop(self.proj(window_partition(out, *where)))  # (B·nW, n, C)
+        return window_reverse(windows, *where, grid.spatial)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         name = f"{prefix}relative_position_index"
@@ -143,12 +157,25 @@ class WindowAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
+def extents(x: torch.Tensor) -> tuple[int, ...]:
+    """``S`` of ``(B, *S, C)``, as numbers also under `torch.jit.trace`, which has tensors for them."""
+    return tuple(int(e) if torch.jit.is_tracing() else e for e in x.shape[1:-1])
+
+
+_EXPECTED_INDEX: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
+"""`geometry.bias_index` by window and device: data-parallel training writes to buffers before every forward."""
+
+
 def holds_bias_index(index: torch.Tensor, window_size: Sequence[int]) -> bool:
     """Whether a module's ``relative_position_index`` has the values of `geometry.bias_index`, or none (on "meta")."""
     if index.is_meta:
         return True
-    with torch.device(index.device):  # weights may be loaded within `torch.device("meta")`
-        expected = bias_index(window_size, math.prod(window_size))
+    key = tuple(window_size), index.device
+    if (expected := _EXPECTED_INDEX.get(key)) is None:
+        with torch.device(index.device):  # weights may be loaded within `torch.device("meta")`
+            expected = bias_index(window_size, math.prod(window_size))
+        if type(expected) is torch.Tensor and not is_transformed():  # else it belongs to who traces
+            _EXPECTED_INDEX[key] = expected
     return torch.equal(index.to(expected), expected)
 
 
@@ -253,11 +280,11 @@ class SwinTransformerBlock(nn.Module):
         return self.drop_path(mlp(_norm_before(first, self.norm2, x)))
 
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and not used."""
+        """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and only handed on."""
         if self.use_checkpoint:
-            x = x + self.drop_path(checkpoint(self.forward_part1, x, use_reentrant=False))
+            x = x + self.drop_path(checkpoint(self.forward_part1, x, mask_matrix, use_reentrant=False))
             return x + checkpoint(self.forward_part2, x, use_reentrant=False)
-        x = x + self.drop_path(self.forward_part1(x))
+        x = x + self.drop_path(self.forward_part1(x, mask_matrix))
         return x + self.forward_part2(x)
 
     def load_from(self, weights: Mapping[str, Mapping[str, torch.Tensor]], n_block: str, layer: str) -> None:
@@ -391,12 +418,16 @@ class BasicLayer(nn.Module):
 
         The output is channels last in memory; a channels-last input is not copied.
         """
-        x = x.movedim(1, -1).contiguous()  # (B, *S, C)
-        for block in self.blocks:
-            x = block(x)
+        x = self.run_blocks(x.movedim(1, -1).contiguous())  # (B, *S, C)
         if self.downsample is not None:
             x = self.downsample(x)  # (B, *⌈S/2⌉, 2C)
         return x.movedim(-1, 1)  # (B, 2C, *⌈S/2⌉)
+
+    def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, *S, C)`` through all blocks, to the same shape."""
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 class SwinTransformer(nn.Module):
@@ -455,6 +486,7 @@ class SwinTransformer(nn.Module):
         for i in range(1, 5):
             if self.use_v2:
                 x = getattr(self, f"layers{i}c")[0](x.contiguous())
-            x = getattr(self, f"layers{i}")[0](x)
+            stage = getattr(self, f"layers{i}")[0]
+            x = stage(x if isinstance(stage, BasicLayer) else x.contiguous())
             features.append(self.proj_out(x, normalize))
         return features

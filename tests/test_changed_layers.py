@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn as nn
+from monai.networks.blocks import UnetOutBlock, UnetResBlock, UnetrUpBlock
 from monai.networks.nets import swin_unetr as monai
 from torch.nn.utils import parametrizations, parametrize
+from torch.overrides import TorchFunctionMode
 
-from swin_kernels import accelerate, restore
-from swin_kernels.plain import change
+from swin_kernels import accelerate, modules, restore
+from swin_kernels.plain import change, patched
 
 IMAGES = {2: (1, 1, 64, 64), 3: (1, 1, 32, 32, 64)}
 
@@ -32,6 +34,13 @@ def models() -> dict[int, nn.Module]:
 
 def image(axes: int) -> torch.Tensor:
     return torch.randn(IMAGES[axes], generator=torch.Generator().manual_seed(1))
+
+
+def gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Of a loss of ``model(x)``, with respect to `x`."""
+    x = x.clone().requires_grad_()
+    model(x).square().mean().backward()
+    return x.grad
 
 
 def parts(model: nn.Module, ending: str) -> Iterator[nn.Module]:
@@ -55,6 +64,14 @@ def hook(ending: str) -> Callable[[nn.Module], None]:
     def apply(model):
         for part in parts(model, ending):
             part.register_forward_hook(lambda _, inputs, out: out + torch.linspace(0, 0.5, out.shape[-1]))
+
+    return apply
+
+
+def observe(ending: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            part.register_forward_hook(lambda *_: None)
 
     return apply
 
@@ -156,6 +173,119 @@ def dropout_in_evaluation(model: nn.Module) -> None:
         part.eval()
 
 
+def set_to(ending: str, name: str, value: Callable[[nn.Module], object]) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            setattr(part, name, value(part))
+
+    return apply
+
+
+def remove(ending: str, name: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for part in parts(model, ending):
+            delattr(part, name)
+
+    return apply
+
+
+def filled(value: float) -> Callable[[nn.Module], nn.Parameter]:
+    return lambda norm: nn.Parameter(torch.full((norm.num_features,), value))
+
+
+def affine_by_hand(model: nn.Module) -> None:
+    set_to("layer.norm1", "weight", filled(2.0))(model)
+    set_to("layer.norm1", "bias", filled(0.5))(model)
+
+
+def table(value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module], None]:
+    return set_to(
+        "attn", "relative_position_bias_table", lambda a: nn.Parameter(value(30 * a.relative_position_bias_table.data))
+    )
+
+
+def other_index(model: nn.Module) -> None:
+    table(lambda t: t)(model)
+    set_to("attn", "relative_position_index", lambda a: a.relative_position_index.flip(0).clone())(model)
+
+
+def index_written_to(model: nn.Module) -> None:
+    table(lambda t: t)(model)
+    for attention in parts(model, "attn"):
+        attention.relative_position_index.copy_(attention.relative_position_index.flip(0))
+
+
+def smaller_windows(model: nn.Module) -> None:
+    for number in range(1, 5):
+        stage = getattr(model.swinViT, f"layers{number}")[0]
+        for part in (stage, *stage.blocks, *(block.attn for block in stage.blocks)):
+            part.window_size = (4, 4)
+
+
+def other_shift(model: nn.Module) -> None:
+    table(lambda t: t)(model)
+    for block in parts(model, "blocks.1"):
+        block.shift_size = (1, 1)
+
+
+class WithMask(nn.Module):
+    """A block that cannot be called without the mask."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, mask):
+        return torch.tanh(2 * self.block(x, mask)) + 0.3
+
+
+def wrapped_blocks(model: nn.Module) -> None:
+    blocks = model.swinViT.layers1[0].blocks
+    blocks[1] = WithMask(blocks[1])
+
+
+def appended_block(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    model.swinViT.layers1[0].blocks.append(monai.SwinTransformerBlock(12, 3, (5, 5), (2, 2)))
+
+
+class Flat(nn.Module):
+    """A block whose tokens come in one row."""
+
+    def forward(self, x, mask):
+        return torch.tanh(2 * x.flatten(1, -2)) + 0.3
+
+
+def flat_block(model: nn.Module) -> None:
+    model.swinViT.layers1[0].blocks.append(Flat())
+
+
+def method_with_mask(name: str) -> Callable[[nn.Module], None]:
+    def apply(model):
+        for block in parts(model, "blocks.1"):
+            original = getattr(block, name)
+            setattr(block, name, lambda x, mask_matrix, call=original: torch.tanh(2 * call(x, mask_matrix)) + 0.3)
+
+    return apply
+
+
+def hook_that_masks_more(model: nn.Module) -> None:
+    for block in parts(model, "blocks.1"):
+        block.register_forward_pre_hook(
+            lambda _, inputs: (3 * inputs[0], inputs[1] - 50 * torch.eye(inputs[1].shape[1]))
+        )
+
+
+def channels_first_stage(model: nn.Module) -> None:
+    """A stage that views its input, which MONAI gives it contiguous."""
+
+    class Stage(nn.Module):
+        def forward(self, x):
+            return torch.tanh(2 * x.view(x.shape[0], -1)).view(x.shape).repeat(1, 2, 1, 1)[..., ::2, ::2]
+
+    model.swinViT.layers2[0] = Stage()
+
+
 CHANGES = {
     "forward of qkv": (2, replace_forward("attn.qkv")),
     "forward of proj": (2, replace_forward("attn.proj")),
@@ -180,6 +310,10 @@ CHANGES = {
     "pre-hook on the MLP": (2, pre_hook("mlp")),
     "pre-hook on proj": (2, pre_hook("attn.proj")),
     "pre-hook on a norm of the decoder": (3, pre_hook("norm2")),
+    "hook on an activation in place": (3, hook("lrelu")),
+    "observer of an activation in place": (2, observe("lrelu")),
+    "slope of a tensor": (2, set_to("layer.lrelu", "negative_slope", lambda _: torch.tensor(0.5))),
+    "other activations in place": (2, wrap("layer.lrelu", lambda _: nn.ELU(inplace=True))),
     "LoRA on qkv": (2, wrap("attn.qkv", LoRA)),
     "LoRA on qkv, 3D": (3, wrap("attn.qkv", LoRA)),
     "LoRA on proj": (2, wrap("attn.proj", LoRA)),
@@ -190,12 +324,34 @@ CHANGES = {
     "parametrised bias table": (2, parametrised("attn")),
     "spectral norm of qkv": (2, spectral),
     "quantised linear layers": (2, quantised),
+    "no norm of a residual": (3, remove("conv_block", "norm3")),
+    "weights given to instance norms": (2, affine_by_hand),
+    "softmax over another axis": (2, wrap("attn.softmax", lambda _: nn.Softmax(dim=-2))),
+    "axis of the softmax": (2, set_to("attn.softmax", "dim", lambda _: 1)),
+    "bias table of one column": (2, table(lambda t: t[:, :1])),
+    "longer bias table": (2, table(lambda t: torch.cat([t, t]))),
+    "learnable scale": (2, set_to("attn", "scale", lambda a: nn.Parameter(torch.tensor(30 * a.scale)))),
+    "smaller windows": (2, smaller_windows),
+    "shift of a block": (2, other_shift),
+    "relative_position_index replaced": (2, other_index),
+    "relative_position_index written to": (2, index_written_to),
+    "wrapper around a block": (2, wrapped_blocks),
+    "another block": (2, appended_block),
+    "block of tokens in a row": (2, flat_block),
+    "forward of a block": (2, method_with_mask("forward")),
+    "forward_part1 of a block": (2, method_with_mask("forward_part1")),
+    "hook that changes the mask": (2, hook_that_masks_more),
+    "another stage": (2, channels_first_stage),
     "no dropout layer": (2, identity("attn.attn_drop")),
     "no softmax": (2, identity("attn.softmax")),
     "no first convolution": (3, identity("encoder2.layer.conv1")),
     "attention dropout alone in training": (2, all_weights_dropped),
     "attention dropout alone in evaluation": (2, dropout_in_evaluation),
 }
+
+
+UNCHANGED = ("no dropout", "attention dropout alone in e", "observer")
+"""What these do leaves the model's numbers as they are."""
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -211,9 +367,12 @@ def test_a_changed_layer_counts_as_with_monai(models, name, when):
     x = image(axes)
     with torch.no_grad():
         untouched, right = models[axes](x), expected(x)
-        assert (right - untouched).abs().max() > 1e-2 or name.startswith(("no dropout", "attention dropout alone in e"))
+        assert (right - untouched).abs().max() > 1e-2 or name.startswith(UNCHANGED)
         torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model(x), right, rtol=1e-4, atol=1e-4)
+    if not name.startswith("quantised"):  # which has no backward
+        right = gradient(expected, x)
+        assert (gradient(model, x) - right).norm() < 1e-3 * right.norm()
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward pre", "full backward", "full backward pre"])
@@ -278,6 +437,135 @@ def test_gradients_of_an_adapter(models):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
 
+class Gate(nn.Module):
+    """Squeeze and excitation over the tokens of a window."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        torch.manual_seed(1)
+        self.gate = nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) * torch.sigmoid(4 * self.gate(x.mean(1, keepdim=True)))
+
+
+class Normed(nn.Module):
+    """A batch norm over the tokens of all windows, padding included."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norm = nn.BatchNorm1d(layer.out_features)
+
+    def forward(self, x):
+        return self.norm(self.layer(x).mT).mT
+
+
+def centred(_, inputs, out):
+    return out - out.mean(1, keepdim=True)
+
+
+AROUND_ATTENTION = {
+    "LoRA on qkv": lambda attention: setattr(attention, "qkv", LoRA(attention.qkv)),
+    "(IA)3 on qkv": lambda attention: setattr(attention, "qkv", Scaled(attention.qkv)),
+    "gate on qkv": lambda attention: setattr(attention, "qkv", Gate(attention.qkv)),
+    "batch norm on qkv": lambda attention: setattr(attention, "qkv", Normed(attention.qkv)),
+    "hook on qkv": lambda attention: attention.qkv.register_forward_hook(centred),
+    "(IA)3 on proj": lambda attention: setattr(attention, "proj", Scaled(attention.proj)),
+    "gate on proj": lambda attention: setattr(attention, "proj", Gate(attention.proj)),
+    "batch norm on proj": lambda attention: setattr(attention, "proj", Normed(attention.proj)),
+    "hook on proj": lambda attention: attention.proj.register_forward_hook(centred),
+    "gates on both": lambda attention: (
+        setattr(attention, "qkv", Gate(attention.qkv)),
+        setattr(attention, "proj", Gate(attention.proj)),
+    ),
+    "softmax over tokens as proj_drop": lambda attention: setattr(attention, "proj_drop", nn.Softmax(dim=1)),
+    "hook on proj_drop": lambda attention: attention.proj_drop.register_forward_hook(centred),
+}
+
+
+class TestLayersAroundTheAttention:
+    """They are given windows ``(B·nW, n, C)``, padding included, as MONAI gives them; the attention stays fused."""
+
+    @pytest.fixture(autouse=True)
+    def in_float64(self):
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(torch.float32)
+
+    @pytest.fixture(autouse=True)
+    def windows_of_monai(self, monkeypatch):
+        """The fused block computes no mask."""
+        self.mask = monai.compute_mask
+        monkeypatch.setattr(monai, "compute_mask", None)
+
+    def run(self, change, extents, shift):
+        """Outputs, gradients and buffers of a block of MONAI's and of a fused one, both with `change`."""
+        window = (4, 3, 4)[: len(extents)]
+        torch.manual_seed(0)
+        expected = monai.SwinTransformerBlock(12, 3, window, shift)
+        model = copy.deepcopy(expected)
+        accelerate(model, strict=True)
+        results = []
+        for block in (expected, model):
+            change(block.attn)
+            x = torch.randn(2, *extents, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            torch.manual_seed(2)
+            if block is expected:
+                clipped, shifts = monai.get_window_size(extents, window, shift)
+                padded = [-(-e // w) * w for e, w in zip(extents, clipped, strict=True)]
+                out = block(x, self.mask(padded, clipped, shifts, x.device))
+            else:
+                out = block(x)
+            out.square().mean().backward()
+            results.append([out, x.grad, *block.buffers(), *(p.grad for p in block.parameters())])
+        return results
+
+    @pytest.mark.parametrize("name", AROUND_ATTENTION)
+    @pytest.mark.parametrize(
+        ("extents", "shift"),
+        [
+            ((8, 9), (0, 0)),
+            ((8, 9), (2, 1)),
+            ((7, 10), (0, 0)),
+            ((7, 10), (2, 1)),
+            ((3, 7), (2, 1)),  # a clipped axis
+            ((3, 3), (2, 1)),  # one window
+            ((4, 6, 8), (2, 1, 2)),
+            ((5, 7, 6), (2, 1, 2)),
+        ],
+        ids=str,
+    )
+    def test_as_with_monai(self, name, extents, shift):
+        expected, found = self.run(AROUND_ATTENTION[name], extents, shift)
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-13)
+
+    @pytest.mark.parametrize("name", ["gate on proj", "hook on proj_drop"])
+    def test_dropout_of_windows_draws_the_numbers_of_monai(self, name):
+        def change(attention):
+            AROUND_ATTENTION[name](attention)
+            attention.proj_drop.p = 0.5
+
+        expected, found = self.run(change, (7, 10), (2, 1))
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["LoRA on qkv", "wrapper around a block"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_traced_and_compiled(models, name):
+    model = accelerate(copy.deepcopy(models[2]))
+    CHANGES[name][1](model)
+    stage, x = model.swinViT.layers1[0], torch.randn(1, 12, 12, 13, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = stage(x)
+        traced, compiled = torch.jit.trace(stage, x), torch.compile(stage, backend="eager", fullgraph=True)
+        torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_is_written_to_what_others_hold(models):
     """Where a part of the block is not our own operator or PyTorch's plain convolution, its output may be anyone's."""
     model = accelerate(copy.deepcopy(models[3]))
@@ -293,6 +581,117 @@ def test_nothing_is_written_to_what_others_hold(models):
     with torch.no_grad():
         model(image(3))
     assert torch.equal(*kept[0])
+
+
+PATCHED = [
+    *((monai.WindowAttention, "forward"), (monai.BasicLayer, "forward"), (monai.SwinTransformer, "proj_out")),
+    *((monai.SwinTransformerBlock, f"forward{part}") for part in ("", "_part1", "_part2")),
+    *((UnetResBlock, "forward"), (UnetrUpBlock, "forward"), (UnetOutBlock, "forward"), (monai.Mlp, "forward")),
+    *((kind, "forward") for kind in (nn.Linear, nn.LayerNorm, nn.LeakyReLU, nn.Softmax, nn.Dropout, nn.Conv3d)),
+    *((nn.InstanceNorm2d, "forward"), (nn.modules.instancenorm._InstanceNorm, "_apply_instance_norm")),
+    *((nn.Conv3d, "_conv_forward"), (nn.Module, "__call__")),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "name"), PATCHED, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.filterwarnings("ignore:accelerate. left on MONAI's code:UserWarning")
+def test_methods_replaced_on_classes_count(models, monkeypatch, kind, name, when):
+    axes = 3 if kind is nn.Conv3d else 2
+    expected, model = copy.deepcopy(models[axes]), copy.deepcopy(models[axes])
+    x = image(axes)
+    if when == "after":
+        accelerate(model)
+    own = getattr(kind, name)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(kind, name, lambda self, x, *rest, **named: _changed(own(self, x, *rest, **named)))
+        if when == "before":
+            accelerate(model)
+        torch.testing.assert_close(model(x), expected(x), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), models[axes](x), rtol=1e-3, atol=1e-4)
+    assert patched(kind) is None
+
+
+def _changed(out):
+    return [*map(_changed, out)] if isinstance(out, list) else torch.tanh(2 * out) + 0.3
+
+
+def test_what_is_patched_is_named(models, monkeypatch):
+    monkeypatch.setattr(monai.SwinTransformer, "proj_out", lambda self, x, normalize=False: x)
+    monkeypatch.setattr(nn.Softmax, "forward", lambda self, x: x)
+    with pytest.raises(ValueError, match=r"swinViT: SwinTransformer\.proj_out was replaced") as error:
+        accelerate(copy.deepcopy(models[2]), strict=True)
+    assert "blocks.0: attn.softmax is of a changed class: Softmax.forward was replaced" in str(error.value)
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        changed = (nn.functional.linear, nn.functional.layer_norm, nn.functional.instance_norm)
+        return torch.tanh(2 * out) if function in changed else out
+
+
+def test_a_function_mode_sees_what_monai_calls(models):
+    expected, model = copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))
+    with torch.no_grad():
+        with Doubled():
+            torch.testing.assert_close(model(image(2)), expected(image(2)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(image(2)), expected(image(2)), rtol=1e-4, atol=1e-4)
+
+
+def test_fused_within_a_default_device(models, monkeypatch):
+    """``with torch.device(...)`` is a function mode, too, but changes nothing that layers compute."""
+    model = accelerate(copy.deepcopy(models[2]))
+    monkeypatch.setattr(monai, "compute_mask", None)
+    with torch.device("cpu"), torch.no_grad():
+        model(image(2))
+
+
+def test_no_mask_is_no_mask(models):
+    """None, which MONAI takes for no mask, is something else than leaving the argument out."""
+    expected, model = copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))
+    x = torch.randn(1, 12, 12, 12, generator=torch.Generator().manual_seed(1))
+    own, block = (network.swinViT.layers1[0].blocks[1] for network in (expected, model))
+    mask = monai.compute_mask((15, 15), (5, 5), (2, 2), "cpu")
+    with torch.no_grad():
+        assert (own(x, mask) - own(x, None)).abs().max() > 1e-3
+        for given in (mask, None, 2 * mask):
+            torch.testing.assert_close(block(x, given), own(x, given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(block(x), own(x, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_stays_fused_in_a_block_with_hooks(models, monkeypatch):
+    """The block's mask is for whoever looks at it."""
+    model = accelerate(copy.deepcopy(models[2]))
+    block = model.swinViT.layers1[0].blocks[1]
+    masks: list[torch.Tensor] = []
+    block.register_forward_hook(lambda _, inputs, out: masks.append(inputs[1]))
+    fused: list[tuple[int, ...]] = []
+    own = modules.projected_window_attention
+    monkeypatch.setattr(
+        modules, "projected_window_attention", lambda x, *rest, **named: fused.append(x.shape) or own(x, *rest, **named)
+    )
+    with torch.no_grad():
+        model(image(2))
+    assert len(fused) == 8
+    torch.testing.assert_close(*masks, monai.compute_mask((35, 35), (5, 5), (2, 2), "cpu"))
+
+
+NAMED = {
+    "axis of the softmax": r"blocks\.0: attn\.softmax is over axis 1",
+    "bias table of one column": r"blocks\.1: attn\.relative_position_bias_table has shape \(81, 1\), for 3 heads",
+    "learnable scale": r"blocks\.0: attn\.scale is a Parameter",
+    "shift of a block": r"blocks\.1: shift_size is \(1, 1\), that of the stage \(2, 2\)",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_settings_that_only_monais_code_can_take_are_named(models, name):
+    model = copy.deepcopy(models[2])
+    CHANGES[name][1](model)
+    with pytest.raises(ValueError, match=NAMED[name]):
+        accelerate(model, strict=True)
 
 
 def test_strict_names_what_runs_on_monais_code(models):

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn as nn
 from monai.networks.nets import swin_unetr as monai
+from torch.overrides import BaseTorchFunctionMode
 
-from swin_kernels import accelerate, convolution_blocks
+from swin_kernels import accelerate, convolution_blocks, restore
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -64,10 +65,10 @@ def other_layer(masks, norms, caplog):
     network = accelerate(model(), strict=True)
     attention = block(network).attn
     attention.qkv = nn.Sequential(attention.qkv)
-    called: list[int] = []
-    attention.proj.register_forward_hook(lambda *_: called.append(1))
+    shapes: list[tuple[int, ...]] = []
+    attention.proj.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
     network(image())
-    assert called == [1]
+    assert shapes == [(7 * 7, 5 * 5, 12)]
     assert not masks
 
 
@@ -80,14 +81,40 @@ def attention_changed(masks, norms, caplog):
     assert len(masks) == 1
 
 
-def hooks_for_every_module(masks, norms, caplog):
+def block_with_hooks(masks, norms, caplog):
+    network = accelerate(model(), strict=True)
+    seen: list[torch.Tensor] = []
+    block(network).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    network.swinViT.layers2[0].blocks.append(nn.Identity())
+    network.swinViT.layers2[0].blocks[2].forward = lambda x, mask: seen.append(mask) or x
+    with caplog.at_level(logging.DEBUG, logger="swin_kernels"):
+        network(image())
+    assert [m.shape for m in seen] == [(49, 25, 25), (16, 25, 25)]
+    assert len(masks) == 2
+    assert "on MONAI's code" not in caplog.text
+
+
+def every_module(masks, norms, caplog):
     network = accelerate(model(), strict=True)
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         network(image())
     finally:
         handle.remove()
-    assert len(masks) == 3  # the shifted blocks; in the last stage the window is the map
+    with BaseTorchFunctionMode():
+        network(image())
+    assert len(masks) == 8  # one for each stage
+    assert not norms
+
+
+def patched(masks, norms, caplog):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monai.WindowAttention, "forward", lambda self, x, mask: x)
+        patch.setattr(nn.InstanceNorm2d, "forward", lambda self, x: x)
+        with pytest.warns(UserWarning, match=r"attn is of a changed class: WindowAttention\.forward was replaced"):
+            network = accelerate(model())
+        network(image())
+    assert masks
     assert not norms
 
 
@@ -148,11 +175,23 @@ def second_derivative(masks, norms, caplog):
         gradient.sum().backward()
 
 
+def functions(masks, norms, caplog):
+    network = accelerate(model(), strict=True)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        expected = network(image())
+        patch.setattr(torch.nn.functional, "instance_norm", None)
+        torch.testing.assert_close(network(image()), expected)
+        with pytest.raises(TypeError):
+            restore(network)(image())
+
+
 CHECKS: dict[str, Callable] = {
     "layers as MONAI builds them": fused,
     "another layer as `qkv`": other_layer,
     "hooks or changes on an attention module": attention_changed,
-    "hooks for every module": hooks_for_every_module,
+    "hooks on a block": block_with_hooks,
+    "hooks for every module": every_module,
+    "a method patched": patched,
     "a subclass of a block": subclass,
     "other norms": other_norms,
     "`torch.func`": transforms,
@@ -160,6 +199,7 @@ CHECKS: dict[str, Callable] = {
     "`torch.onnx.export`": onnx,
     "an empty batch": empty_batch,
     "a second derivative": second_derivative,
+    "functions of `torch.nn.functional`": functions,
 }
 
 

@@ -51,13 +51,22 @@ def test_block_against_upstream(extents, window, shift, qkv_bias):
 
 
 def test_attention_is_called_as_a_module():
-    """Hooks on the attention and the norms see volumes."""
-    b = block()
-    shapes = []
-    for module in (b.norm1, b.attn, b.attn.proj):
-        module.register_forward_hook(lambda m, inputs, out: shapes.append((inputs[0].shape, out.shape)))
+    """Hooks on the attention and the norms see volumes, those on layers of the attention windows."""
+    b = block((3, 4, 2), (1, 2, 1))
+    shapes = {}
+    for name in ("norm1", "attn", "attn.qkv", "attn.proj", "attn.proj_drop"):
+        b.get_submodule(name).register_forward_hook(
+            lambda _, inputs, out, name=name: shapes.update({name: (*inputs[0].shape, out.shape[-1])})
+        )
     b(tokens(5, 4, 7))
-    assert shapes == [((2, 5, 4, 7, 12),) * 2] * 3
+    volume, windows = (2, 5, 4, 7, 12, 12), (2 * 2 * 1 * 4, 3 * 4 * 2, 12, 12)
+    assert shapes == {
+        "norm1": volume,
+        "attn": volume,
+        "attn.qkv": (*windows[:-1], 36),
+        "attn.proj": windows,
+        "attn.proj_drop": windows,
+    }
 
 
 class TestDropout:

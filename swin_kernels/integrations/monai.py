@@ -1,26 +1,54 @@
 """MONAI's Swin UNETR modules with the ``forward`` of `swin_kernels.modules` and `swin_kernels.convolution_blocks`.
 
-Each class here inherits from ours first and from MONAI's second and adds nothing, so an instance of
-MONAI's class becomes fused by assigning ``__class__``: its parameters, buffers, hooks and every
-reference to them stay, ``isinstance`` with MONAI's type holds, and copying and pickling find the class
-by name.
+Each class here inherits from ours first and from MONAI's second and adds only the choice between the two, so an
+instance of MONAI's class becomes fused by assigning ``__class__``: its parameters, buffers, hooks and every reference
+to them stay, ``isinstance`` with MONAI's type holds, and copying and pickling find the class by name.
+
+MONAI's code runs where somebody changed what ours does not call. That is asked at every call, because it may happen at
+any time.
 """
 
 from __future__ import annotations
 
 import logging
+import numbers
 from collections.abc import Container, Iterator
+from types import EllipsisType
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 from monai.networks.blocks import UnetOutBlock, UnetResBlock, UnetrUpBlock
 from monai.networks.nets import swin_unetr
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import convolution_blocks, modules
-from ..geometry import WindowGrid
-from ..plain import change
+from ..geometry import WindowGrid, bias_table_length
+from ..plain import TRACED, change, class_of, in_function_mode, is_untouched, know, patched
 
 log = logging.getLogger("swin_kernels")
+
+
+_COMPUTING = {
+    swin_unetr.WindowAttention: ("forward",),
+    swin_unetr.SwinTransformerBlock: ("forward", "forward_part1", "forward_part2"),
+    swin_unetr.BasicLayer: ("forward",),
+    swin_unetr.SwinTransformer: ("forward", "proj_out"),
+    swin_unetr.Mlp: ("forward",),
+    UnetResBlock: ("forward",),
+    UnetrUpBlock: ("forward",),
+    UnetOutBlock: ("forward",),
+}
+"""Methods of MONAI's classes that are not called as long as they are MONAI's."""
+
+for _kind, _methods in _COMPUTING.items():
+    know(_kind, *_methods)
+
+
+def _code_of(module: nn.Module, own: type) -> type:
+    """The class whose code a fused `module` runs: `own`, or MONAI's if somebody changed that or what it calls."""
+    return module.original if patched(module.original) or in_function_mode() else own
 
 
 class FusedWindowAttention(modules.WindowAttention, swin_unetr.WindowAttention):
@@ -35,18 +63,37 @@ class FusedWindowAttention(modules.WindowAttention, swin_unetr.WindowAttention):
 class FusedSwinTransformerBlock(modules.SwinTransformerBlock, swin_unetr.SwinTransformerBlock):
     """`swin_kernels.modules.SwinTransformerBlock` in place of MONAI's."""
 
-    mlp_class = swin_unetr.Mlp
+    original: ClassVar = swin_unetr.SwinTransformerBlock
+    mlp_class: ClassVar = swin_unetr.Mlp
 
-    def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
-        """The attention branch, without residual; by MONAI's code while `changed_attention` finds something."""
-        if (reason := changed_attention(self)) is None:
+    def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | EllipsisType | None = ...) -> torch.Tensor:
+        """``(B, *S, C)`` to ``(B, *S, C)``; by MONAI's code if somebody changed that."""
+        kind = _code_of(self, modules.SwinTransformerBlock)
+        return kind.forward(self, x, mask_matrix)
+
+    def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | EllipsisType | None = ...) -> torch.Tensor:
+        """The attention branch, without residual; by MONAI's code while `changed_attention` finds something.
+
+        Without `mask_matrix` tokens are masked as a stage would have it. Another mask than that, or None, which is no
+        mask, is MONAI's work.
+        """
+        reason = patched(swin_unetr.SwinTransformerBlock) or changed_attention(self)
+        if reason is None and mask_matrix is ...:
             return super().forward_part1(x)
+        grid = WindowGrid.of(modules.extents(x), self.window_size, self.shift_size)
+        if reason is None and (not grid.is_shifted or _grid_of(mask_matrix) == grid):
+            return super().forward_part1(x)
+        reason = reason or "it was given another mask than that of its stage"
         if not torch.compiler.is_dynamo_compiling():  # which would break its graph at a line for the log
             log.debug("a SwinTransformerBlock runs its attention on MONAI's code: %s", reason)
-        grid = WindowGrid.of(x.shape[1:-1], self.window_size, self.shift_size)
-        if grid.is_shifted:
+        if mask_matrix is ... and grid.is_shifted:
             mask_matrix = swin_unetr.compute_mask(grid.padded, grid.window, grid.shift, x.device)
         return swin_unetr.SwinTransformerBlock.forward_part1(self, x, mask_matrix)
+
+    def forward_part2(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP branch, without residual; by MONAI's code if somebody changed that."""
+        kind = _code_of(self, modules.SwinTransformerBlock)
+        return kind.forward_part2(self, x)
 
 
 def changed_attention(block: nn.Module) -> str | None:
@@ -58,29 +105,144 @@ def changed_attention(block: nn.Module) -> str | None:
         "attn.attn_drop": (attention.attn_drop, (nn.Dropout,)),
     }
     for name, (part, kinds) in parts.items():
-        if _class_of(part) not in kinds:
+        if class_of(part) not in kinds:
             return f"{name} is a {type(part).__qualname__}"
         if reason := change(part):
             return f"{name} {reason}"
-    if tuple(attention.window_size) != tuple(block.window_size):
-        return f"attn.window_size is {tuple(attention.window_size)}, that of the block {tuple(block.window_size)}"
+    return patched(swin_unetr.WindowAttention) or _changed_setting(block)
+
+
+def _changed_setting(block: nn.Module) -> str | None:
+    """Which number or tensor of the attention of `block` is one that only MONAI's code can take, or None."""
+    attention = block.attn
+    window, heads = tuple(attention.window_size), attention.num_heads
+    if window != tuple(block.window_size):
+        return f"attn.window_size is {window}, that of the block {tuple(block.window_size)}"
+    if attention.softmax.dim not in (-1, 3):  # of (B·nW, heads, n, n)
+        return f"attn.softmax is over axis {attention.softmax.dim}"
+    if not isinstance(attention.scale, numbers.Real):
+        return f"attn.scale is a {type(attention.scale).__name__}"
+    if (shape := attention.relative_position_bias_table.shape) != (bias_table_length(window), heads):
+        return f"attn.relative_position_bias_table has shape {tuple(shape)}, for {heads} heads and windows of {window}"
+    if not _holds_bias_index(attention):
+        return "attn.relative_position_index is not that of attn.window_size"
     return None
 
 
+_SEEN_INDEX = WeakIdKeyDictionary()
+"""``relative_position_index`` to its version and the window, when its values were last found to be those of it."""
+
+
+def _holds_bias_index(attention: nn.Module) -> bool:
+    """`modules.holds_bias_index` of `attention`, looked at again only when the tensor is another or was written to.
+
+    Not while a graph is made or a tensor has no values to look at.
+    """
+    index, window = attention.relative_position_index, tuple(attention.window_size)
+    if torch.compiler.is_compiling() or isinstance(index, TRACED) or is_functorch_wrapped_tensor(index):
+        return True
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():  # which cannot wait for a comparison
+        return True
+    seen = _version(index), window
+    if _SEEN_INDEX.get(index) != seen:
+        if not modules.holds_bias_index(index, window):
+            return False
+        _SEEN_INDEX[index] = seen
+    return True
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often `tensor` was written to; of tensors of inference mode nobody counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+_MASKS = WeakIdKeyDictionary()
+"""Masks that stages handed to their blocks, to the windows for which they are, and their versions."""
+
+
+def _grid_of(mask: torch.Tensor | None) -> WindowGrid | None:
+    """The windows for which a stage made `mask`; None for no mask, one of anyone else's, or one written to since."""
+    if mask is None or torch.compiler.is_compiling():  # whose graph would break below
+        return None
+    grid, version = _MASKS.get(mask, (None, None))
+    return grid if version == _version(mask) else None
+
+
 class FusedBasicLayer(modules.BasicLayer, swin_unetr.BasicLayer):
-    """`swin_kernels.modules.BasicLayer` in place of MONAI's: computes no mask."""
+    """`swin_kernels.modules.BasicLayer` in place of MONAI's: computes a mask only for blocks that others changed."""
+
+    original: ClassVar = swin_unetr.BasicLayer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, C, *S)`` to ``(B, 2C, *⌈S/2⌉)``, or to ``(B, C, *S)`` without `downsample`."""
+        kind = _code_of(self, modules.BasicLayer)
+        return kind.forward(self, x)
+
+    def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """``(B, *S, C)`` through all blocks, to the same shape."""
+        if not any(_may_use_mask(block, self) for block in self.blocks):
+            return super().run_blocks(x)
+        shape = x.shape
+        grid = WindowGrid.of(modules.extents(x), self.window_size, self.shift_size)
+        mask = swin_unetr.compute_mask(grid.padded, grid.window, grid.shift, x.device)
+        if not torch.compiler.is_compiling():
+            _MASKS[mask] = grid, _version(mask)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x.view(*shape[:-1], -1)
+
+
+def _may_use_mask(block: nn.Module, stage: nn.Module) -> bool:
+    """Whether `block` has to be given the mask of `stage`: all but ours as they are, and with the shift of `stage`."""
+    if class_of(block) not in (FusedSwinTransformerBlock, modules.SwinTransformerBlock) or not is_untouched(block):
+        return True
+    return _other_windows(block, stage) is not None
+
+
+def _other_windows(block: nn.Module, stage: nn.Module) -> str | None:
+    """How the windows of `block` differ from those of which `stage` makes the mask; None if not or if not shifted."""
+    for name in ("shift_size", "window_size") if any(block.shift_size) else ():
+        own, mask = tuple(getattr(block, name)), tuple(getattr(stage, name))
+        if own != mask:
+            return f"{name} is {own}, that of the stage {mask}"
+    return None
 
 
 class FusedSwinTransformer(modules.SwinTransformer, swin_unetr.SwinTransformer):
     """`swin_kernels.modules.SwinTransformer` in place of MONAI's: leaves the tokens channels last."""
 
+    original: ClassVar = swin_unetr.SwinTransformer
+
+    def forward(self, x: torch.Tensor, normalize: bool = True) -> list[torch.Tensor]:
+        """Five feature maps, finest first: ``(B, 2^i · C, *⌈S/2^i⌉)`` with `i` from 0 to 4."""
+        kind = _code_of(self, modules.SwinTransformer)
+        return kind.forward(self, x, normalize)
+
+    def proj_out(self, x: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        """Features as handed to the decoder; by MONAI's code if somebody changed that."""
+        kind = _code_of(self, modules.SwinTransformer)
+        return kind.proj_out(self, x, normalize)
+
 
 class FusedResidualBlock(convolution_blocks.ResidualBlock, UnetResBlock):
     """`swin_kernels.convolution_blocks.ResidualBlock` in place of MONAI's `UnetResBlock`."""
 
+    original: ClassVar = UnetResBlock
+
+    def runs_fused(self, x: torch.Tensor) -> bool:
+        """Whether nobody changed MONAI's, and the norms are what a kernel computes for `x`."""
+        return patched(self.original) is None and super().runs_fused(x)
+
 
 class FusedUpBlock(convolution_blocks.UpBlock, UnetrUpBlock):
     """`swin_kernels.convolution_blocks.UpBlock` in place of MONAI's `UnetrUpBlock`."""
+
+    original: ClassVar = UnetrUpBlock
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """``(B, C_in, *S)`` and ``(B, C_out, *2S)`` to ``(B, C_out, *2S)``."""
+        kind = _code_of(self, convolution_blocks.UpBlock)
+        return kind.forward(self, x, skip)
 
 
 class FusedOutBlock(convolution_blocks.OutBlock, UnetOutBlock):
@@ -97,13 +259,6 @@ _TAKEN_OVER = {
 # Other networks have these blocks too and keep them.
 _CONVOLUTION_BLOCKS = {UnetResBlock: FusedResidualBlock, UnetrUpBlock: FusedUpBlock, UnetOutBlock: FusedOutBlock}
 _HAVE_CONVOLUTION_BLOCKS = (swin_unetr.SwinUNETR, swin_unetr.SwinTransformer)
-
-
-def _class_of(module: nn.Module) -> type:
-    """The class of `module`. `torch.export` hands out proxies while it traces, of a class made for each."""
-    if torch.compiler.is_exporting() and hasattr(module, "get_base"):
-        module = module.get_base()
-    return type(module)
 
 
 def swin_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -128,8 +283,12 @@ def plan(model: nn.Module) -> tuple[dict[nn.Module, type[nn.Module]], dict[str, 
                 swaps[module.attn] = FusedWindowAttention
                 if reason := changed_attention(module):
                     left[f"the attention of {name or 'model'}"] = reason
+            if original is swin_unetr.BasicLayer:
+                for i, block in enumerate(module.blocks):
+                    if reason := _other_windows(block, module):
+                        left[f"the attention of {f'{name}.blocks.{i}'.strip('.')}"] = reason
     for name, module in _convolution_blocks(model).items():
-        if reason := _replaced_methods(module):
+        if reason := patched(type(module)) or _replaced_methods(module):
             left[name] = reason
         else:
             swaps[module] = _CONVOLUTION_BLOCKS[type(module)]
@@ -166,7 +325,7 @@ def _reason_to_leave(module: nn.Module, original: type[nn.Module], swaps: Contai
     """Why `module`, an instance of MONAI's `original`, keeps its class; None if it can be swapped."""
     if type(module) is not original:
         return f"{type(module).__qualname__} is a subclass of MONAI's {original.__name__}"
-    if reason := _replaced_methods(module):
+    if reason := patched(original) or _replaced_methods(module):
         return reason
     if original is swin_unetr.SwinTransformerBlock:
         if isinstance(module.attn, swin_unetr.WindowAttention) and not modules.holds_bias_index(
