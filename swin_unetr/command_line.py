@@ -18,8 +18,8 @@ from jsonargparse.typing import register_type
 EXAMPLES = {int: ("64", "96", "128", "160"), float: ("1.5", "2.0", "2.5", "3.0")}
 
 SEVERAL = (
-    "Several values of an option stand after it, as in --roi 96 96 64, or as a list, as in --roi [96,96,64]. Such an "
-    "option is given once on a command line; there it replaces what files say."
+    "Several values of an option stand after it, as in 96 96 64, or are a list, as in [96,96,64]. Such an option is "
+    "given once on a command line, where it replaces what files say."
 )
 
 

@@ -55,16 +55,19 @@ class Trained:
             trained = cls.of(content, state, averaged)
             with torch.device("meta"):  # nothing is drawn and nothing copied
                 trained.architecture.build().load_state_dict(state, assign=True)
+            worthless = [
+                f"{name} ({int((~value.isfinite()).sum())} of {value.numel()})"
+                for name, value in state.items()
+                if not value.isfinite().all()
+            ]
         except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise ValueError(f"checkpoint: {path} does not describe its own weights: {reason}") from error
-        for name, value in state.items():
-            if not value.isfinite().all():
-                bad = int(value.numel() - value.isfinite().sum())
-                raise ValueError(
-                    f"checkpoint: {path} has weights that are NaN or infinite, such as {name} ({bad} of "
-                    f"{value.numel()}); accepted are finite ones"
-                )
+        if worthless:
+            raise ValueError(
+                f"checkpoint: {path} has weights that are NaN or infinite, such as {worthless[0]}; accepted are finite "
+                "ones"
+            )
         if trained.architecture.out_channels != trained.labels.channels:
             raise ValueError(
                 f"checkpoint: {path} has {trained.architecture.out_channels} output channels and labels for "

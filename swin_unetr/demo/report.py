@@ -68,7 +68,7 @@ def organ_table(console: Console, results: Mapping[str, Mapping[str, float]]) ->
             f"{results['millilitres_of_labels'][name]:,.0f} ml",
         )
     console.print(table)
-    console.print(LABEL_NOTE, style="dim")
+    say(console, LABEL_NOTE, "dim")
 
 
 def timing_table(console: Console, timings: Sequence[Timing], rounds: int) -> None:
