@@ -63,9 +63,9 @@ def test_a_second_training_is_refused_until_the_first_is_gone(tmp_path, owner):
 def test_no_command_writes_into_a_folder_that_another_process_owns(command, tmp_path, owner, capsys):
     """Before it reads weights or label maps, of which there are none here."""
     before = sorted(path.name for path in tmp_path.iterdir())
-    image = nifti(tmp_path.parent / f"{tmp_path.name}.nii.gz")
+    image, label = (nifti(tmp_path.parent / f"{tmp_path.name}-{which}.nii.gz") for which in ("image", "label"))
     datalist = image.with_suffix(".json")
-    datalist.write_text(json.dumps({"training": [{"image": image.name, "label": image.name}]}))
+    datalist.write_text(json.dumps({"training": [{"image": image.name, "label": label.name}]}))
     data = ["--data.datalist", str(datalist), "--data.folds", "1"]
     words = {
         "predict": ["--checkpoint", "none.pt", "--input", str(image)],
