@@ -119,7 +119,7 @@ def _is_plain_instance_norm(norm: nn.Module) -> bool:
         is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d)
         and not norm.track_running_stats
         and isinstance(norm.eps, numbers.Real)
-        and all(part is None for part in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+        and not any(part is not None for part in (*norm._parameters.values(), *norm._buffers.values()))
     )
 
 

@@ -114,12 +114,13 @@ def change(module: nn.Module) -> str | None:
         return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
-    if in_function_mode():
+    if torch._C._len_torch_function_stack() and in_function_mode():  # asked for every layer: without a call if it can
         return "is called in a TorchFunctionMode"
     if global_hooks._has_any_global_hook():
         return "is subject to hooks for every module"
+    attributes = module.__dict__
     for method in _REPLACEABLE:
-        if method in module.__dict__:
+        if method in attributes:
             return f"has its {method} replaced"
     if reason := patched(type(module)):
         return f"is of a changed class: {reason}"

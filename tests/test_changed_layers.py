@@ -661,21 +661,41 @@ def test_no_mask_is_no_mask(models):
         torch.testing.assert_close(block(x), own(x, mask), rtol=1e-4, atol=1e-5)
 
 
-def test_attention_stays_fused_in_a_block_with_hooks(models, monkeypatch):
-    """The block's mask is for whoever looks at it."""
-    model = accelerate(copy.deepcopy(models[2]))
-    block = model.swinViT.layers1[0].blocks[1]
-    masks: list[torch.Tensor] = []
-    block.register_forward_hook(lambda _, inputs, out: masks.append(inputs[1]))
-    fused: list[tuple[int, ...]] = []
-    own = modules.projected_window_attention
-    monkeypatch.setattr(
-        modules, "projected_window_attention", lambda x, *rest, **named: fused.append(x.shape) or own(x, *rest, **named)
-    )
-    with torch.no_grad():
-        model(image(2))
-    assert len(fused) == 8
-    torch.testing.assert_close(*masks, monai.compute_mask((35, 35), (5, 5), (2, 2), "cpu"))
+class Stage(monai.BasicLayer):
+    pass
+
+
+class TestAttentionStaysFused:
+    @pytest.fixture
+    def fused(self, monkeypatch) -> list[torch.Size]:
+        calls: list[torch.Size] = []
+        own = modules.projected_window_attention
+        monkeypatch.setattr(
+            modules,
+            "projected_window_attention",
+            lambda x, *rest, **named: calls.append(x.shape) or own(x, *rest, **named),
+        )
+        return calls
+
+    def test_in_a_block_with_hooks(self, models, fused):
+        """The block's mask is for whoever looks at it."""
+        model = accelerate(copy.deepcopy(models[2]))
+        masks: list[torch.Tensor] = []
+        model.swinViT.layers1[0].blocks[1].register_forward_hook(lambda _, inputs, out: masks.append(inputs[1]))
+        with torch.no_grad():
+            model(image(2))
+        assert len(fused) == 8
+        torch.testing.assert_close(*masks, monai.compute_mask((35, 35), (5, 5), (2, 2), "cpu"))
+
+    def test_in_a_stage_of_monais(self, models, fused):
+        """Its mask is recognised by its values."""
+        model = copy.deepcopy(models[2])
+        model.swinViT.layers1[0].__class__ = Stage
+        with pytest.warns(UserWarning, match="Stage is a subclass of MONAI's BasicLayer"):
+            accelerate(model)
+        with torch.no_grad():
+            model(image(2))
+        assert len(fused) == 8
 
 
 NAMED = {

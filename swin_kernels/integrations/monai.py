@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import convolution_blocks, modules
 from ..geometry import WindowGrid, bias_table_length
+from ..ops._library import is_transformed
 from ..plain import TRACED, change, class_of, in_function_mode, is_untouched, know, patched
 
 log = logging.getLogger("swin_kernels")
@@ -81,7 +82,7 @@ class FusedSwinTransformerBlock(modules.SwinTransformerBlock, swin_unetr.SwinTra
         if reason is None and mask_matrix is ...:
             return super().forward_part1(x)
         grid = WindowGrid.of(modules.extents(x), self.window_size, self.shift_size)
-        if reason is None and (not grid.is_shifted or _grid_of(mask_matrix) == grid):
+        if reason is None and (not grid.is_shifted or _is_mask_of(mask_matrix, grid)):
             return super().forward_part1(x)
         reason = reason or "it was given another mask than that of its stage"
         if not torch.compiler.is_dynamo_compiling():  # which would break its graph at a line for the log
@@ -157,15 +158,25 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 
 _MASKS = WeakIdKeyDictionary()
-"""Masks that stages handed to their blocks, to the windows for which they are, and their versions."""
+"""Masks to the windows for which they are, and the versions of which that is known."""
 
 
-def _grid_of(mask: torch.Tensor | None) -> WindowGrid | None:
-    """The windows for which a stage made `mask`; None for no mask, one of anyone else's, or one written to since."""
-    if mask is None or torch.compiler.is_compiling():  # whose graph would break below
-        return None
-    grid, version = _MASKS.get(mask, (None, None))
-    return grid if version == _version(mask) else None
+def _is_mask_of(mask: torch.Tensor | None, grid: WindowGrid) -> bool:
+    """Whether `mask` is known to be, or has the values of, the one that MONAI computes for `grid`.
+
+    Where a look at values would break a graph, or wait for a stream that cannot, only what is known counts.
+    """
+    if mask is None or torch.compiler.is_compiling():
+        return False
+    seen = grid, _version(mask)
+    if _MASKS.get(mask) == seen:
+        return True
+    if isinstance(mask, TRACED) or is_transformed() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    if not torch.equal(mask, swin_unetr.compute_mask(grid.padded, grid.window, grid.shift, mask.device)):
+        return False
+    _MASKS[mask] = seen
+    return True
 
 
 class FusedBasicLayer(modules.BasicLayer, swin_unetr.BasicLayer):
