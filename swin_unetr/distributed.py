@@ -184,6 +184,9 @@ def parallel(
             device_ids=[device] if device.type == "cuda" else None,
             static_graph=True,
             gradient_as_bucket_view=True,
+            # Running statistics are floating-point numbers. Others are constants, as the indices of relative positions:
+            # written to before every step, each would be looked at again.
+            broadcast_buffers=any(buffer.is_floating_point() for buffer in network.buffers()),
         )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

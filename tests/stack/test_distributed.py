@@ -287,6 +287,14 @@ def test_validation_does_not_depend_on_how_cases_are_shared(monkeypatch):
     assert task.figures(shares) == alone
 
 
+@pytest.mark.parametrize(("norm", "wanted"), [(torch.nn.InstanceNorm3d, False), (torch.nn.BatchNorm3d, True)])
+def test_running_statistics_alone_are_broadcast(monkeypatch, norm, wanted):
+    monkeypatch.setattr(distributed, "ranks", lambda: 2)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda network, **options: options)
+    network = torch.nn.Sequential(norm(2), Architecture(feature_size=12, out_channels=2).build())
+    assert distributed.parallel(network, "ddp", CPU)["broadcast_buffers"] == wanted
+
+
 # --- under torchrun ---
 
 
