@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import files
-from ..foreign import reason
+from ..foreign import origin, reason
 from .datalist import Case
 from .images import BadCase
 
@@ -165,8 +165,7 @@ def visit(dataset: Dataset, index: int) -> Any:
 
 def _bad(error: Exception, case: Case) -> BadCase:
     """What is behind `error`, which MONAI's transforms wrap, and whose case it is."""
-    while error.__cause__ is not None and not isinstance(error, BadCase):
-        error = error.__cause__
+    error = origin(error)
     if isinstance(error, NotKept):
         return error
     says = str(error).strip() or type(error).__name__

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from ..foreign import irregular, listed
 from ..names import shown
-from .nifti import BadCase
+from .nifti import GZIP, BadCase
 
 LONGEST_PATH = 800  # bytes, of NRRD's; messages of its parser have room for a few more
 LONGEST_HEADER = 2**24  # bytes
@@ -29,7 +29,6 @@ SPACE_KINDS = ("domain", "space", "time", "none", "???", "")
 """Of NRRD's axes along which samples lie; along others a voxel's components do."""
 MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "???", "?", "")
 """How they are written, and what is written where nobody knows: most files say nothing."""
-GZIP = b"\x1f\x8b"
 PIECE = 2**20  # bytes
 
 
