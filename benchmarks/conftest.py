@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 import swin_kernels
-from swin_kernels.backends import Call, select
+from swin_kernels.backends import select
 from swin_kernels.backends.cpu import library as cpu_library
+from swin_kernels.ops.window_attention import WindowAttentionCall
 
 THREADS = 2
 ROWS = pytest.StashKey[list[dict]]()
@@ -58,7 +59,7 @@ def extent(pytestconfig) -> int:
 
 def backend_in_use(dtype: torch.dtype, device: str = "cpu") -> str:
     """The backend that runs a Swin UNETR attention here, forced or chosen."""
-    return select(Call("window_attention", device, dtype, head_dim=16, window=(7, 7, 7))).__name__.rpartition(".")[2]
+    return select(WindowAttentionCall(device=device, dtype=dtype, head_dim=16, window=(7, 7, 7))).name
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

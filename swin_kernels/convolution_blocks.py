@@ -12,9 +12,9 @@ import numbers
 import torch
 import torch.nn as nn
 
-from .backends import has_kernel
 from .cpu_bfloat16 import in_float32
-from .ops._library import autocast_is_on, is_transformed
+from .ops._checks import autocast_is_on
+from .ops._operator import has_kernel, is_transformed
 from .ops.convolution import convolution
 from .ops.instance_norm_act import instance_norm_act
 from .plain import is_plain, is_untouched
@@ -51,7 +51,7 @@ class ResidualBlock:
         """Whether the norms are what `instance_norm_act` computes and a kernel computes it for `x`."""
         norms = [getattr(self, name) for name in ("norm1", "norm2", "norm3") if hasattr(self, name)]
         return (
-            has_kernel("instance_norm_act", x.device.type, _computed_dtype(x))
+            has_kernel("instance_norm_act", device=x.device.type, dtype=_computed_dtype(x))
             and all(_is_plain_instance_norm(norm) for norm in norms)
             and all(norm.eps == self.norm2.eps for norm in norms)
         )
@@ -149,12 +149,18 @@ def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | N
         x[0, 0].numel() >= LEAST_VOXELS
         and _is_plain_convolution(module, conv)
         and (conv.weight.dtype == x.dtype == dtype or autocast_is_on(x.device))
-        and has_kernel("convolution", x.device.type, dtype, conv.kernel_size, _channels(conv, x, skip))
+        and has_kernel(
+            "convolution",
+            device=x.device.type,
+            dtype=dtype,
+            window=conv.kernel_size,
+            channels=_channels(conv, x, skip),
+        )
     )
 
 
 def _channels(conv: nn.Module, x: torch.Tensor, skip: torch.Tensor | None) -> tuple[int, ...]:
-    """`Call.channels` of `conv`."""
+    """`ConvolutionCall.channels` of `conv`."""
     if skip is None:
         first = conv.in_channels
     elif x.shape[1] == conv.in_channels // 2:  # as in `UpBlock`; torch.compile may have a symbol for the extent of x

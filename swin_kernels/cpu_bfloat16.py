@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from .backends.reference.convolution import LEAST_EXTENT
-from .ops._library import autocast_is_on
+from .ops._checks import autocast_is_on
 
 
 @torch.compiler.assume_constant_result

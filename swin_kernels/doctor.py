@@ -1,8 +1,8 @@
 """Which backends run on this machine, whether each computes what it should, and how fast.
 
-Every backend that is available is held to the reference backend in float64, forward and backward, on shapes that pad,
-clip and shift, in every dtype; then timed against the reference on the same device, the two interleaved. A speed-up is
-shown only beside checks that passed.
+Every operator of every backend that is available is held to the reference backend in float64, forward and backward, on
+the operator's examples, in every dtype; then timed against the reference on the same device, the two interleaved. A
+speed-up is shown only beside checks that passed.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from . import __version__, window_attention, window_partition, window_reverse
-from .backends import IMPLEMENTED, ORDER, Call, decline_reason, load
-from .geometry import bias_table_length
+from . import __version__
+from .backends import BACKENDS, REFERENCE, Call, decline_reason, order
+from .backends.cuda.library import LIBRARY as CUDA_LIBRARY
+from .ops import OPERATORS
+from .ops._operator import Example, Operator
 
 ACCEPTED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest error of a sound kernel, relative to the largest true element. Wide of what kernels reach: the doctor
@@ -31,48 +33,20 @@ REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A call to verify. Extents and windows have one entry per axis."""
-
-    name: str
-    spatial: tuple[int, ...]
-    window: tuple[int, ...]
-    shift: tuple[int, ...]
-    heads: int
-    head_dim: int
-    dropout_p: float = 0.0
-
-
-SHAPES = (
-    Shape("2D, padded, shifted", (10, 9), (7, 7), (3, 3), heads=2, head_dim=8),
-    Shape("3D, padded, shifted", (9, 8, 7), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16),
-    Shape("3D, clipped", (6, 6, 6), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16),
-    Shape("3D, pads one axis, clips one", (3, 9, 8), (4, 4, 4), (2, 2, 2), heads=2, head_dim=32),
-    Shape("3D, odd head_dim", (5, 4, 6), (3, 2, 3), (1, 1, 0), heads=3, head_dim=5),
-    Shape("3D, dropout", (5, 8, 4), (4, 4, 4), (2, 2, 2), heads=2, head_dim=16, dropout_p=0.2),
-)
-
-TIMED = {
-    "cpu": Shape("12³ tokens, window 7³", (12, 12, 12), (7, 7, 7), (3, 3, 3), heads=3, head_dim=16),
-    "cuda": Shape("48³ tokens, window 7³", (48, 48, 48), (7, 7, 7), (3, 3, 3), heads=3, head_dim=16),
-}
-"""Per device, the shifted block that is timed: stage 1 of Swin UNETR (feature_size 48) at 24³ and 96³ voxels."""
-
-
-@dataclass(frozen=True)
 class Check:
-    """One operator of one backend, in one dtype, over all shapes it takes.
+    """One operator of one backend, in one dtype, over all examples it takes.
 
     Attributes:
         operator: public name.
         dtype: element type.
-        error: largest error relative to the largest true element, over outputs and gradients; for partition and
-            reverse 0 or infinity, as they copy.
+        error: largest error relative to the largest true element, over outputs and gradients; 0 or infinity for an
+            operator that copies.
         accepted: what `error` may be.
         failure: the first thing that was wrong; "" if nothing.
-        declined: reasons of the backend for shapes it does not take.
+        declined: reasons of the backend for examples, or gradients of them, that it does not take.
         speedup: time of the reference over time of this backend, forward + backward; None where it was not timed or
             the check failed.
+        exact: whether the operator copies, so that not a bit may differ.
     """
 
     operator: str
@@ -82,6 +56,7 @@ class Check:
     failure: str = ""
     declined: tuple[str, ...] = ()
     speedup: float | None = None
+    exact: bool = False
 
     @property
     def passed(self) -> bool:
@@ -120,7 +95,7 @@ def run(quick: bool = False) -> Report:
     """Verify and time every backend on this machine.
 
     Args:
-        quick: float32 alone on half the shapes.
+        quick: float32 alone on half the examples.
 
     Returns:
         The report; `show` prints it.
@@ -129,12 +104,12 @@ def run(quick: bool = False) -> Report:
     threads = torch.get_num_threads()
     generators = torch.random.get_rng_state()
     try:
-        backends = tuple(_examine(name, device, quick) for device in _devices() for name in IMPLEMENTED)
+        backends = tuple(_examine(name, device, quick) for device in _devices() for name in BACKENDS)
     finally:
         torch.random.set_rng_state(generators)
         torch.set_num_threads(threads)
     # A backend that has no business on a device is not news; one that could run there but does not is.
-    told = tuple(b for b in backends if b.checks or b.name in ORDER[b.device] or b.device == "cpu")
+    told = tuple(b for b in backends if b.checks or b.name in order(b.device) or b.device == "cpu")
     return Report(_machine(), told, time.perf_counter() - start)
 
 
@@ -144,82 +119,102 @@ def _devices() -> tuple[str, ...]:
 
 def _examine(name: str, device: str, quick: bool) -> Backend:
     """The backend's checks on `device`, or the reason why there are none."""
-    calls = {dtype: Call("window_attention", device, dtype, head_dim=16, window=(7, 7, 7)) for dtype in ACCEPTED}
-    reasons = {dtype: decline_reason(name, call) for dtype, call in calls.items()}
-    if all(reasons.values()):
-        return Backend(name, device, reason=reasons[torch.float32])
-    wanted = [torch.float32] if quick else [dtype for dtype, reason in reasons.items() if reason is None]
-    if name == "reference":  # in float64 it is what the others are held to
-        wanted = [dtype for dtype in wanted if dtype != torch.float64]
-    checks = [_check_attention(name, device, dtype, SHAPES[1::2] if quick else SHAPES) for dtype in wanted]
-    checks.append(_check_partition(name, device))
-    if name != "reference":
-        checks = [_timed(check, name, device) for check in checks]
-    return Backend(name, device, checks=tuple(checks))
+    checks = []
+    for operator in OPERATORS.values():
+        examples = operator.examples[::2] if quick else operator.examples
+        for dtype in [torch.float32] if quick or operator.exact else ACCEPTED:
+            if name == REFERENCE and dtype == torch.float64:  # what the others are held to
+                continue
+            check = check_operator(operator, name, device, dtype, examples)
+            if check is not None:
+                checks.append(check if name == REFERENCE else _timed(check, operator, name, device))
+    if checks:
+        return Backend(name, device, checks=tuple(checks))
+    reasons = [
+        BACKENDS[name].unavailable(),
+        *(
+            reason
+            for operator in OPERATORS.values()
+            for reason in _reasons(operator, operator.examples[0], name, device, torch.float32)
+        ),
+    ]
+    return Backend(name, device, reason=next(filter(None, reasons), "it has no operator"))
 
 
 # Verification
 
 
-def _inputs(shape: Shape, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """qkv, bias_table, pad_qkv and the gradient of the output, the same values on every call."""
-    generator = torch.Generator().manual_seed(0)
-    channels = shape.heads * shape.head_dim
-    sizes = [
-        (2 if len(shape.spatial) == 2 else 1, *shape.spatial, 3 * channels),
-        (bias_table_length(shape.window), shape.heads),
-        (3 * channels,),
-        (2 if len(shape.spatial) == 2 else 1, *shape.spatial, channels),
-    ]
-    return [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+def call_of(operator: Operator, example: Example, dtype: torch.dtype, device: str) -> Call:
+    """The call that `example` makes; nothing is computed."""
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in example.shapes.items()}
+    call = operator.forward.call(*operator.prepare(**tensors, **example.options))
+    return replace(call, device=device)
 
 
-def _attend(backend: str, shape: Shape, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Output and gradients of qkv, bias_table and pad_qkv."""
-    leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+def _reasons(
+    operator: Operator, example: Example, name: str, device: str, dtype: torch.dtype
+) -> tuple[str | None, str | None]:
+    """Why backend `name` does not take the example, and why not its gradients."""
+    call = replace(call_of(operator, example, dtype, device), backward=False)
+    return decline_reason(name, call), decline_reason(name, replace(call, backward=True))
+
+
+def evaluate(
+    operator: Operator, example: Example, tensors: dict[str, torch.Tensor], backend: str | None, gradients: bool = True
+) -> dict[str, torch.Tensor]:
+    """The output of `example` on its `tensors`, and the gradients of all of them for a fixed gradient of the output."""
+    leaves = {name: t.detach().requires_grad_(gradients) for name, t in tensors.items()}
     torch.manual_seed(0)  # the same dropout on every backend
-    out = window_attention(
-        leaves[0],
-        leaves[1],
-        shape.window,
-        shape.shift,
-        pad_qkv=leaves[2],
-        dropout_p=shape.dropout_p,
-        backend=backend,
-    )
-    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+    out = operator.public(**leaves, **example.options, backend=backend)
+    if not gradients:
+        return {"output": out}
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = torch.autograd.grad(out, list(leaves.values()), grad_out.to(out))
+    return {"output": out.detach()} | {f"gradient of {n}": g for n, g in zip(leaves, found, strict=True)}
 
 
-RESULTS = ("output", "gradient of qkv", "gradient of bias_table", "gradient of pad_qkv")
-
-
-def _check_attention(name: str, device: str, dtype: torch.dtype, shapes: tuple[Shape, ...]) -> Check:
-    worst, failure, declined = 0.0, "", []
-    for shape in shapes:
-        inputs = _inputs(shape, dtype, device)
-        window = tuple(map(min, shape.window, shape.spatial))
-        call = Call("window_attention", device, dtype, shape.head_dim, window, dropout=shape.dropout_p > 0)
-        if reason := decline_reason(name, call) or decline_reason(name, _backward_of(call)):
-            declined.append(reason)
+def check_operator(
+    operator: Operator, name: str, device: str, dtype: torch.dtype, examples: Sequence[Example]
+) -> Check | None:
+    """Hold backend `name` to the reference in float64, on those of `examples` that it takes; None if it takes none."""
+    worst, failure, declined, taken = 0.0, "", [], False
+    accepted = 0.0 if operator.exact else ACCEPTED[dtype]
+    for example in examples:
+        forward, backward = _reasons(operator, example, name, device, dtype)
+        declined += [reason for reason in (forward, backward) if reason]
+        if forward:
             continue
-        truth = _attend("reference", shape, [t.double() for t in inputs])
+        taken = True
+        tensors = example.tensors(dtype, device)
+        wide = tensors if operator.exact else {n: t.double() for n, t in tensors.items()}
+        truth = evaluate(operator, example, wide, REFERENCE, gradients=not backward)
         try:
-            results = _attend(name, shape, inputs)
+            results = evaluate(operator, example, tensors, name, gradients=not backward)
         except Exception as error:  # whatever a broken build raises is the finding
-            worst, failure = math.inf, failure or f"{shape.name}: {type(error).__name__}: {error}"
+            worst, failure = math.inf, failure or f"{example.name}: {type(error).__name__}: {error}"
             continue
-        # Gradients share a scale: that of pad_qkv is 0 where nothing is padded.
-        scales = [_largest(truth[0]), *[max(map(_largest, truth[1:]))] * 3]
-        for what, result, true, scale in zip(RESULTS, results, truth, scales, strict=True):
-            error = _largest(result.double() - true) / scale if result.shape == true.shape else math.inf
+        for what, error in _errors(results, truth).items():
             worst = max(worst, error)
-            if not error <= ACCEPTED[dtype]:
-                failure = failure or f"{shape.name}: {what}: error {error:.1e}"
-    return Check("window_attention", dtype, worst, ACCEPTED[dtype], failure, tuple(dict.fromkeys(declined)))
+            if not error <= accepted:
+                failure = failure or f"{example.name}: {what}: error {error:.1e}"
+    if not taken:
+        return None
+    reasons = tuple(dict.fromkeys(declined))
+    return Check(operator.name, dtype, worst, accepted, failure, reasons, exact=operator.exact)
 
 
-def _backward_of(call: Call) -> Call:
-    return Call(call.operator, call.device, call.dtype, call.head_dim, call.window, call.dropout, backward=True)
+def _errors(results: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The largest error of each result, relative to the largest true element.
+
+    Gradients share a scale: that of a padding token, for example, is 0 where nothing is padded.
+    """
+    scale = max((_largest(t) for what, t in truth.items() if what != "output"), default=0.0)
+    found = {}
+    for what, true in truth.items():
+        result = results[what]
+        error = _largest(result.double() - true) if result.shape == true.shape else math.inf
+        found[what] = error / (_largest(true) if what == "output" else scale) if error else 0.0
+    return found
 
 
 def _largest(x: torch.Tensor) -> float:
@@ -228,48 +223,20 @@ def _largest(x: torch.Tensor) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _check_partition(name: str, device: str) -> Check:
-    """Partition must copy every value to its place, and reverse bring it back, bit by bit."""
-    failure = ""
-    for shape in SHAPES:
-        x = _inputs(shape, torch.float32, device)[0]
-        try:
-            windows = window_partition(x, shape.window, shape.shift, backend=name)
-            back = window_reverse(windows, shape.window, shape.shift, shape.spatial, backend=name)
-        except Exception as error:  # as above
-            failure = failure or f"{shape.name}: {type(error).__name__}: {error}"
-            continue
-        if not torch.equal(windows, window_partition(x, shape.window, shape.shift, backend="reference")):
-            failure = failure or f"{shape.name}: window_partition differs from the reference"
-        if not torch.equal(back, x):
-            failure = failure or f"{shape.name}: window_reverse does not undo window_partition"
-    return Check("window_partition", torch.float32, math.inf if failure else 0.0, 0.0, failure)
-
-
 # Timing
 
 
-def _timed(check: Check, name: str, device: str) -> Check:
+def _timed(check: Check, operator: Operator, name: str, device: str) -> Check:
     """`check` with its speed-up, if it passed."""
-    shape = TIMED[device]
-    call = Call(check.operator, device, check.dtype, shape.head_dim, shape.window)
-    if not check.passed or decline_reason(name, call):
+    example = operator.timed[device]
+    if not check.passed or any(_reasons(operator, example, name, device, check.dtype)):
         return check
-    inputs = _inputs(shape, check.dtype, device)
+    tensors = example.tensors(check.dtype, device)
 
-    def attend(backend: str) -> Callable[[], object]:
-        return lambda: _attend(backend, shape, inputs)
+    def run(backend: str) -> Callable[[], object]:
+        return lambda: evaluate(operator, example, tensors, backend)
 
-    def partition(backend: str) -> Callable[[], object]:
-        def call() -> torch.Tensor:
-            windows = window_partition(inputs[0], shape.window, shape.shift, backend=backend)
-            return window_reverse(windows, shape.window, shape.shift, shape.spatial, backend=backend)
-
-        return call
-
-    make = attend if check.operator == "window_attention" else partition
-    speedup = _speedup(make("reference"), make(name), device)
-    return Check(check.operator, check.dtype, check.error, check.accepted, check.failure, check.declined, speedup)
+    return replace(check, speedup=_speedup(run(REFERENCE), run(name), device))
 
 
 def _speedup(reference: Callable[[], object], fused: Callable[[], object], device: str) -> float:
@@ -305,10 +272,10 @@ def _machine() -> dict[str, str]:
         "processor": _processor(),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} logical cores",
     }
-    if not load("cpu").unavailable():
+    if not BACKENDS["cpu"].unavailable():
         forced = " (forced by SWIN_KERNELS_ISA)" if os.environ.get("SWIN_KERNELS_ISA") else ""
         facts["C++ kernels for"] = f"{_isa()}{forced}"
-    facts["CUDA kernels"] = "built" if load("cuda").LIBRARY.is_file() else "not built"
+    facts["CUDA kernels"] = "built" if CUDA_LIBRARY.is_file() else "not built"
     if torch.cuda.is_available():
         facts["GPU"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     return facts
@@ -375,13 +342,12 @@ def show(report: Report, console=None) -> None:
     for backend in report.backends:
         label = _label(backend)
         for number, check in enumerate(backend.checks):
-            exact = check.operator == "window_partition"
             table.add_row(
                 "" if number else label,
                 check.operator,
                 _dtype(check),
-                "exact" if exact and check.passed else "wrong" if exact else f"{check.error:.1e}",
-                "exact" if exact else f"{check.accepted:.0e}",
+                "wrong" if check.exact and not check.passed else "exact" if check.exact else f"{check.error:.1e}",
+                "exact" if check.exact else f"{check.accepted:.0e}",
                 Text("ok", style="green") if check.passed else Text("FAILED", style="bold red"),
                 "" if check.speedup is None else f"{check.speedup:.1f}×",
             )
@@ -397,13 +363,11 @@ def show(report: Report, console=None) -> None:
             if check.failure:
                 console.print(Text(f"FAILED {what}: {check.failure}", style="bold red"))
             for reason in check.declined:
-                console.print(Text(f"{what}: some shapes are left to another backend: {reason}", style="yellow"))
-    devices = dict.fromkeys(backend.device for backend in report.backends)
-    timed = "; ".join(f"{device}: {TIMED[device].name}" for device in devices)
+                console.print(Text(f"{what}: some calls are left to another backend: {reason}", style="yellow"))
     console.print(
         Text(
             "Errors are against the reference in float64, outputs and gradients, relative to the largest element. "
-            f"Speed-up is over the reference backend, forward and backward, median of {REPEATS} in turns ({timed}).",
+            f"Speed-up is over the reference backend, forward and backward, median of {REPEATS} in turns.",
             style="dim",
         )
     )

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .cpu_bfloat16 import computes_in_float32
 from .geometry import WindowGrid, bias_index, bias_table_length
-from .ops._library import is_transformed, per_axis
+from .ops._checks import autocast_is_on, per_axis
+from .ops._operator import has_kernel, is_transformed
 from .ops.layer_norm import autocast_layer_norm
 from .ops.projected_window_attention import projected_window_attention
 from .ops.window_attention import window_attention
@@ -93,19 +94,43 @@ class WindowAttention(nn.Module):
         """
         if not (is_unchanged(self.qkv, nn.Linear) and self._ends_plainly()):
             return self._around_windows(x if norm is None else norm(x), shift_size)
-        if self._dropout_p() == 0 and type(self.qkv) is nn.Linear:  # no proxy: `torch.export` has to see it called
-            parameters = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
-            if is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
-                parameters |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
-            elif norm is not None:
-                x = norm(x)
-            table = self.relative_position_bias_table
-            out = projected_window_attention(
-                x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale, **parameters
-            )
-            return self.proj_drop(out)
-        qkv = self.qkv(x if norm is None else norm(x))
-        return self.proj_drop(self.proj(self._attend(qkv, shift_size, self.qkv.bias)))
+        if not self._has_kernel(x, norm):
+            qkv = self.qkv(x if norm is None else _norm_before(self.qkv, norm, x))
+            return self.proj_drop(self.proj(self._attend(qkv, shift_size, self.qkv.bias)))
+        parameters = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
+        if _is_norm_of(x, norm):
+            parameters |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+        elif norm is not None:
+            x = norm(x)
+        table = self.relative_position_bias_table
+        out = projected_window_attention(
+            x, self.qkv.weight, self.qkv.bias, table, self.window_size, shift_size, scale=self.scale, **parameters
+        )
+        return self.proj_drop(out)
+
+    def _has_kernel(self, x: torch.Tensor, norm: nn.Module | None) -> bool:
+        """Whether a kernel computes the projections around the attention of `x` too."""
+        if self._dropout_p() > 0 or type(self.qkv) is not nn.Linear:  # a proxy: `torch.export` has to see it called
+            return False
+        table, weight = self.relative_position_bias_table, self.qkv.weight
+        norms = [norm.weight, norm.bias] if _is_norm_of(x, norm) else []
+        given = [x, weight, self.qkv.bias, table, self.proj.weight, self.proj.bias, *norms]
+        tensors = [t for t in given if t is not None]
+        if is_transformed() or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1:
+            return False
+        heads, channels = (
+            int(table.shape[-1]),
+            int(weight.shape[1]),
+        )  # constants also where the extents of x are symbols
+        return channels % heads == 0 and has_kernel(
+            "projected_window_attention",
+            device=x.device.type,
+            dtype=x.dtype,
+            backward=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            heads=heads,
+            head_dim=channels // heads,
+            window=tuple(self.window_size),  # the clipped one would be a symbol; it is no larger
+        )
 
     def _ends_plainly(self) -> bool:
         """Whether what comes after the attention treats tokens alike, each by itself."""
@@ -179,9 +204,14 @@ def holds_bias_index(index: torch.Tensor, window_size: Sequence[int]) -> bool:
     return torch.equal(index.to(expected), expected)
 
 
+def _is_norm_of(x: torch.Tensor, norm: nn.Module | None) -> bool:
+    """Whether `norm` is a plain layer norm over the channels of `x` ``(..., C)``."""
+    return is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
+
+
 def _norm_before(linear: nn.Module | None, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``norm(x)`` for `linear`, to which it goes next and nowhere else."""
-    if is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:] and is_plain(linear, nn.Linear):
+    if _is_norm_of(x, norm) and is_plain(linear, nn.Linear):
         return autocast_layer_norm(x, norm.weight, norm.bias, norm.eps, for_linear=True)
     return norm(x)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .backends import load
+from .backends import BACKENDS
 from .geometry import WindowGrid, bias_table_length
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="tune only the first so many shapes")
     parser.add_argument("--store", type=Path, help="write the table as JSON")
     arguments = parser.parse_args()
-    if reason := load("triton").unavailable():
+    if reason := BACKENDS["triton"].unavailable():
         parser.exit(1, f"backend triton: {reason}\n")
     if not torch.cuda.is_available():
         parser.exit(1, "no CUDA device: tiles can only be timed on one\n")

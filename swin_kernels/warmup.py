@@ -24,12 +24,14 @@ from typing import BinaryIO
 
 import torch
 
-from .backends import Call, has_kernel, select
+from .backends import select
 from .geometry import WindowGrid
 from .modules import SwinTransformerBlock
+from .ops._operator import has_kernel
 from .ops.convolution import convolution
-from .ops.instance_norm_act import instance_norm_act
+from .ops.instance_norm_act import InstanceNormActCall, instance_norm_act
 from .ops.layer_norm import autocast_layer_norm
+from .ops.window_attention import WindowAttentionCall
 
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_JOBS = 16
@@ -208,14 +210,15 @@ def _run_level(level: Level, device: str) -> str:
         for (source, beside), kernel in itertools.product(sources, (3, 1)):
             count = source.shape[1] + (0 if beside is None else beside.shape[1])
             channels = (source.shape[1], count - source.shape[1], level.channels)
-            if has_kernel("convolution", device, dtype, (kernel,) * len(level.spatial), channels):
+            window = (kernel,) * len(level.spatial)
+            if has_kernel("convolution", device=device, dtype=dtype, window=window, channels=channels):
                 shape = (level.channels, count, *[kernel] * len(level.spatial))
                 weight = torch.randn(shape, device=device, requires_grad=level.training)
                 results.append(convolution(source, weight.to(dtype), beside))
     if level.training:
         for result in results:
             result.float().sum().backward()
-    return select(Call("instance_norm_act", device, dtype, 0, ())).__name__.rpartition(".")[2]
+    return select(InstanceNormActCall(device=device, dtype=dtype)).name
 
 
 def _run_block(block: Block, device: str) -> str:
@@ -227,8 +230,10 @@ def _run_block(block: Block, device: str) -> str:
         out = module(x)
     if block.training:
         out.float().sum().backward()
-    head_dim = block.channels // block.heads
-    return select(Call("window_attention", device, dtype, head_dim, block.grid.window)).__name__.rpartition(".")[2]
+    call = WindowAttentionCall(
+        device=device, dtype=dtype, head_dim=block.channels // block.heads, window=block.grid.window
+    )
+    return select(call).name
 
 
 @dataclass(frozen=True)

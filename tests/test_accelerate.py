@@ -345,7 +345,11 @@ def test_autocast_takes_the_operator_where_its_dtype_has_a_kernel(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         expected = convolution_blocks._convolve(module, x, skip)
         assert not ran
-        monkeypatch.setattr(convolution_blocks, "has_kernel", lambda *call: asked.append(call) or True)
+        monkeypatch.setattr(
+            convolution_blocks,
+            "has_kernel",
+            lambda operator, **fields: asked.append((operator, *fields.values())) or True,
+        )
         out = convolution_blocks._convolve(module, x, skip)
     assert asked == [("convolution", "cpu", torch.bfloat16, (3, 3, 3), (32, 16, 16))]
     assert len(ran) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import subprocess
 import sys
@@ -12,28 +13,28 @@ from rich.console import Console
 
 import swin_kernels
 from swin_kernels import backends, cli, doctor
-from swin_kernels.backends.reference import window_attention as reference_attention
-from swin_kernels.backends.reference import window_partition as reference_partition
-from swin_kernels.doctor import SHAPES, Backend, Check, Report
+from swin_kernels.doctor import Backend, Check, Report
+from swin_kernels.ops import OPERATORS
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Shapes that take no time; the timed one too."""
-    monkeypatch.setattr(doctor, "SHAPES", SHAPES[4:])
-    monkeypatch.setitem(doctor.TIMED, "cpu", SHAPES[4])
+    """Examples that take no time; the timed one too."""
+    for operator in OPERATORS.values():
+        monkeypatch.setattr(operator, "timed", dict.fromkeys(operator.timed, operator.examples[-1]))
+        monkeypatch.setattr(operator, "examples", operator.examples[-1:])
 
 
 @pytest.fixture
 def cpu(monkeypatch):
     """The C++ backend, or where it is not built the reference in its place."""
-    engine = backends.load("cpu")
-    if engine.unavailable():
-        monkeypatch.setattr(engine, "unavailable", lambda: None)
-        monkeypatch.setattr(engine, "window_attention", reference_attention)
-        monkeypatch.setattr(engine, "window_partition", reference_partition)
+    backend = backends.BACKENDS["cpu"]
+    if backend.unavailable():
+        monkeypatch.setattr(backend, "unavailable", lambda: None)
+        monkeypatch.setattr(backend, "kernel", backends.BACKENDS["reference"].kernel)
+        monkeypatch.setattr(backend, "declines", lambda call: None)
         monkeypatch.setattr(doctor, "_isa", lambda: "none")
-    return engine
+    return backend
 
 
 def printed(report: Report, width: int = 80) -> str:
@@ -60,6 +61,7 @@ def test_every_dtype_is_checked_and_every_check_timed(cpu):
     assert report.passed
     attention = [c for c in checks_of(report, "cpu") if c.operator == "window_attention"]
     assert {c.dtype for c in attention} == set(doctor.ACCEPTED)
+    assert {c.operator for c in checks_of(report, "reference")} == set(OPERATORS)
     assert all(c.speedup and c.speedup > 0 for c in checks_of(report, "cpu"))
     assert all(c.speedup is None for c in checks_of(report, "reference"))
     assert all(0 < c.error <= c.accepted for c in attention)
@@ -72,58 +74,68 @@ def test_quick_checks_less(cpu):
 
 
 def wrong_forward(engine, monkeypatch):
-    forward = engine.window_attention.forward
+    forward = engine["window_attention"].forward
 
+    @functools.wraps(forward)
     def wrong(*args):
         out, lse = forward(*args)
         return out * 1.01, lse
 
-    monkeypatch.setattr(engine.window_attention, "forward", wrong)
+    monkeypatch.setattr(engine["window_attention"], "forward", wrong)
     return "output"
 
 
 def wrong_pad_gradient(engine, monkeypatch):
-    backward = engine.window_attention.backward
+    backward = engine["window_attention"].backward
 
+    @functools.wraps(backward)
     def wrong(*args):
         qkv, table, pad = backward(*args)
         return qkv, table, pad * 0.9
 
-    monkeypatch.setattr(engine.window_attention, "backward", wrong)
+    monkeypatch.setattr(engine["window_attention"], "backward", wrong)
     return "gradient of pad_qkv"
 
 
 def nan_in_table_gradient(engine, monkeypatch):
-    backward = engine.window_attention.backward
+    backward = engine["window_attention"].backward
 
+    @functools.wraps(backward)
     def wrong(*args):
         qkv, table, pad = backward(*args)
         table[0, 0] = float("nan")
         return qkv, table, pad
 
-    monkeypatch.setattr(engine.window_attention, "backward", wrong)
+    monkeypatch.setattr(engine["window_attention"], "backward", wrong)
     return "gradient of bias_table"
 
 
 def raising(engine, monkeypatch):
+    @functools.wraps(engine["window_attention"].forward)
     def wrong(*args):
         raise RuntimeError("illegal instruction")
 
-    monkeypatch.setattr(engine.window_attention, "forward", wrong)
+    monkeypatch.setattr(engine["window_attention"], "forward", wrong)
     return "illegal instruction"
 
 
-# The reference is also the truth: a copy of its module stands in for the C++ backend, so that only the copy is wrong.
+# The reference is also the truth: copies of its kernels stand in for the C++ backend's, so that only a copy is wrong.
 @pytest.fixture
 def patient(monkeypatch):
-    engine = backends.load("cpu")
-    monkeypatch.setattr(engine, "unavailable", lambda: None)
+    backend = backends.BACKENDS["cpu"]
+    kernels = {}
+    for operator in OPERATORS.values():
+        original = backends.BACKENDS["reference"].kernel(operator.call_type.kernel)
+        copy = type(sys)(original.__name__)
+        for entry in backends.ENTRY_POINTS:
+            if hasattr(original, entry):
+                setattr(copy, entry, getattr(original, entry))
+        kernels[operator.call_type.kernel] = copy
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    monkeypatch.setattr(backend, "kernel", kernels.get)
+    monkeypatch.setattr(backend, "declines", lambda call: None)
     monkeypatch.setattr(doctor, "_isa", lambda: "none")
-    for name, original in (("window_attention", reference_attention), ("window_partition", reference_partition)):
-        copy = type(sys)(name)
-        copy.forward, copy.backward = original.forward, original.backward
-        monkeypatch.setattr(engine, name, copy)
-    return engine
+    return kernels
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -148,16 +160,19 @@ def test_a_wrong_kernel_fails_and_gets_no_speedup(patient, monkeypatch, capsys, 
 
 
 def test_a_wrong_partition_fails(patient, monkeypatch):
-    forward = patient.window_partition.forward
-    monkeypatch.setattr(patient.window_partition, "forward", lambda x, grid: forward(x, grid).flip(1))
+    forward = patient["window_partition"].forward
+    monkeypatch.setattr(
+        patient["window_partition"], "forward", functools.wraps(forward)(lambda x, grid: forward(x, grid).flip(1))
+    )
     report = doctor.run(quick=True)
     failed = [c for b in report.backends for c in b.checks if not c.passed]
-    assert [(c.operator, c.speedup) for c in failed] == [("window_partition", None)]
-    assert "differs from the reference" in failed[0].failure
+    assert [(c.operator, c.speedup) for c in failed] == [("window_partition", None), ("window_reverse", None)]
+    assert "output: error" in failed[0].failure
+    assert "gradient of windows: error" in failed[1].failure
 
 
 def test_a_missing_backend_is_explained_and_no_failure(monkeypatch):
-    monkeypatch.setattr(backends.load("cpu"), "unavailable", lambda: "the library was not built")
+    monkeypatch.setattr(backends.BACKENDS["cpu"], "unavailable", lambda: "the library was not built")
     report = doctor.run(quick=True)
     assert report.passed
     assert "cpu does not run here: the library was not built" in printed(report)

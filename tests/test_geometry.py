@@ -148,7 +148,7 @@ def test_dropout_of_nothing_keeps_everything():
 
 @pytest.fixture(scope="module")
 def twin():
-    if reason := backends.load("cpu").unavailable():
+    if reason := backends.BACKENDS["cpu"].unavailable():
         pytest.skip(f"csrc/geometry.h is reached through the C++ library: {reason}")
     return torch.ops.swin_kernels_cpu
 

@@ -91,7 +91,7 @@ def install(python: Path, what: Path, *options: str, **environment: str) -> str:
 
 PROBE = """
 import importlib.metadata, pathlib, torch, swin_kernels, swin_unetr
-from swin_kernels.backends import load
+from swin_kernels.backends import BACKENDS
 print("from", pathlib.Path(swin_kernels.__file__).parents[1])
 assert importlib.metadata.version("swin-kernels") == swin_kernels.__version__
 scripts = importlib.metadata.distribution("swin-kernels").entry_points.select(group="console_scripts")
@@ -101,7 +101,7 @@ qkv, table = torch.randn(1, 5, 6, 4, 3 * 8), torch.randn(5 * 5 * 5, 2)
 chosen = swin_kernels.window_attention(qkv, table, 3, 1)
 reference = swin_kernels.window_attention(qkv, table, 3, 1, backend="reference")
 torch.testing.assert_close(chosen, reference)
-print("unavailable:", load("cpu").unavailable())
+print("unavailable:", BACKENDS["cpu"].unavailable())
 try:
     swin_kernels.window_attention(qkv, table, 3, 1, backend="cpu")
 except Exception as error:

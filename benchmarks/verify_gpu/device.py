@@ -135,14 +135,14 @@ class Cuda:
         """Within the context every kernel of ours writes its name to a file before it starts, and is waited for."""
         import os
 
-        from swin_kernels.backends import load
+        from swin_kernels.backends import BACKENDS
 
         with contextlib.ExitStack() as stack:
-            if not load("cuda").unavailable():
+            if not BACKENDS["cuda"].unavailable():
                 from swin_kernels.backends.cuda.tracing import trace_launches
 
                 stack.enter_context(trace_launches(descriptor))
-            if not load("triton").unavailable():
+            if not BACKENDS["triton"].unavailable():
                 import triton
 
                 def enter(metadata) -> None:

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 
 from swin_kernels import use_backend, warmup, window_partition, window_reverse
-from swin_kernels.backends import Call, decline_reason
+from swin_kernels.backends import decline_reason
 from swin_kernels.backends.cuda import preference
+from swin_kernels.ops.window_attention import WindowAttentionCall
 
 from . import attention, decoder, faults
 from .attention import Inputs, Shape
@@ -93,8 +94,12 @@ def smoke_attention(reporter: Reporter, row: dict, backend: str, dtype: str, sim
             mine = replace(about, measure=f"{about.measure}, {direction}", shape=f"{about.shape}, head_dim {head_dim}")
             if not reporter.wants(mine):
                 continue
-            call = Call(
-                "window_attention", device.name, DTYPES[dtype], head_dim, TINY.window, False, direction != "forward"
+            call = WindowAttentionCall(
+                device=device.name,
+                dtype=DTYPES[dtype],
+                backward=direction != "forward",
+                head_dim=head_dim,
+                window=TINY.window,
             )
             if reason := decline_reason(backend, call):
                 reporter.row(replace(mine, status=f"declined: {reason}"))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from swin_kernels.backends import Call, decline_reason
+from swin_kernels.backends import decline_reason
+from swin_kernels.ops.window_attention import WindowAttentionCall
 
 from .children import ROOT
 from .device import device_of
@@ -107,7 +108,8 @@ def describe(reporter: Reporter, row: dict, simulated: bool) -> None:
             cudnn=torch.backends.cudnn.version(),
             **{name: said or "nvidia-smi does not tell" for name, said in told.items()},
         )
-    call = Call("window_attention", device.name, torch.float32 if simulated else torch.bfloat16, 16, (7, 7, 7))
+    dtype = torch.float32 if simulated else torch.bfloat16
+    call = WindowAttentionCall(device=device.name, dtype=dtype, head_dim=16, window=(7, 7, 7))
     for backend in backends_of(simulated):
         reason = decline_reason(backend, call)
         status = f"declined: {reason}" if reason else "ok"

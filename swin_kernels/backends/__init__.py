@@ -1,152 +1,228 @@
-"""The engines, and which of them runs a call.
+"""The engines, one folder each, and which of them runs a call.
 
-Each backend is a package of this folder with the same face:
-
-- ``unavailable() -> str | None``: why it cannot run on this machine at all, or None;
-- ``supports(call) -> str | None``: why it cannot run this call, or None;
-- one module per operator, named after it, whose ``forward`` and ``backward`` take the arguments of
-  `reference`'s.
-
-`select` walks a fixed order per device and takes the first backend that supports the call. The same
-answers make the error when a backend is forced, the debug log, `explain` and the doctor.
+A backend is a column of the grid: a folder of this package that registers an object with the face of `Backend`; nothing
+else lists it. Its kernels are the modules of the folder that are named after operators. `select` asks the backends of a
+device in the order that they gave themselves and takes the first that supports the call. The same answers make the
+error when a backend is forced, the debug log, `swin_kernels.explain` and the doctor.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import inspect
 import logging
 import os
-from collections.abc import Iterator
+import pkgutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 log = logging.getLogger("swin_kernels")
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
-"""Every backend name that `backend=`, `use_backend` and ``SWIN_KERNELS_BACKEND`` accept."""
+REFERENCE = "reference"
+"""The backend that defines what the others compute; it runs every call."""
 
-ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
-"""Preference per device type; any other device runs on the reference."""
+ENTRY_POINTS = ("forward", "backward", "forward_inplace")
+"""Functions of a kernel. It has those that its twin in the reference has, with the same parameters; None stands for one
+that is never called, because the backend declines what would call it."""
 
-_forced: str | None = None
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a backend may need to know to accept or decline a call.
+    """What a backend may need to know to accept or decline a call; each operator adds what matters there.
 
     Attributes:
         operator: name of the public function.
+        kernel: name of the module that a backend has for it; two operators may share one.
         device: device type.
         dtype: element type of the volume.
-        head_dim: channels of a head (0 for operators without heads).
-        window: window size after clipping; for convolutions, the kernel.
-        dropout: whether attention dropout is on.
         backward: whether this is the gradient computation.
-        heads: attention heads (0 for operators without).
-        channels: of a convolution's two inputs and its output.
     """
 
-    operator: str
+    operator: ClassVar[str]
+    kernel: ClassVar[str]
     device: str
     dtype: torch.dtype
-    head_dim: int
-    window: tuple[int, ...]
-    dropout: bool = False
     backward: bool = False
-    heads: int = 0
-    channels: tuple[int, ...] = ()
 
 
-def load(name: str) -> ModuleType:
-    """The package of backend `name`."""
-    return importlib.import_module(f"{__name__}.{name}")
+@runtime_checkable
+class Backend(Protocol):
+    """A column of the grid.
+
+    Attributes:
+        name: what `backend=`, `use_backend` and ``SWIN_KERNELS_BACKEND`` call it; its folder's name.
+        summary: a line for the README: where it runs, and what it is.
+        ranks: for each device type that it has kernels for, its place in the order: the lowest is asked first.
+    """
+
+    name: str
+    summary: tuple[str, str]
+    ranks: Mapping[str, int]
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run on this machine at all, or None."""
+
+    def kernel(self, name: str) -> Any:
+        """The module of this name with the `ENTRY_POINTS`, or None."""
+
+    def declines(self, call: Call) -> str | None:
+        """Why it cannot run `call`, or None; asked where it is available and has the kernel."""
 
 
-def _implemented() -> tuple[str, ...]:
-    root = os.path.dirname(__file__)
-    return tuple(name for name in BACKENDS if os.path.isfile(os.path.join(root, name, "__init__.py")))
+class Package:
+    """A `Backend` whose kernels are the modules of its own package, imported when they are first needed."""
+
+    name: str
+    summary: tuple[str, str]
+    ranks: Mapping[str, int]
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self.name = package.rpartition(".")[2]
+
+    def unavailable(self) -> str | None:
+        return None
+
+    @functools.cache  # noqa: B019 - backends live as long as the process
+    def kernel(self, name: str) -> ModuleType | None:
+        path = f"{self.package}.{name}"
+        return importlib.import_module(path) if importlib.util.find_spec(path) else None
+
+    def declines(self, call: Call) -> str | None:
+        """What the backend, or else its kernel's own `declines`, says."""
+        return self.declines_any(call) or self.kernel(call.kernel).declines(call)
+
+    def declines_any(self, call: Call) -> str | None:
+        """Why it cannot run a call like this, whatever the operator."""
 
 
-IMPLEMENTED = _implemented()
-"""The backends this build of the package has."""
+BACKENDS: dict[str, Backend] = {}
+"""Every backend of this process, by name."""
+
+_forced: ContextVar[str] = ContextVar("swin_kernels.use_backend", default="")
+
+
+def register(backend: Backend) -> None:
+    """Add a column to the grid.
+
+    Raises:
+        TypeError: `backend` has not the face of `Backend`.
+        ValueError: its name is taken.
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"register: backend is {backend!r}; accepted is an object with the members of Backend")
+    if not all(isinstance(rank, int) for rank in backend.ranks.values()):
+        raise TypeError(f"register: {backend.name}.ranks is {backend.ranks!r}; accepted is an int by device type")
+    if backend.name in BACKENDS:
+        raise ValueError(f"register: a backend {backend.name!r} is there already")
+    BACKENDS[backend.name] = backend
+
+
+def kernel_of(backend: Backend, name: str) -> Any:
+    """The kernel `name` of `backend`, held to the reference's; None if it has none.
+
+    Raises:
+        TypeError: an entry point is missing, or has other parameters than the reference's.
+    """
+    kernel = backend.kernel(name)
+    if kernel is not None and id(kernel) not in _CHECKED:
+        _check_kernel(backend.name, name, kernel)
+        _CHECKED[id(kernel)] = kernel
+    return kernel
+
+
+_CHECKED: dict[int, Any] = {}
+"""Kernels by identity, kept so that another never gets the same."""
+
+
+def _check_kernel(backend: str, name: str, kernel: Any) -> None:
+    twin = BACKENDS[REFERENCE].kernel(name)
+    for entry in ENTRY_POINTS:
+        expected, found = getattr(twin, entry, None), getattr(kernel, entry, ...)
+        if expected is None or found is None:
+            continue
+        wanted = tuple(inspect.signature(expected).parameters)
+        if not callable(found) or tuple(inspect.signature(found).parameters) != wanted:
+            raise TypeError(
+                f"backend {backend!r}: {name}.{entry} is {found!r}; accepted is a function of ({', '.join(wanted)})"
+            )
+
+
+def order(device: str) -> tuple[str, ...]:
+    """The backends of a device type, as they are asked; any device can have the reference."""
+    ranked = [name for name, backend in BACKENDS.items() if device in backend.ranks and name != REFERENCE]
+    return (*sorted(ranked, key=lambda name: BACKENDS[name].ranks[device]), REFERENCE)
 
 
 def check_name(name: str, where: str) -> str:
-    """`name` if it is a backend of this package; raises `ValueError` naming `where` it came from."""
-    if name not in IMPLEMENTED:
-        raise ValueError(f"{where}: got {name!r}; accepted are {', '.join(IMPLEMENTED)}")
+    """`name` if it is a backend of this process; raises `ValueError` naming `where` it came from."""
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"{where}: got {name!r}; accepted are {', '.join(BACKENDS)}")
     return name
 
 
 def decline_reason(name: str, call: Call) -> str | None:
     """Why backend `name` cannot run `call` here, or None if it can."""
-    backend = load(name)
+    backend = BACKENDS[name]
     if reason := backend.unavailable():
         return reason
-    home = "window_partition" if call.operator == "window_reverse" else call.operator
-    if not hasattr(backend, home):
+    if kernel_of(backend, call.kernel) is None:
         return f"it has no kernel for {call.operator}"
-    return backend.supports(call)
+    return backend.declines(call)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force every operator onto backend `name` within the context (process-wide).
+    """Force every operator that is called within the context, in this thread or task, onto backend `name`.
+
+    A gradient is computed by the backend that its forward was forced onto, wherever it is asked for. A function of
+    `torch.compile` obeys for the operators in its graph; which operators these are was decided when it was compiled.
 
     Raises:
         ValueError: `name` is not a backend of this package.
     """
-    global _forced
-    previous, _forced = _forced, check_name(name, "use_backend: name")
+    token = _forced.set(check_name(name, "use_backend: name"))
     try:
         yield
     finally:
-        _forced = previous
+        _forced.reset(token)
 
 
 def forced_name(operator: str, backend: str | None) -> str:
     """The backend forced by an operator's `backend` argument or by `use_backend`; "" if the choice is free."""
     if backend is not None:
         return check_name(backend, f"{operator}: backend")
-    return _forced or ""
+    # Dynamo cannot read it; the operator does when the graph runs.
+    return "" if torch.compiler.is_dynamo_compiling() else _forced.get()
 
 
 def forced_or_environment(forced: str) -> str:
-    """`forced`, or else what ``SWIN_KERNELS_BACKEND`` names; "" if neither does.
+    """`forced`, or else what `use_backend` or ``SWIN_KERNELS_BACKEND`` names; "" if none does.
 
     Raises:
         ValueError: the environment names no backend.
     """
+    forced = forced or _forced.get()
     if not forced and (from_environment := os.environ.get("SWIN_KERNELS_BACKEND", "")):
         return check_name(from_environment, "SWIN_KERNELS_BACKEND")
     return forced
 
 
-@torch.compiler.assume_constant_result
-def has_kernel(
-    operator: str, device: str, dtype: torch.dtype, window: tuple[int, ...] = (), channels: tuple[int, ...] = ()
-) -> bool:
-    """Whether `operator` has a kernel here, beside the reference.
-
-    A backend that is forced, for the attention say, and has none of this operator leaves it to PyTorch.
-    """
-    call = Call(operator, device, dtype, head_dim=0, window=window, channels=channels)
-    if forced := forced_or_environment(forced_name(operator, None)):
-        return forced != "reference" and decline_reason(forced, call) is None
-    return select(call) is not load("reference")
-
-
-def select(call: Call, forced: str = "") -> ModuleType:
+def select(call: Call, forced: str = "") -> Backend:
     """The backend that runs `call`.
 
     Args:
         call: the call.
-        forced: a backend name, or "" for the environment's ``SWIN_KERNELS_BACKEND`` or else the
-            first in `ORDER` that supports the call.
+        forced: a backend name, or "" for that of `use_backend`, else the environment's ``SWIN_KERNELS_BACKEND``, or
+            else the first of `order` that supports the call.
 
     Raises:
         ValueError: the forced name is unknown.
@@ -157,12 +233,18 @@ def select(call: Call, forced: str = "") -> ModuleType:
         check_name(forced, f"{call.operator}: backend")
         if reason := decline_reason(forced, call):
             raise RuntimeError(f"{call.operator}: backend {forced!r} cannot run this call: {reason}")
-        return load(forced)
+        log.debug("%s runs on %s, which is forced", call, forced)
+        return BACKENDS[forced]
     declined = []
-    for name in ORDER.get(call.device, ("reference",)):
+    for name in order(call.device):
         reason = decline_reason(name, call)
         if reason is None:
             log.debug("%s runs on %s%s", call, name, "".join(f"; {d}" for d in declined))
-            return load(name)
+            return BACKENDS[name]
         declined.append(f"{name} declined: {reason}")
     raise RuntimeError(f"{call.operator}: no backend runs this call: " + "; ".join(declined))
+
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.ispkg:
+        importlib.import_module(f"{__name__}.{_module.name}")

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import convolution_blocks, modules
 from ..geometry import WindowGrid, bias_table_length
-from ..ops._library import is_transformed
+from ..ops._operator import is_transformed
 from ..plain import TRACED, change, class_of, in_function_mode, is_untouched, know, patched
 
 log = logging.getLogger("swin_kernels")

@@ -7,32 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import Call, forced_name, select
-from ..backends.reference import convolution as definition
-from ._library import (
-    FLOATING,
-    NAMESPACE,
-    autocast_is_on,
-    check_saved,
-    check_tensor,
-    define,
-    implement,
-    library,
-    owned,
-    runs_definition,
-)
-
-define("convolution(Tensor x, Tensor? skip, Tensor weight, str backend) -> Tensor")
-define(
-    "convolution_backward(Tensor grad_out, Tensor x, Tensor? skip, Tensor weight, bool[] wanted, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+from ..backends import BACKENDS, REFERENCE, Call
+from ._checks import FLOATING, autocast_is_on, check_saved, check_tensor
+from ._operator import WANTED, Example, Operator, Pass, owned
 
 _NAME = "convolution"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionCall(Call):
+    """A call of `convolution`.
+
+    Attributes:
+        window: extents of the convolution's kernel.
+        channels: of `x`, of `skip` (0 without one) and of the output.
+    """
+
+    operator = kernel = _NAME
+    window: tuple[int, ...]
+    channels: tuple[int, int, int]
 
 
 def convolution(
@@ -49,7 +46,7 @@ def convolution(
     Args:
         x: ``(B, C1, *S)`` with 2 or 3 spatial axes; float32, float64, bfloat16 or float16. Channels-last memory is
             not copied.
-        weight: ``(C_out, C1 + C2, k, k[, k])`` with `k` 1 or 3, dtype and device of `x`; under autocast any.
+        weight: ``(C_out, C1 + C2, k, k[, k])`` with `k` 1 or 3, dtype and device of `x`; under autocast any dtype.
         skip: ``(B, C2, *S)``; None for none, C2 is then 0.
         backend: force a backend; None chooses.
 
@@ -60,28 +57,27 @@ def convolution(
         TypeError: an argument of the wrong type, dtype or layout.
         ValueError: shapes or devices that do not belong together, unknown backend.
     """
-    check_tensor(_NAME, "x", x, FLOATING)
-    if autocast_is_on(x.device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, skip = (t.to(dtype) if isinstance(t, torch.Tensor) else t for t in (x, weight, skip))
-    _check(x, skip, weight)
-    if runs_definition(_NAME, backend):
-        out = definition.forward(_rows(x), _rows(skip), weight)
-        return out.movedim(-1, 1)  # (B, C_out, *S)
-    return torch.ops.swin_kernels.convolution(x, skip, weight, forced_name(_NAME, backend))
+    return _OPERATOR(_prepare(x, weight, skip), backend)
 
 
-def _check(x, skip, weight) -> None:
+def _prepare(x, weight, skip=None) -> tuple:
+    _check(x, skip, weight, mixed=isinstance(x, torch.Tensor) and autocast_is_on(x.device))
+    return x, skip, weight
+
+
+def _check(x, skip, weight, mixed: bool = False) -> None:
+    """Check the arguments; `mixed` dtypes are accepted where autocast is about to cast them."""
     check_tensor(_NAME, "x", x, FLOATING)
     if x.dim() not in (4, 5) or any(extent < 1 for extent in x.shape[1:]):
         raise ValueError(
             f"{_NAME}: x has shape {tuple(x.shape)}; accepted is (B, C, H, W) or (B, C, D, H, W), of which only the "
             "batch may be empty"
         )
-    check_tensor(_NAME, "weight", weight, (x.dtype,))
+    dtypes = FLOATING if mixed else (x.dtype,)
+    check_tensor(_NAME, "weight", weight, dtypes)
     channels = x.shape[1]
     if skip is not None:
-        check_tensor(_NAME, "skip", skip, (x.dtype,))
+        check_tensor(_NAME, "skip", skip, dtypes)
         if skip.dim() != x.dim() or skip.shape[1] < 1 or (skip.shape[0], *skip.shape[2:]) != (x.shape[0], *x.shape[2:]):
             raise ValueError(
                 f"{_NAME}: skip has shape {tuple(skip.shape)}; accepted is that of x, {tuple(x.shape)}, "
@@ -99,22 +95,15 @@ def _check(x, skip, weight) -> None:
             raise ValueError(f"{_NAME}: {name} is on {tensor.device}, x on {x.device}; one device is accepted")
 
 
-def _engine(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor, backend: str, backward: bool = False):
-    call = Call(
-        _NAME,
-        x.device.type,
-        x.dtype,
-        head_dim=0,
-        window=tuple(weight.shape[2:]),
-        backward=backward,
-        channels=channels_of(x, skip, weight),
+def _call(x, skip, weight, backward: bool = False) -> Call:
+    channels = x.shape[1], 0 if skip is None else skip.shape[1], weight.shape[0]
+    return ConvolutionCall(
+        device=x.device.type, dtype=x.dtype, backward=backward, window=tuple(weight.shape[2:]), channels=channels
     )
-    return select(call, backend).convolution
 
 
-def channels_of(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> tuple[int, int, int]:
-    """`Call.channels`: of `x`, of `skip` (0 for None) and of the output."""
-    return x.shape[1], 0 if skip is None else skip.shape[1], weight.shape[0]
+def _call_backward(grad_out, x, skip, weight, wanted) -> Call:
+    return _call(x, skip, weight, backward=True)
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -122,10 +111,13 @@ def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.movedim(1, -1).contiguous()
 
 
-def _forward(x, skip, weight, backend):
-    _check(x, skip, weight)
-    out = _engine(x, skip, weight, backend).forward(_rows(x), _rows(skip), weight.contiguous())
-    return owned(out.movedim(-1, 1))  # (B, C_out, *S)
+def _forward(kernel, x, skip, weight):
+    return owned(kernel.forward(_rows(x), _rows(skip), weight.contiguous()).movedim(-1, 1))  # (B, C_out, *S)
+
+
+def _definition(x, skip, weight):
+    kernel = BACKENDS[REFERENCE].kernel(_NAME)
+    return kernel.forward(_rows(x), _rows(skip), weight).movedim(-1, 1)  # (B, C_out, *S)
 
 
 def _check_backward(grad_out, x, skip, weight, wanted) -> None:
@@ -138,67 +130,42 @@ def _check_backward(grad_out, x, skip, weight, wanted) -> None:
         )
 
 
-def _backward(grad_out, x, skip, weight, wanted, backend):
-    _check_backward(grad_out, x, skip, weight, wanted)
-    engine = _engine(x, skip, weight, backend, backward=True)
+def _backward(kernel, grad_out, x, skip, weight, wanted):
     rows = [_rows(t) for t in (grad_out, x, skip)]
-    grad_x, grad_skip, grad_weight = engine.backward(*rows, weight.contiguous(), wanted)
+    grad_x, grad_skip, grad_weight = kernel.backward(*rows, weight.contiguous(), wanted)
     volumes = [x.new_empty((0,)) if g is None else g.movedim(-1, 1) for g in (grad_x, grad_skip)]  # (B, C, *S) each
     return *volumes, x.new_empty((0,)) if grad_weight is None else grad_weight
-
-
-implement("convolution", _forward)
-implement("convolution_backward", _backward)
 
 
 def _empty_channels_last(x: torch.Tensor, channels: int) -> torch.Tensor:
     return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::convolution", lib=library)
-def _(x, skip, weight, backend):
-    _check(x, skip, weight)
+def _fake(x, skip, weight):
     return _empty_channels_last(x, weight.shape[0])
 
 
-@torch.library.register_fake(f"{NAMESPACE}::convolution_backward", lib=library)
-def _(grad_out, x, skip, weight, wanted, backend):
-    _check_backward(grad_out, x, skip, weight, wanted)
+def _fake_backward(grad_out, x, skip, weight, wanted):
     grad_x = _empty_channels_last(x, x.shape[1]) if wanted[0] else x.new_empty((0,))
     grad_skip = _empty_channels_last(skip, skip.shape[1]) if wanted[1] else x.new_empty((0,))
     return grad_x, grad_skip, weight.new_empty(weight.shape if wanted[2] else (0,))
 
 
-def _setup_context(ctx, inputs, output):
-    x, skip, weight, ctx.backend = inputs
-    ctx.save_for_backward(x, skip, weight)
+def _saved(arguments, out):
+    return *arguments, WANTED
 
 
-def _autograd_backward(ctx, grad_out):
-    wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.swin_kernels.convolution_backward(grad_out, *ctx.saved_tensors, wanted, ctx.backend)
-    return *(g if asked else None for g, asked in zip(gradients, wanted, strict=True)), None
+def _autocast(dtype, x, *rest):
+    if x.dtype == torch.float64:
+        return x, *rest
+    return tuple(None if t is None else t.to(dtype) for t in (x, *rest))
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::convolution", _autograd_backward, setup_context=_setup_context, lib=library
-)
-
-
-def _second_backward(ctx, *grads):
-    raise RuntimeError(f"{_NAME}: differentiable once; a second derivative was asked for (create_graph=True)")
-
-
-torch.library.register_autograd(f"{NAMESPACE}::convolution_backward", _second_backward, lib=library)
-
-
-@register_flop_formula(torch.ops.swin_kernels.convolution)
-def _forward_flops(x_shape, skip_shape, weight_shape, backend, out_shape=None) -> int:
+def _forward_flops(x_shape, skip_shape, weight_shape) -> int:
     return _product_flops(x_shape, weight_shape, weight_shape[1])
 
 
-@register_flop_formula(torch.ops.swin_kernels.convolution_backward)
-def _backward_flops(grad_shape, x_shape, skip_shape, weight_shape, wanted, backend, out_shape=None) -> int:
+def _backward_flops(grad_shape, x_shape, skip_shape, weight_shape, wanted) -> int:
     channels = x_shape[1], 0 if skip_shape is None else skip_shape[1], weight_shape[1]
     asked = sum(count for count, asked in zip(channels, wanted, strict=True) if asked)
     return _product_flops(x_shape, weight_shape, asked)
@@ -207,3 +174,50 @@ def _backward_flops(grad_shape, x_shape, skip_shape, weight_shape, wanted, backe
 def _product_flops(x_shape: Sequence[int], weight_shape: Sequence[int], channels: int) -> int:
     """Of the products between `channels` inputs and all outputs, as of a direct convolution."""
     return 2 * x_shape[0] * math.prod(x_shape[2:]) * weight_shape[0] * channels * math.prod(weight_shape[2:])
+
+
+def _example(name: str, extents: tuple[int, ...], channels: int, skip: int, out: int, kernel: int) -> Example:
+    shapes = {"x": (2, channels, *extents), "weight": (out, channels + skip, *[kernel] * len(extents))}
+    return Example(name, shapes | ({"skip": (2, skip, *extents)} if skip else {}))
+
+
+_OPERATOR = Operator(
+    public=convolution,
+    summary="`(B, C1, *S)` and `(B, C2, *S)` → `(B, C_out, *S)`, channels last in memory: 3×3×3 or 1×1×1 convolution "
+    "over a concatenation that is not written; on the CPU by Winograd's F(4, 3), on GPUs of few input or few output "
+    "channels",
+    call_type=ConvolutionCall,
+    prepare=_prepare,
+    forward=Pass(
+        "(Tensor x, Tensor? skip, Tensor weight) -> Tensor",
+        check=_check,
+        call=_call,
+        run=_forward,
+        fake=_fake,
+        contiguous=False,
+        flops=_forward_flops,
+    ),
+    backward=Pass(
+        "(Tensor grad_out, Tensor x, Tensor? skip, Tensor weight, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+        check=_check_backward,
+        call=_call_backward,
+        run=_backward,
+        fake=_fake_backward,
+        contiguous=False,
+        flops=_backward_flops,
+    ),
+    saved=_saved,
+    differentiable=(0, 1, 2),
+    autocast=_autocast,
+    definition=_definition,
+    examples=(
+        _example("3×3×3 of two volumes", (5, 6, 9), 48, 48, 48, 3),
+        _example("1×1×1 of two volumes", (3, 4, 7), 16, 8, 24, 1),
+        _example("3×3×3 of an image", (7, 4, 6), 1, 0, 12, 3),
+        _example("2D", (7, 9), 5, 0, 6, 3),
+    ),
+    timed={
+        "cpu": _example("48 → 48 channels, 12³ voxels", (12,) * 3, 48, 0, 48, 3),
+        "cuda": _example("48 + 48 → 48 channels, 48³ voxels", (48,) * 3, 48, 48, 48, 3),
+    },
+)

@@ -9,44 +9,26 @@ Ulyanov et al., "Instance Normalization", https://arxiv.org/abs/1607.08022; the 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import Call, forced_name, select
-from ..backends.reference import instance_norm_act as definition
-from ._library import (
-    FLOATING,
-    NAMESPACE,
-    check_number,
-    check_saved,
-    check_tensor,
-    define,
-    guard_write,
-    implement,
-    library,
-    owned,
-    runs_definition,
-)
-
-define(
-    "instance_norm_act(Tensor x, Tensor? residual, bool normalize_residual, float eps, float negative_slope, "
-    "str backend) -> (Tensor, Tensor)"
-)
-define(
-    "instance_norm_act_(Tensor(a!) x, Tensor? residual, bool normalize_residual, float eps, float negative_slope, "
-    "str backend) -> ()"
-)
-define(
-    "instance_norm_act_backward(Tensor grad_out, Tensor out, Tensor? x, Tensor? residual, Tensor statistics, "
-    "bool has_residual, bool normalize_residual, float negative_slope, str backend) -> (Tensor, Tensor)"
-)
+from ..backends import BACKENDS, REFERENCE, Call, forced_name
+from ._checks import FLOATING, check_number, check_saved, check_tensor
+from ._operator import Example, Operator, Pass, is_transformed, owned
 
 LEAST_INVERTIBLE_SLOPE = 1e-3
 """From here on ``norm(x)`` is read off the output in the backward, and `x` need not be kept. With a flatter slope too
 many digits of a 16-bit output would be gone."""
 
 _NAME = "instance_norm_act"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceNormActCall(Call):
+    """A call of `instance_norm_act`."""
+
+    operator = kernel = _NAME
 
 
 def instance_norm_act(
@@ -83,20 +65,21 @@ def instance_norm_act(
         ValueError: shapes or devices that do not belong together, one element per channel, a number out of
             range, unknown backend, `inplace` where a gradient is recorded.
     """
-    _check(x, residual, normalize_residual, eps, negative_slope)
-    settings = normalize_residual, float(eps), float(negative_slope)
-    if runs_definition(_NAME, backend):
-        rows, _ = definition.forward(_rows(x), _rows(residual), *settings)
-        out = rows.movedim(-1, 1)  # (B, C, *S)
-        return x.copy_(out) if inplace else out
-    arguments = (x, residual, *settings, forced_name(_NAME, backend))
+    arguments = _prepare(x, residual, normalize_residual=normalize_residual, eps=eps, negative_slope=negative_slope)
     if not inplace:
-        return torch.ops.swin_kernels.instance_norm_act(*arguments)[0]
+        return _OPERATOR(arguments, backend)[0]
+    if is_transformed():
+        return x.copy_(_OPERATOR(arguments, backend)[0])
     _check_writable(x)
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         raise ValueError(f"{_NAME}: inplace is True, but a gradient is recorded for x or residual; use torch.no_grad()")
-    torch.ops.swin_kernels.instance_norm_act_(*arguments)
+    torch.ops.swin_kernels.instance_norm_act_(*arguments, forced_name(_NAME, backend))
     return x
+
+
+def _prepare(x, residual=None, *, normalize_residual=False, eps=1e-5, negative_slope=0.01, inplace=False) -> tuple:
+    _check(x, residual, normalize_residual, eps, negative_slope)
+    return x, residual, normalize_residual, float(eps), float(negative_slope)
 
 
 def _check(x, residual, normalize_residual, eps, negative_slope) -> None:
@@ -116,6 +99,11 @@ def _check(x, residual, normalize_residual, eps, negative_slope) -> None:
             raise ValueError(f"{_NAME}: {name} is {value}; accepted is a finite number ≥ 0")
 
 
+def _check_in_place(x, residual, normalize_residual, eps, negative_slope) -> None:
+    _check(x, residual, normalize_residual, eps, negative_slope)
+    _check_writable(x)
+
+
 def _check_writable(x: torch.Tensor) -> None:
     if any(stride == 0 and extent > 1 for stride, extent in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"{_NAME}: inplace is True, but elements of x share memory (strides {x.stride()}); clone it")
@@ -132,9 +120,12 @@ def _check_volume(operator: str, name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{operator}: {name} has shape {tuple(x.shape)}; a norm needs more than 1 spatial element")
 
 
-def _engine(x: torch.Tensor, backend: str, backward: bool = False):
-    call = Call(_NAME, x.device.type, x.dtype, head_dim=0, window=(), backward=backward)
-    return select(call, backend).instance_norm_act
+def _call(x, *_) -> Call:
+    return InstanceNormActCall(device=x.device.type, dtype=x.dtype)
+
+
+def _call_backward(grad_out, *_) -> Call:
+    return InstanceNormActCall(device=grad_out.device.type, dtype=grad_out.dtype, backward=True)
 
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -154,22 +145,23 @@ def _volume(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like).copy_(volume)
 
 
-def _forward(x, residual, normalize_residual, eps, negative_slope, backend):
-    _check(x, residual, normalize_residual, eps, negative_slope)
-    engine = _engine(x, backend)
-    out, statistics = engine.forward(_rows(x), _rows(residual), normalize_residual, eps, negative_slope)
+def _forward(kernel, x, residual, *settings):
+    out, statistics = kernel.forward(_rows(x), _rows(residual), *settings)
     return owned(_volume(out, x)), statistics
 
 
-def _forward_inplace(x, residual, normalize_residual, eps, negative_slope, backend):
-    _check(x, residual, normalize_residual, eps, negative_slope)
-    _check_writable(x)
-    engine, rows = _engine(x, backend), x.movedim(1, -1)  # (B, *S, C)
+def _definition(x, residual, *settings):
+    out, statistics = BACKENDS[REFERENCE].kernel(_NAME).forward(_rows(x), _rows(residual), *settings)
+    return out.movedim(-1, 1), statistics  # (B, C, *S)
+
+
+def _forward_in_place(kernel, x, residual, *settings) -> None:
+    rows = x.movedim(1, -1)  # (B, *S, C)
     residual = None if residual is None else _rows(residual.resolve_neg())
     if rows.is_contiguous() and not rows.is_neg():
-        engine.forward_inplace(rows, residual, normalize_residual, eps, negative_slope)
+        kernel.forward_inplace(rows, residual, *settings)
         return
-    out, _ = engine.forward(rows.resolve_neg().contiguous(), residual, normalize_residual, eps, negative_slope)
+    out, _ = kernel.forward(rows.resolve_neg().contiguous(), residual, *settings)
     rows.copy_(out)
 
 
@@ -195,76 +187,77 @@ def _statistics_shape(x: torch.Tensor, normalize_residual: bool) -> tuple[int, i
     return x.shape[0], 4 if normalize_residual else 2, x.shape[1]
 
 
-def _backward(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope, backend):
-    _check_backward(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope)
-    engine = _engine(out, backend, backward=True)
-    rows = [_rows(t) for t in (grad_out, out, x, residual)]
-    grad_x, grad_residual = engine.backward(*rows, statistics, has_residual, normalize_residual, negative_slope)
+def _backward(kernel, grad_out, out, x, residual, *settings):
+    grad_x, grad_residual = kernel.backward(*(_rows(t) for t in (grad_out, out, x, residual)), *settings)
     if grad_residual is None:
         return _volume(grad_x, out), out.new_empty((0,))
     return _volume(grad_x, out), _volume(grad_residual, out)
 
 
-implement("instance_norm_act", _forward)
-implement("instance_norm_act_", _forward_inplace)
-implement("instance_norm_act_backward", _backward)
-guard_write(library, "instance_norm_act_")
-# Views that are negated lazily: PyTorch resolves them for operators that return something.
-library.impl("instance_norm_act_", torch.library.fallthrough_kernel, "Negative")
+def _fake(x, residual, normalize_residual, eps, negative_slope):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty_like(x), x.new_empty(_statistics_shape(x, normalize_residual), dtype=dtype)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::instance_norm_act", lib=library)
-def _(x, residual, normalize_residual, eps, negative_slope, backend):
-    _check(x, residual, normalize_residual, eps, negative_slope)
-    statistics = x.new_empty(
-        _statistics_shape(x, normalize_residual), dtype=torch.promote_types(x.dtype, torch.float32)
-    )
-    return torch.empty_like(x), statistics
-
-
-@torch.library.register_fake(f"{NAMESPACE}::instance_norm_act_", lib=library)
-def _(x, residual, normalize_residual, eps, negative_slope, backend):
-    _check(x, residual, normalize_residual, eps, negative_slope)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::instance_norm_act_backward", lib=library)
-def _(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope, backend):
-    _check_backward(grad_out, out, x, residual, statistics, has_residual, normalize_residual, negative_slope)
+def _fake_backward(grad_out, out, x, residual, statistics, has_residual, *_):
     return torch.empty_like(out), torch.empty_like(out) if has_residual else out.new_empty((0,))
 
 
-def _setup_context(ctx, inputs, output):
-    x, residual, ctx.normalize_residual, _, ctx.negative_slope, ctx.backend = inputs
-    out, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.has_residual = residual is not None
-    from_output = residual is None and ctx.negative_slope >= LEAST_INVERTIBLE_SLOPE
-    kept_residual = residual if ctx.normalize_residual else None
-    ctx.save_for_backward(out, None if from_output else x, kept_residual, statistics)
+def _saved(arguments, results):
+    x, residual, normalize_residual, _, negative_slope = arguments
+    out, statistics = results
+    from_output = residual is None and negative_slope >= LEAST_INVERTIBLE_SLOPE
+    kept = None if from_output else x, residual if normalize_residual else None
+    return out, *kept, statistics, residual is not None, normalize_residual, negative_slope
 
 
-def _autograd_backward(ctx, grad_out, grad_statistics):
-    grad_x, grad_residual = torch.ops.swin_kernels.instance_norm_act_backward(
-        grad_out, *ctx.saved_tensors, ctx.has_residual, ctx.normalize_residual, ctx.negative_slope, ctx.backend
-    )
-    return grad_x, grad_residual if ctx.has_residual else None, None, None, None, None
+def _example(name: str, shape: tuple[int, ...], residual: bool = False, **options) -> Example:
+    return Example(name, {"x": shape} | ({"residual": shape} if residual else {}), options)
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::instance_norm_act", _autograd_backward, setup_context=_setup_context, lib=library
+_ARGUMENTS = "Tensor? residual, bool normalize_residual, float eps, float negative_slope"
+
+_OPERATOR = Operator(
+    public=instance_norm_act,
+    summary="`(B, C, *S)` → same: instance norm, residual (normalised too, if asked) and LeakyReLU in one operator",
+    call_type=InstanceNormActCall,
+    prepare=_prepare,
+    forward=Pass(
+        f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor)",
+        check=_check,
+        call=_call,
+        run=_forward,
+        fake=_fake,
+        contiguous=False,
+    ),
+    in_place=Pass(
+        f"(Tensor(a!) x, {_ARGUMENTS}) -> ()",
+        check=_check_in_place,
+        call=_call,
+        run=_forward_in_place,
+        fake=lambda *_: None,
+        contiguous=False,
+    ),
+    backward=Pass(
+        "(Tensor grad_out, Tensor out, Tensor? x, Tensor? residual, Tensor statistics, bool has_residual, "
+        "bool normalize_residual, float negative_slope) -> (Tensor, Tensor)",
+        check=_check_backward,
+        call=_call_backward,
+        run=_backward,
+        fake=_fake_backward,
+        contiguous=False,
+    ),
+    saved=_saved,
+    differentiable=(0, 1),
+    definition=_definition,
+    examples=(
+        _example("normalized residual", (2, 5, 7, 3, 4), True, normalize_residual=True),
+        _example("residual", (1, 12, 6, 5, 4), True, eps=1e-3),
+        _example("no residual", (2, 3, 9, 8, 7), negative_slope=0.2),
+        _example("2D, ReLU", (2, 4, 6, 5), True, negative_slope=0.0),
+    ),
+    timed={
+        "cpu": _example("48 channels, 24³ voxels", (1, 48, *(24,) * 3), True),
+        "cuda": _example("48 channels, 96³ voxels", (1, 48, *(96,) * 3), True),
+    },
 )
-
-
-def _second_backward(ctx, *grads):
-    raise RuntimeError(f"{_NAME}: differentiable once; a second derivative was asked for (create_graph=True)")
-
-
-torch.library.register_autograd(f"{NAMESPACE}::instance_norm_act_backward", _second_backward, lib=library)
-
-
-_OPERATORS = [getattr(torch.ops.swin_kernels, _NAME + ending) for ending in ("", "_", "_backward")]
-
-
-@register_flop_formula(_OPERATORS)
-def _flops(*args, out_shape=None) -> int:
-    return 0  # PyTorch's counter counts products of matrices alone

@@ -10,36 +10,26 @@ https://arxiv.org/abs/1607.06450.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import Call, forced_name, has_kernel, select
-from ..backends.reference import layer_norm as definition
-from ._library import (
-    FLOATING,
-    NAMESPACE,
-    autocast_is_on,
-    check_number,
-    check_saved,
-    check_tensor,
-    define,
-    implement,
-    library,
-    runs_definition,
-)
-
-define("layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype, str backend) -> Tensor")
-define(
-    "layer_norm_backward(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+from ..backends import Call
+from ._checks import FLOATING, autocast_is_on, check_number, check_saved, check_tensor
+from ._operator import Example, Operator, Pass, has_kernel
 
 MOST_CHANNELS = 2**14
 """A program of the GPU kernel holds all channels of a row."""
 
 _NAME = "layer_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormCall(Call):
+    """A call of `layer_norm`."""
+
+    operator = kernel = _NAME
 
 
 def layer_norm(
@@ -67,11 +57,13 @@ def layer_norm(
         TypeError: an argument of the wrong type, dtype or layout.
         ValueError: shapes or devices that do not belong together, `eps` out of range, unknown backend.
     """
+    return _OPERATOR(_prepare(x, weight, bias, eps, dtype=dtype), backend)
+
+
+def _prepare(x, weight=None, bias=None, eps=1e-5, *, dtype=None) -> tuple:
     dtype = x.dtype if dtype is None and isinstance(x, torch.Tensor) else dtype
     _check(x, weight, bias, eps, dtype)
-    if runs_definition(_NAME, backend):
-        return definition.forward(x, weight, bias, eps, dtype)
-    return torch.ops.swin_kernels.layer_norm(x, weight, bias, float(eps), dtype, forced_name(_NAME, backend))
+    return x, weight, bias, float(eps), dtype
 
 
 def _check(x, weight, bias, eps, dtype) -> None:
@@ -110,23 +102,12 @@ def autocast_layer_norm(
         for_linear: the result goes to linear layers alone. Under autocast it may then have the dtype that those would
             cast it to, in place of float32.
     """
-    if autocast_is_on(x.device) and x.shape[-1] <= MOST_CHANNELS and has_kernel(_NAME, x.device.type, x.dtype):
+    if not autocast_is_on(x.device) or x.shape[-1] > MOST_CHANNELS:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if has_kernel(_NAME, device=x.device.type, dtype=x.dtype):
         dtype = torch.get_autocast_dtype(x.device.type) if for_linear else torch.float32
         return layer_norm(x, weight, bias, eps, dtype=dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def _engine(x: torch.Tensor, backend: str, backward: bool = False):
-    return select(Call(_NAME, x.device.type, x.dtype, head_dim=0, window=(), backward=backward), backend).layer_norm
-
-
-def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
-
-
-def _forward(x, weight, bias, eps, dtype, backend):
-    _check(x, weight, bias, eps, dtype)
-    return _engine(x, backend).forward(*_contiguous(x, weight, bias), eps, dtype)
 
 
 def _check_backward(grad_out, x, weight, bias, eps) -> None:
@@ -134,57 +115,69 @@ def _check_backward(grad_out, x, weight, bias, eps) -> None:
     check_saved(f"{_NAME}_backward", "grad_out", grad_out, x.shape, FLOATING, x)
 
 
-def _backward(grad_out, x, weight, bias, eps, backend):
-    _check_backward(grad_out, x, weight, bias, eps)
-    grad_x, grad_weight, grad_bias = _engine(x, backend, True).backward(*_contiguous(grad_out, x, weight), eps)
-    nothing = x.new_empty((0,))
+def _call(x, *_) -> Call:
+    return LayerNormCall(device=x.device.type, dtype=x.dtype)
+
+
+def _call_backward(grad_out, x, *_) -> Call:
+    return LayerNormCall(device=x.device.type, dtype=x.dtype, backward=True)
+
+
+def _forward(kernel, x, weight, bias, eps, dtype):
+    return kernel.forward(x, weight, bias, eps, dtype)
+
+
+def _backward(kernel, grad_out, x, weight, bias, eps):
+    grad_x, grad_weight, grad_bias = kernel.backward(grad_out, x, weight, eps)
     return (
         grad_x,
-        nothing if weight is None else grad_weight.to(weight.dtype),
-        nothing.clone() if bias is None else grad_bias.to(bias.dtype),
+        x.new_empty((0,)) if weight is None else grad_weight.to(weight.dtype),
+        x.new_empty((0,)) if bias is None else grad_bias.to(bias.dtype),
     )
 
 
-implement("layer_norm", _forward)
-implement("layer_norm_backward", _backward)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::layer_norm", lib=library)
-def _(x, weight, bias, eps, dtype, backend):
-    _check(x, weight, bias, eps, dtype)
+def _fake(x, weight, bias, eps, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::layer_norm_backward", lib=library)
-def _(grad_out, x, weight, bias, eps, backend):
-    _check_backward(grad_out, x, weight, bias, eps)
+def _fake_backward(grad_out, x, weight, bias, eps):
     parameters = [x.new_empty((0,)) if p is None else p.new_empty(p.shape) for p in (weight, bias)]
     return x.new_empty(x.shape), *parameters
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.eps, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, bias)
+def _saved(arguments, out):
+    return arguments[:-1]
 
 
-def _autograd_backward(ctx, grad_out):
-    grads = torch.ops.swin_kernels.layer_norm_backward(grad_out, *ctx.saved_tensors, ctx.eps, ctx.backend)
-    wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
-    return *(grad if needed else None for grad, needed in wanted), None, None, None
+def _example(name: str, *shape: int, **options) -> Example:
+    return Example(name, {"x": shape, "weight": shape[-1:], "bias": shape[-1:]}, options)
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::layer_norm", _autograd_backward, setup_context=_setup_context, lib=library
+_OPERATOR = Operator(
+    public=layer_norm,
+    summary="`(..., C)` → same: layer norm over the last axis, rounded once to the dtype that is asked for",
+    call_type=LayerNormCall,
+    prepare=_prepare,
+    forward=Pass(
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor",
+        check=_check,
+        call=_call,
+        run=_forward,
+        fake=_fake,
+    ),
+    backward=Pass(
+        "(Tensor grad_out, Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+        check=_check_backward,
+        call=_call_backward,
+        run=_backward,
+        fake=_fake_backward,
+    ),
+    saved=_saved,
+    differentiable=(0, 1, 2),
+    examples=(
+        _example("a volume", 2, 5, 4, 3, 48, eps=1e-3),
+        _example("few channels, many rows", 1001, 5),
+        _example("one row", 130),
+    ),
+    timed={"cpu": _example("24³ tokens", 1, *(24,) * 3, 48), "cuda": _example("48³ tokens", 1, *(48,) * 3, 48)},
 )
-
-
-def _second_backward(ctx, *grads):
-    raise RuntimeError(f"{_NAME}: differentiable once; a second derivative was asked for (create_graph=True)")
-
-
-torch.library.register_autograd(f"{NAMESPACE}::layer_norm_backward", _second_backward, lib=library)
-
-
-@register_flop_formula([torch.ops.swin_kernels.layer_norm, torch.ops.swin_kernels.layer_norm_backward])
-def _flops(*args, out_shape=None) -> int:
-    return 0  # PyTorch's counter counts products of matrices alone

@@ -16,37 +16,40 @@ Swin UNETR (`monai.networks.nets.swin_unetr`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import IMPLEMENTED, Call, decline_reason, forced_name, select
-from ..backends.reference import window_attention as definition
+from ..backends import Call
 from ..geometry import WindowGrid, bias_table_length
-from ._library import (
+from ._checks import (
     FLOATING,
-    NAMESPACE,
     autocast_is_on,
     check_number,
     check_saved,
     check_tensor,
     check_volume,
     check_windows,
-    define,
-    implement,
-    library,
-    runs_definition,
 )
+from ._operator import Example, Operator, Pass
 
-define(
-    "window_attention(Tensor qkv, Tensor bias_table, Tensor? pad_qkv, Tensor? seed, int[] window_size, "
-    "int[] shift_size, float scale, float dropout_p, str backend) -> (Tensor, Tensor)"
-)
-define(
-    "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor? pad_qkv, Tensor? seed, "
-    "Tensor out, Tensor lse, int[] window_size, int[] shift_size, float scale, float dropout_p, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+_NAME = "window_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowAttentionCall(Call):
+    """A call of `window_attention`.
+
+    Attributes:
+        head_dim: channels of a head.
+        window: window size after clipping.
+        dropout: whether attention dropout is on.
+    """
+
+    operator = kernel = _NAME
+    head_dim: int
+    window: tuple[int, ...]
+    dropout: bool = False
 
 
 def window_attention(
@@ -88,56 +91,46 @@ def window_attention(
             range, unknown backend.
         RuntimeError: the forced backend cannot run the call.
     """
-    window, shift = _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p)
+    arguments = _prepare(qkv, bias_table, window_size, shift_size, pad_qkv=pad_qkv, scale=scale, dropout_p=dropout_p)
+    return _OPERATOR(_with_seed(*arguments), backend)[0]
+
+
+def _prepare(
+    qkv, bias_table, window_size, shift_size=0, *, pad_qkv=None, scale=None, dropout_p=0.0
+) -> tuple:  # of the operator's arguments; without the seed
+    mixed = isinstance(qkv, torch.Tensor) and autocast_is_on(qkv.device)
+    window, shift = _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p, mixed)
     if scale is None:
         scale = (qkv.shape[-1] // (3 * bias_table.shape[1])) ** -0.5
     scale = check_number(_NAME, "scale", scale)
+    return qkv, bias_table, pad_qkv, None, window, shift, scale, float(dropout_p)
+
+
+def _with_seed(qkv, bias_table, pad_qkv, _, window, shift, scale, dropout_p) -> tuple:
     seed = torch.randint(2**62, (1,), device=qkv.device) if dropout_p > 0 else None
-    if runs_definition(_NAME, backend):
-        if autocast_is_on(qkv.device):
-            qkv, bias_table, pad_qkv = _autocast_inputs(qkv, bias_table, pad_qkv)
-        grid = WindowGrid.of(qkv.shape[1:-1], window, shift)
-        return definition.forward(qkv, bias_table, pad_qkv, seed, grid, scale, float(dropout_p))[0]
-    out, _ = torch.ops.swin_kernels.window_attention(
-        qkv, bias_table, pad_qkv, seed, window, shift, scale, float(dropout_p), forced_name(_NAME, backend)
-    )
-    return out
+    return qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p
 
 
-def explain(
-    qkv: torch.Tensor,
-    bias_table: torch.Tensor,
-    window_size: int | Sequence[int],
-    shift_size: int | Sequence[int] = 0,
-    *,
-    pad_qkv: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> dict[str, str | None]:
-    """Why each backend would decline this `window_attention` call: name to reason, None if it runs it."""
-    window, shift = _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p)
-    call = _call(qkv, bias_table, WindowGrid.of(qkv.shape[1:-1], window, shift), dropout_p, backward=False)
-    return {name: decline_reason(name, call) for name in IMPLEMENTED}
+def _check(
+    qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p, mixed: bool = False
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check the arguments of the public function; returns nominal window and shift per axis.
 
-
-_NAME = "window_attention"
-
-
-def _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Check the arguments of the public function; returns nominal window and shift per axis."""
+    Mixed dtypes are accepted where autocast is about to cast them.
+    """
     check_tensor(_NAME, "qkv", qkv, FLOATING)
     check_volume(_NAME, "qkv", qkv)
     window, shift = check_windows(_NAME, qkv.dim() - 2, window_size, shift_size)
-    _check_bias_table(qkv, bias_table, window)
+    _check_bias_table(qkv, bias_table, window, mixed)
     if pad_qkv is not None:
-        _check_pad_qkv(qkv, pad_qkv)
+        _check_pad_qkv(qkv, pad_qkv, mixed)
     if not 0 <= check_number(_NAME, "dropout_p", dropout_p) < 1:
         raise ValueError(f"{_NAME}: dropout_p is {dropout_p}; accepted is 0 ≤ dropout_p < 1")
     return window, shift
 
 
-def _check_bias_table(qkv: torch.Tensor, bias_table: torch.Tensor, window: tuple[int, ...]) -> None:
-    autocast = autocast_is_on(qkv.device)
-    check_tensor(_NAME, "bias_table", bias_table, FLOATING if autocast else (*{qkv.dtype: 0, torch.float32: 0},))
+def _check_bias_table(qkv: torch.Tensor, bias_table: torch.Tensor, window: tuple[int, ...], mixed: bool) -> None:
+    check_tensor(_NAME, "bias_table", bias_table, FLOATING if mixed else (*{qkv.dtype: 0, torch.float32: 0},))
     if bias_table.dim() != 2 or bias_table.shape[0] != bias_table_length(window) or bias_table.shape[1] < 1:
         raise ValueError(
             f"{_NAME}: bias_table has shape {tuple(bias_table.shape)}; window_size {window} needs "
@@ -152,28 +145,15 @@ def _check_bias_table(qkv: torch.Tensor, bias_table: torch.Tensor, window: tuple
         raise ValueError(f"{_NAME}: bias_table is on {bias_table.device}, qkv on {qkv.device}; one device is accepted")
 
 
-def _check_pad_qkv(qkv: torch.Tensor, pad_qkv: torch.Tensor) -> None:
-    autocast = autocast_is_on(qkv.device)
-    check_tensor(_NAME, "pad_qkv", pad_qkv, FLOATING if autocast else (qkv.dtype,))
+def _check_pad_qkv(qkv: torch.Tensor, pad_qkv: torch.Tensor, mixed: bool) -> None:
+    check_tensor(_NAME, "pad_qkv", pad_qkv, FLOATING if mixed else (qkv.dtype,))
     if pad_qkv.shape != qkv.shape[-1:]:
         raise ValueError(f"{_NAME}: pad_qkv has shape {tuple(pad_qkv.shape)}; accepted is ({qkv.shape[-1]},)")
     if pad_qkv.device != qkv.device:
         raise ValueError(f"{_NAME}: pad_qkv is on {pad_qkv.device}, qkv on {qkv.device}; one device is accepted")
 
 
-def _call(qkv: torch.Tensor, bias_table: torch.Tensor, grid: WindowGrid, dropout_p: float, backward: bool) -> Call:
-    return Call(
-        operator=_NAME,
-        device=qkv.device.type,
-        dtype=qkv.dtype,
-        head_dim=qkv.shape[-1] // (3 * bias_table.shape[1]),
-        window=grid.window,
-        dropout=dropout_p > 0,
-        backward=backward,
-    )
-
-
-def _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p) -> None:
+def _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p) -> None:
     """Check the arguments of the operator below the public function, which whoever calls it may have made up."""
     _check(qkv, bias_table, window, shift, pad_qkv, dropout_p)
     if dropout_p > 0 and seed is None:
@@ -184,8 +164,8 @@ def _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p) -> None
             raise ValueError(f"{_NAME}: seed has shape {tuple(seed.shape)}; accepted is (1,)")
 
 
-def _check_results(grad_out, qkv, bias_table, out, lse) -> None:
-    """Check what the backward is given beside the arguments of the forward."""
+def _check_backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, shift, scale, dropout_p) -> None:
+    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p)
     volume, channels, heads = qkv.shape[:-1], qkv.shape[-1] // 3, bias_table.shape[1]
     for name, tensor, last, dtype in (
         ("grad_out", grad_out, channels, qkv.dtype),
@@ -195,106 +175,61 @@ def _check_results(grad_out, qkv, bias_table, out, lse) -> None:
         check_saved(f"{_NAME}_backward", name, tensor, (*volume, last), (dtype,), qkv)
 
 
-def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+def _call(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backward: bool = False) -> Call:
+    return WindowAttentionCall(
+        device=qkv.device.type,
+        dtype=qkv.dtype,
+        backward=backward,
+        head_dim=qkv.shape[-1] // (3 * bias_table.shape[1]),
+        window=WindowGrid.of(qkv.shape[1:-1], window, shift).window,
+        dropout=dropout_p > 0,
+    )
 
 
-def _forward(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backend):
-    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
+def _call_backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, *settings) -> Call:
+    return _call(qkv, bias_table, pad_qkv, seed, *settings, backward=True)
+
+
+def _forward(kernel, qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p):
     grid = WindowGrid.of(qkv.shape[1:-1], window, shift)
-    engine = select(_call(qkv, bias_table, grid, dropout_p, backward=False), backend)
-    inputs = _contiguous(qkv, bias_table, pad_qkv, seed)
-    return engine.window_attention.forward(*inputs, grid, scale, dropout_p)
+    return kernel.forward(qkv, bias_table, pad_qkv, seed, grid, scale, dropout_p)
 
 
-def _backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, shift, scale, dropout_p, backend):
-    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
-    _check_results(grad_out, qkv, bias_table, out, lse)
+def _backward(kernel, grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, shift, scale, dropout_p):
     grid = WindowGrid.of(qkv.shape[1:-1], window, shift)
-    engine = select(_call(qkv, bias_table, grid, dropout_p, backward=True), backend)
-    inputs = _contiguous(grad_out, qkv, bias_table, pad_qkv, seed, out, lse)
-    return engine.window_attention.backward(*inputs, grid, scale, dropout_p)
+    return kernel.backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, grid, scale, dropout_p)
 
 
-implement("window_attention", _forward)
-implement("window_attention_backward", _backward)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::window_attention", lib=library)
-def _(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backend):
-    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
+def _fake(qkv, bias_table, *_):
     out = qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))
     lse_dtype = torch.promote_types(qkv.dtype, torch.float32)
     return out, qkv.new_empty((*qkv.shape[:-1], bias_table.shape[1]), dtype=lse_dtype)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::window_attention_backward", lib=library)
-def _(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, shift, scale, dropout_p, backend):
-    _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, dropout_p)
-    _check_results(grad_out, qkv, bias_table, out, lse)
+def _fake_backward(grad_out, qkv, bias_table, *_):
     return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape), qkv.new_empty(qkv.shape[-1:])
 
 
-def _setup_context(ctx, inputs, output):
-    qkv, bias_table, pad_qkv, seed, *ctx.settings = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, bias_table, pad_qkv, seed, out, lse)
+def _saved(arguments, results):
+    qkv, bias_table, pad_qkv, seed, *settings = arguments
+    return qkv, bias_table, pad_qkv, seed, *results, *settings
 
 
-def _autograd_backward(ctx, grad_out, grad_lse):
-    grad_qkv, grad_bias_table, grad_pad_qkv = torch.ops.swin_kernels.window_attention_backward(
-        grad_out, *ctx.saved_tensors, *ctx.settings
-    )
-    return grad_qkv, grad_bias_table, grad_pad_qkv if ctx.needs_input_grad[2] else None, None, *[None] * 5
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::window_attention", _autograd_backward, setup_context=_setup_context, lib=library
-)
-
-
-def _second_backward(ctx, *grads):
-    raise RuntimeError(f"{_NAME}: differentiable once; a second derivative was asked for (create_graph=True)")
-
-
-torch.library.register_autograd(f"{NAMESPACE}::window_attention_backward", _second_backward, lib=library)
-
-
-def _autocast_inputs(qkv, bias_table, pad_qkv):
-    dtype = torch.get_autocast_dtype(qkv.device.type)
+def _autocast(dtype, qkv, bias_table, pad_qkv, *rest):
+    """`qkv` and `pad_qkv` in the autocast dtype, the table in its own or float32."""
     if qkv.dtype != torch.float64:
         qkv = qkv.to(dtype)
         bias_table = bias_table if bias_table.dtype == dtype else bias_table.float()
-    return qkv, bias_table, None if pad_qkv is None else pad_qkv.to(qkv.dtype)
+    return qkv, bias_table, None if pad_qkv is None else pad_qkv.to(qkv.dtype), *rest
 
 
-def _autocast(device: str):
-    """The operator under autocast on `device`: `qkv` and `pad_qkv` in the autocast dtype."""
-    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-    def run(qkv, bias_table, pad_qkv, *rest):
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            inputs = _autocast_inputs(qkv, bias_table, pad_qkv)
-            return torch.ops.swin_kernels.window_attention(*inputs, *rest)
-
-    return run
-
-
-library.impl("window_attention", _autocast("cpu"), "AutocastCPU")
-library.impl("window_attention", _autocast("cuda"), "AutocastCUDA")
-
-
-@register_flop_formula(torch.ops.swin_kernels.window_attention)
-def _forward_flops(qkv_shape, bias_table_shape, pad_qkv_shape, seed_shape, window, shift, *args, out_shape=None) -> int:
+def _forward_flops(qkv_shape, bias_table_shape, pad_qkv_shape, seed_shape, window, shift, *_) -> int:
     return 2 * product_flops(qkv_shape, window, shift)  # scores, values
 
 
-@register_flop_formula(torch.ops.swin_kernels.window_attention_backward)
 def _backward_flops(
-    grad_shape, qkv_shape, bias_table_shape, pad_qkv_shape, seed_shape, attended_shape, lse_shape, window, shift, *args,
-    out_shape=None,
-) -> int:  # fmt: skip
+    grad_shape, qkv_shape, bias_table_shape, pad_qkv_shape, seed_shape, attended_shape, lse_shape, window, shift, *_
+) -> int:
     return 5 * product_flops(qkv_shape, window, shift)  # scores again, gradients of weights, q, k and v
 
 
@@ -302,3 +237,68 @@ def product_flops(qkv_shape: Sequence[int], window: Sequence[int], shift: Sequen
     """Of one product of all pairs of tokens of a window, padding included, over C channels."""
     grid = WindowGrid.of(qkv_shape[1:-1], window, shift)
     return 2 * qkv_shape[0] * grid.num_windows * grid.tokens**2 * (qkv_shape[-1] // 3)
+
+
+def example(
+    name: str,
+    spatial: tuple[int, ...],
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    heads: int,
+    head_dim: int,
+    batch: int = 1,
+    **options,
+) -> Example:
+    """A call with all tensors given."""
+    channels = heads * head_dim
+    return Example(
+        name,
+        {
+            "qkv": (batch, *spatial, 3 * channels),
+            "bias_table": (bias_table_length(window), heads),
+            "pad_qkv": (3 * channels,),
+        },
+        {"window_size": window, "shift_size": shift, **options},
+    )
+
+
+_OPERATOR = Operator(
+    public=window_attention,
+    summary="`qkv (B, *S, 3C)` → `(B, *S, C)`: multi-head attention inside the (shifted) windows, with relative "
+    "position bias; differentiable in `qkv`, `bias_table` and `pad_qkv`",
+    call_type=WindowAttentionCall,
+    prepare=_prepare,
+    forward=Pass(
+        "(Tensor qkv, Tensor bias_table, Tensor? pad_qkv, Tensor? seed, int[] window_size, int[] shift_size, "
+        "float scale, float dropout_p) -> (Tensor, Tensor)",
+        check=_check_raw,
+        call=_call,
+        run=_forward,
+        fake=_fake,
+        flops=_forward_flops,
+    ),
+    backward=Pass(
+        "(Tensor grad_out, Tensor qkv, Tensor bias_table, Tensor? pad_qkv, Tensor? seed, Tensor out, Tensor lse, "
+        "int[] window_size, int[] shift_size, float scale, float dropout_p) -> (Tensor, Tensor, Tensor)",
+        check=_check_backward,
+        call=_call_backward,
+        run=_backward,
+        fake=_fake_backward,
+        flops=_backward_flops,
+    ),
+    saved=_saved,
+    differentiable=(0, 1, 2),
+    autocast=_autocast,
+    examples=(
+        example("3D, padded, shifted", (9, 8, 7), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16),
+        example("3D, pads one axis, clips one", (3, 9, 8), (4, 4, 4), (2, 2, 2), heads=2, head_dim=32),
+        example("3D, dropout", (5, 8, 4), (4, 4, 4), (2, 2, 2), heads=2, head_dim=16, dropout_p=0.2),
+        example("2D, padded, shifted", (10, 9), (7, 7), (3, 3), heads=2, head_dim=8, batch=2),
+        example("3D, clipped", (6, 6, 6), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16),
+        example("3D, odd head_dim", (5, 4, 6), (3, 2, 3), (1, 1, 0), heads=3, head_dim=5),
+    ),
+    timed={  # the shifted block of stage 1 of Swin UNETR (feature_size 48), at 24³ and 96³ voxels
+        "cpu": example("12³ tokens, window 7³", (12,) * 3, (7,) * 3, (3,) * 3, heads=3, head_dim=16),
+        "cuda": example("48³ tokens, window 7³", (48,) * 3, (7,) * 3, (3,) * 3, heads=3, head_dim=16),
+    },
+)

@@ -11,30 +11,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import Call, forced_name, select
-from ..backends.reference import window_partition as definition
+from ..backends import Call
 from ..geometry import WindowGrid
-from ._library import (
-    LARGEST_INT,
-    NAMESPACE,
-    check_tensor,
-    check_volume,
-    check_windows,
-    define,
-    implement,
-    library,
-    per_axis,
-    runs_definition,
-)
+from ._checks import LARGEST_INT, check_tensor, check_volume, check_windows, per_axis
+from ._operator import Example, Operator, Pass
 
-define("window_partition(Tensor x, int[] window_size, int[] shift_size, str backend) -> Tensor")
-define(
-    "window_reverse(Tensor windows, int[] window_size, int[] shift_size, int[] spatial_shape, str backend) -> Tensor"
-)
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionCall(Call):
+    """A call of `window_partition`.
+
+    Attributes:
+        window: window size after clipping.
+    """
+
+    operator = kernel = "window_partition"
+    window: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseCall(PartitionCall):
+    """A call of `window_reverse`, which is the backward of a backend's `window_partition`."""
+
+    operator = "window_reverse"
 
 
 def window_partition(
@@ -60,11 +63,7 @@ def window_partition(
         TypeError: an argument of the wrong type or layout.
         ValueError: wrong rank, empty extent, window < 1, shift out of range, unknown backend.
     """
-    operator = "window_partition"
-    window, shift = _check_partition(x, window_size, shift_size)
-    if runs_definition(operator, backend):
-        return definition.forward(x, WindowGrid.of(x.shape[1:-1], window, shift))
-    return torch.ops.swin_kernels.window_partition(x, window, shift, forced_name(operator, backend))
+    return _PARTITION(_prepare_partition(x, window_size, shift_size), backend)
 
 
 def window_reverse(
@@ -91,11 +90,15 @@ def window_reverse(
         TypeError: an argument of the wrong type or layout.
         ValueError: shapes that do not belong together, window < 1, shift out of range, unknown backend.
     """
-    operator = "window_reverse"
-    window, shift, spatial = _check_reverse(windows, window_size, shift_size, spatial_shape)
-    if runs_definition(operator, backend):
-        return definition.backward(windows, WindowGrid.of(spatial, window, shift))
-    return torch.ops.swin_kernels.window_reverse(windows, window, shift, spatial, forced_name(operator, backend))
+    return _REVERSE(_prepare_reverse(windows, window_size, shift_size, spatial_shape), backend)
+
+
+def _prepare_partition(x, window_size, shift_size=0) -> tuple:
+    return x, *_check_partition(x, window_size, shift_size)
+
+
+def _prepare_reverse(windows, window_size, shift_size, spatial_shape) -> tuple:
+    return windows, *_check_reverse(windows, window_size, shift_size, spatial_shape)
 
 
 def _check_partition(x, window_size, shift_size) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -129,68 +132,111 @@ def _check_reverse(windows, window_size, shift_size, spatial_shape) -> tuple[tup
     return window, shift, spatial
 
 
-def _call(operator: str, x: torch.Tensor, grid: WindowGrid) -> Call:
-    return Call(operator, x.device.type, x.dtype, head_dim=0, window=grid.window)
-
-
-def _partition(x: torch.Tensor, window: list[int], shift: list[int], backend: str) -> torch.Tensor:
-    _check_partition(x, window, shift)
+def _call_partition(x, window, shift) -> Call:
     grid = WindowGrid.of(x.shape[1:-1], window, shift)
-    return select(_call("window_partition", x, grid), backend).window_partition.forward(x.contiguous(), grid)
+    return PartitionCall(device=x.device.type, dtype=x.dtype, window=grid.window)
 
 
-def _reverse(windows: torch.Tensor, window: list[int], shift: list[int], spatial: list[int], backend: str):
-    _check_reverse(windows, window, shift, spatial)
+def _call_reverse(windows, window, shift, spatial) -> Call:
     grid = WindowGrid.of(spatial, window, shift)
-    engine = select(_call("window_reverse", windows, grid), backend)
-    return engine.window_partition.backward(windows.contiguous(), grid)
+    return ReverseCall(device=windows.device.type, dtype=windows.dtype, window=grid.window)
 
 
-implement("window_partition", _partition)
-implement("window_reverse", _reverse)
+def _partition(kernel, x, window, shift):
+    return kernel.forward(x, WindowGrid.of(x.shape[1:-1], window, shift))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::window_partition", lib=library)
-def _(x, window, shift, backend):
-    _check_partition(x, window, shift)
+def _reverse(kernel, windows, window, shift, spatial):
+    return kernel.backward(windows, WindowGrid.of(spatial, window, shift))
+
+
+def _fake_partition(x, window, shift):
     grid = WindowGrid.of(x.shape[1:-1], window, shift)
     return x.new_empty((x.shape[0] * grid.num_windows, grid.tokens, x.shape[-1]))
 
 
-@torch.library.register_fake(f"{NAMESPACE}::window_reverse", lib=library)
-def _(windows, window, shift, spatial, backend):
-    _check_reverse(windows, window, shift, spatial)
+def _fake_reverse(windows, window, shift, spatial):
     grid = WindowGrid.of(spatial, window, shift)
     return windows.new_empty((windows.shape[0] // grid.num_windows, *spatial, windows.shape[-1]))
 
 
-def _partition_context(ctx, inputs, output):
-    x, ctx.window, ctx.shift, ctx.backend = inputs
-    ctx.spatial = x.shape[1:-1]
+def _saved_partition(arguments, windows):
+    x, window, shift = arguments
+    return window, shift, x.shape[1:-1]
 
 
-def _partition_backward(ctx, grad):
-    grad_x = torch.ops.swin_kernels.window_reverse(grad, ctx.window, ctx.shift, ctx.spatial, ctx.backend)
-    return grad_x, None, None, None
+def _saved_reverse(arguments, x):
+    _, window, shift, _ = arguments
+    return window, shift
 
 
-def _reverse_context(ctx, inputs, output):
-    _, ctx.window, ctx.shift, _, ctx.backend = inputs
-
-
-def _reverse_backward(ctx, grad):
-    grad_windows = torch.ops.swin_kernels.window_partition(grad, ctx.window, ctx.shift, ctx.backend)
-    return grad_windows, None, None, None, None
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::window_partition", _partition_backward, setup_context=_partition_context, lib=library
-)
-torch.library.register_autograd(
-    f"{NAMESPACE}::window_reverse", _reverse_backward, setup_context=_reverse_context, lib=library
+_PLACES = (
+    ((9, 8, 7), (7, 7, 7), (3, 3, 3)),
+    ((3, 9, 8), (4, 4, 4), (2, 2, 2)),
+    ((10, 9), (7, 7), (3, 3)),
+    ((5, 4, 6), (3, 2, 3), (1, 1, 0)),
 )
 
 
-@register_flop_formula([torch.ops.swin_kernels.window_partition, torch.ops.swin_kernels.window_reverse])
-def _flops(*args, out_shape=None) -> int:
-    return 0  # PyTorch's counter counts products of matrices alone
+def _partition_example(spatial, window, shift, channels: int = 15) -> Example:
+    return Example(
+        f"{'×'.join(map(str, spatial))} in windows of {'×'.join(map(str, window))}",
+        {"x": (2, *spatial, channels)},
+        {"window_size": window, "shift_size": shift},
+    )
+
+
+def _reverse_example(spatial, window, shift, channels: int = 15) -> Example:
+    grid = WindowGrid.of(spatial, window, shift)
+    return Example(
+        f"{'×'.join(map(str, spatial))} of windows of {'×'.join(map(str, window))}",
+        {"windows": (2 * grid.num_windows, grid.tokens, channels)},
+        {"window_size": window, "shift_size": shift, "spatial_shape": spatial},
+    )
+
+
+_SHIFTED = ((7,) * 3, (3,) * 3)
+
+_PARTITION = Operator(
+    public=window_partition,
+    summary="`(B, *S, C)` → `(B·nW, n, C)`: pad, shift and partition in one pass",
+    call_type=PartitionCall,
+    prepare=_prepare_partition,
+    forward=Pass(
+        "(Tensor x, int[] window_size, int[] shift_size) -> Tensor",
+        check=_check_partition,
+        call=_call_partition,
+        run=_partition,
+        fake=_fake_partition,
+    ),
+    backward="window_reverse",
+    saved=_saved_partition,
+    examples=tuple(_partition_example(*place) for place in _PLACES),
+    timed={
+        "cpu": _partition_example((12,) * 3, *_SHIFTED, 144),
+        "cuda": _partition_example((48,) * 3, *_SHIFTED, 144),
+    },
+    exact=True,
+)
+
+_REVERSE = Operator(
+    public=window_reverse,
+    summary="`(B·nW, n, C)` → `(B, *S, C)`: the inverse, crop included",
+    call_type=ReverseCall,
+    prepare=_prepare_reverse,
+    forward=Pass(
+        "(Tensor windows, int[] window_size, int[] shift_size, int[] spatial_shape) -> Tensor",
+        check=_check_reverse,
+        call=_call_reverse,
+        run=_reverse,
+        fake=_fake_reverse,
+    ),
+    backward="window_partition",
+    saved=_saved_reverse,
+    examples=tuple(_reverse_example(*place) for place in _PLACES),
+    timed={
+        "cpu": _reverse_example((12,) * 3, *_SHIFTED, 144),
+        "cuda": _reverse_example((48,) * 3, *_SHIFTED, 144),
+    },
+    exact=True,
+)

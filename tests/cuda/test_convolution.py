@@ -8,9 +8,9 @@ import types
 import pytest
 import torch
 
-from swin_kernels.backends import Call
 from swin_kernels.backends.cuda import convolution
 from swin_kernels.backends.reference import convolution as reference
+from swin_kernels.ops.convolution import ConvolutionCall
 
 from ..ops.tolerances import assert_close, largest
 from . import emulated
@@ -85,10 +85,13 @@ def test_empty_batch():
     ],
 )
 def test_declined(dtype, window, channels, reason):
-    declined = convolution.declines(Call("convolution", "cuda", dtype, 0, window, channels=channels))
+    declined = convolution.declines(ConvolutionCall(device="cuda", dtype=dtype, window=window, channels=channels))
     assert re.search(reason, declined)
 
 
 @pytest.mark.parametrize("channels", [(48, 0, 48), (96, 48, 48)], ids=str)
 def test_accepted(channels):
-    assert convolution.declines(Call("convolution", "cuda", torch.float16, 0, (3, 3, 3), channels=channels)) is None
+    assert (
+        convolution.declines(ConvolutionCall(device="cuda", dtype=torch.float16, window=(3, 3, 3), channels=channels))
+        is None
+    )

@@ -253,9 +253,9 @@ def test_override_ends():
 
 
 def test_nothing_declined_is_remembered(monkeypatch):
-    """`supports` remembers what the kernels decline; what they decline under an override it must not."""
+    """`declines` remembers what the kernels decline; what they decline under an override it must not."""
     remembered = []
-    monkeypatch.setattr(cuts._declines, "cache_clear", lambda: remembered.append("forgotten"), raising=False)
+    monkeypatch.setattr(cuts.kernels_decline, "cache_clear", lambda: remembered.append("forgotten"), raising=False)
     with cuts.override(ForwardCut(warps=12)):
         assert remembered == ["forgotten"]
     assert remembered == ["forgotten"] * 2

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import swin_kernels
 from swin_kernels import backends
+from swin_kernels.ops import OPERATORS
 from swin_kernels.ops.layer_norm import layer_norm
 from swin_kernels.ops.projected_window_attention import projected_window_attention
 
@@ -57,7 +58,7 @@ class Compared:
 def prepare(folder: Path) -> Callable[[Draw, Path], str]:
     os.environ.update(ONEDNN_CACHES)
     operators = {f"{namespace}.{name}": op for namespace in NAMESPACES for name, op in _operators(namespace).items()}
-    engines = [name for name in backends.IMPLEMENTED if not backends.load(name).unavailable()]
+    engines = [name for name, backend in backends.BACKENDS.items() if not backend.unavailable()]
     isas = [isa for isa in ISAS if _runs(isa)] if "cpu" in engines else []
 
     def case(draw: Draw, place: Path) -> str:
@@ -120,8 +121,8 @@ def _pooled(draws: list[Compared]) -> Compared:
     return Compared(*tensors, max(of.scale for of in draws))
 
 
-def _declined(engine: str, operator: str, dtype: torch.dtype, window: tuple[int, ...] = (), **more) -> bool:
-    call = backends.Call(operator, "cpu", dtype, **{"head_dim": 0, "window": window} | more)
+def _declined(engine: str, operator: str, dtype: torch.dtype, **fields) -> bool:
+    call = OPERATORS[operator].call_type(device="cpu", dtype=dtype, **fields)
     return backends.decline_reason(engine, call) is not None
 
 
@@ -159,7 +160,8 @@ def _attention(draw: Draw, dtype: torch.dtype, engine: str):
     draw.note(str(case))
     window = tuple(min(s, w) for s, w in zip(case.spatial, case.window, strict=True))
     dropout = case.dropout_p > 0
-    if _declined(engine, "window_attention", dtype, window, head_dim=case.head_dim, dropout=dropout, backward=True):
+    fields = {"window": window, "head_dim": case.head_dim, "dropout": dropout, "backward": True}
+    if _declined(engine, "window_attention", dtype, **fields):
         return None
 
     def results(number: int) -> dict[str, Compared]:
@@ -193,6 +195,10 @@ def _projected(draw: Draw, dtype: torch.dtype, engine: str):
     if case.heads * case.head_dim > 128:
         case = replace(case, head_dim=16)
     draw.note(f"projected {case}")
+    window = tuple(min(s, w) for s, w in zip(case.spatial, case.window, strict=True))
+    fields = {"window": window, "heads": case.heads, "head_dim": case.head_dim, "backward": dtype not in SIXTEEN_BITS}
+    if _declined(engine, "projected_window_attention", dtype, **fields):
+        return None
 
     def results(number: int) -> dict[str, Compared]:
         # Its own generator is seeded by the length of the name.
@@ -239,7 +245,8 @@ def _convolution(draw: Draw, dtype: torch.dtype, engine: str):
         layout=draw.choice(("channels_last", "contiguous", "strided")),
     )
     draw.note(f"convolution {case}")
-    if _declined(engine, "convolution", dtype, (case.kernel,) * axes, backward=True):
+    channels = case.channels, case.skip, case.out
+    if _declined(engine, "convolution", dtype, window=(case.kernel,) * axes, channels=channels, backward=True):
         return None
 
     def results(number: int) -> dict[str, Compared]:
@@ -332,7 +339,7 @@ def _partition(draw: Draw, dtype: torch.dtype, engine: str):
     grid, channels = attention.Case(**_grid(draw)), draw.choice((1, 2, 3, 8, 16, 17, 48))
     dtype = draw.choice(partition.ANY_DTYPE)
     draw.note(f"window_partition {grid}, {channels} channels, {dtype}")
-    if _declined(engine, "window_partition", dtype, grid.window):
+    if _declined(engine, "window_partition", dtype, window=grid.window):
         return None
 
     def results(number: int) -> dict[str, Compared]:

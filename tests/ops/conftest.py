@@ -11,7 +11,7 @@ from swin_kernels import backends
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request) -> str:
     """Every backend that runs on CPU tensors; those missing on this machine are skipped with the reason they give."""
-    if reason := backends.load(request.param).unavailable():
+    if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
 
@@ -19,7 +19,7 @@ def backend(request) -> str:
 @pytest.fixture
 def cpu_backend() -> str:
     """The C++ backend, for what it alone promises."""
-    if reason := backends.load("cpu").unavailable():
+    if reason := backends.BACKENDS["cpu"].unavailable():
         pytest.skip(f"backend cpu: {reason}")
     return "cpu"
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from swin_kernels import backends, convolution
 from swin_kernels.backends.cpu import convolution as cpu_convolution
+from swin_kernels.ops.convolution import ConvolutionCall
 
 from .tolerances import assert_close, largest
 
@@ -105,7 +106,10 @@ def plain(x: torch.Tensor, weight: torch.Tensor, skip: torch.Tensor | None = Non
 
 def why_declined(backend: str, case: Case, dtype: torch.dtype) -> str | None:
     window = (case.kernel,) * len(case.spatial)
-    return backends.decline_reason(backend, backends.Call("convolution", "cpu", dtype, head_dim=0, window=window))
+    channels = case.channels, case.skip, case.out
+    return backends.decline_reason(
+        backend, ConvolutionCall(device="cpu", dtype=dtype, window=window, channels=channels)
+    )
 
 
 # The weight's gradient of PyTorch 2.13's own bfloat16 convolution holds whatever lay in memory, 1e36 say, for a volume

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from swin_kernels import (
+    backends,
     convolution,
     graphed,
     instance_norm_act,
@@ -17,7 +18,8 @@ from swin_kernels import (
     window_partition,
     window_reverse,
 )
-from swin_kernels.backends import Call, decline_reason, load
+from swin_kernels.backends import decline_reason
+from swin_kernels.ops.convolution import ConvolutionCall
 from tests.ops import test_convolution as convolutions
 from tests.ops import test_instance_norm_act, test_layer_norm
 from tests.ops.cases import Case, cases, check_forward_backward, gradients, make_inputs, run
@@ -45,7 +47,7 @@ PRODUCTION = (
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request) -> str:
     """Every operator runs on this backend; memory that PyTorch allocates starts as NaN, so a gap shows."""
-    if reason := load(request.param).unavailable():
+    if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(f"backend {request.param}: {reason}")
     torch.use_deterministic_algorithms(True)
     with use_backend(request.param):
@@ -197,7 +199,7 @@ NORM_CALLS = [
 @pytest.fixture
 def norms(backend) -> str:
     """The backend, which has kernels for norms."""
-    if not hasattr(load(backend), "layer_norm"):
+    if backends.BACKENDS[backend].kernel("layer_norm") is None:
         pytest.skip(f"backend {backend}: it has no kernels for norms")
     return backend
 
@@ -280,7 +282,8 @@ CONVOLUTIONS = (
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
 def test_convolution(backend, case, dtype):
     """Against PyTorch's in float64; twice the same; captured in a CUDA graph; gradients where the backend has them."""
-    call = Call("convolution", "cuda", dtype, 0, (case.kernel,) * 3, channels=(case.channels, case.skip, case.out))
+    channels = case.channels, case.skip, case.out
+    call = ConvolutionCall(device="cuda", dtype=dtype, window=(case.kernel,) * 3, channels=channels)
     if reason := decline_reason(backend, call):
         pytest.skip(f"backend {backend}: {reason}")
     backward = decline_reason(backend, replace(call, backward=True)) is None

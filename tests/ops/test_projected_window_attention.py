@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swin_kernels import backends, modules
+from swin_kernels import explain, modules, use_backend
 from swin_kernels.geometry import bias_table_length
-from swin_kernels.ops.projected_window_attention import declined, projected_window_attention
+from swin_kernels.ops.projected_window_attention import projected_window_attention
 
 from .cases import Case, plain_attention
 from .tolerances import assert_close, largest
@@ -64,6 +66,12 @@ EPS = 1e-3
 
 def attend(inputs: dict[str, torch.Tensor | None], case: Case) -> torch.Tensor:
     return projected_window_attention(**inputs, norm_eps=EPS, window_size=case.window, shift_size=case.shift)
+
+
+def why_declined(backend: str, inputs: dict[str, torch.Tensor | None], case: Case) -> str | None:
+    return explain(projected_window_attention, **inputs, norm_eps=EPS, window_size=case.window, shift_size=case.shift)[
+        backend
+    ]
 
 
 def plainly(inputs: dict[str, torch.Tensor | None], case: Case) -> torch.Tensor:
@@ -201,10 +209,11 @@ def test_gradients_do_not_depend_on_threads(threads):
 def test_qkv_is_not_kept_for_the_backward(cpu_backend):
     """Only the inputs, the attention's output and the log-sum-exp are, where the kernel runs."""
     inputs, case = make(CASES[1]), CASES[1]
-    assert declined(inputs["x"], inputs["weight"], inputs["bias_table"], case.window, backward=True) is None
+    leaves = {name: t.requires_grad_() for name, t in inputs.items()}
+    assert why_declined("cpu", leaves, case) is None
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        attend({name: t.requires_grad_() for name, t in inputs.items()}, case)
+        attend(leaves, case)
     given = sum(t.numel() for t in inputs.values())
     assert sum(kept) == given + inputs["x"].numel() // 48 * (48 + case.heads)
 
@@ -285,14 +294,33 @@ def test_opcheck(case):
     )
 
 
-def test_reason_is_named(monkeypatch):
-    inputs, case = make(CASES[1]), CASES[1]
-    arguments = inputs["x"], inputs["weight"], inputs["bias_table"], case.window
-    assert declined(*arguments, "reference") == "backend 'reference' has no kernel for it"
-    monkeypatch.setenv("SWIN_KERNELS_BACKEND", "reference")
-    assert declined(*arguments) == "backend 'reference' has no kernel for it"
-    monkeypatch.delenv("SWIN_KERNELS_BACKEND")
-    assert "dtype" in (declined(inputs["x"].double(), *arguments[1:]) or "") or backends.load("cpu").unavailable()
+def test_a_forced_backend_without_a_kernel_raises(cpu_backend):
+    """It does not run the layers one after the other in silence."""
+    case, inputs = CASES[1], in_float64(make(CASES[1]))
+    assert why_declined("cpu", inputs, case) == "dtype torch.float64 has no kernel"
+    message = "projected_window_attention: backend 'cpu' cannot run this call: dtype torch.float64 has no kernel"
+    with pytest.raises(RuntimeError, match=message):
+        projected_window_attention(**inputs, window_size=case.window, shift_size=case.shift, backend="cpu")
+    with pytest.raises(RuntimeError, match=message), use_backend("cpu"):
+        attend(inputs, case)
+    message = "projected_window_attention: backend 'cuda' cannot run this call: no CUDA device"
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=message):
+            projected_window_attention(**make(case), window_size=case.window, backend="cuda")
+
+
+def test_module_leaves_the_layers_apart_where_no_kernel_takes_them(cpu_backend, caplog):
+    """A backend forced for the attention has no say over the linear layers, and the log names what runs."""
+    caplog.set_level(logging.DEBUG, logger="swin_kernels")
+    attention = modules.WindowAttention(48, 3, (4, 4, 4), qkv_bias=True).double()
+    with use_backend("cpu"), torch.no_grad():
+        attention(torch.randn(1, 8, 8, 8, 48, dtype=torch.float64), 2)
+    assert re.search(r"WindowAttentionCall\(.*float64.*\) runs on cpu, which is forced", caplog.text)
+    assert "ProjectedWindowAttentionCall" not in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        attention.float()(torch.randn(1, 8, 8, 8, 48), 2)
+    assert re.search(r"ProjectedWindowAttentionCall\(.*float32.*\) runs on cpu", caplog.text)
 
 
 def test_wrong_weight_raises():
@@ -364,4 +392,4 @@ def test_kernel_is_used_where_the_processor_has_it(cpu_backend):
     if "amx_bf16" not in Path("/proc/cpuinfo").read_text() or os.environ.get("SWIN_KERNELS_ISA", "amx") != "amx":
         pytest.skip("this processor has no AMX, or SWIN_KERNELS_ISA keeps from it")
     inputs, case = make(CASES[1]), CASES[1]
-    assert declined(inputs["x"], inputs["weight"], inputs["bias_table"], case.window) is None
+    assert why_declined("cpu", inputs, case) is None

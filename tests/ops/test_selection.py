@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from importlib import import_module
 
@@ -11,9 +12,13 @@ import torch
 
 import swin_kernels
 from swin_kernels import backends, explain, use_backend, window_attention, window_partition, window_reverse
-from swin_kernels.backends import BACKENDS, IMPLEMENTED, ORDER, Call, decline_reason, load, select
+from swin_kernels.backends import BACKENDS, decline_reason, order, select
+from swin_kernels.backends.cuda import library
+from swin_kernels.backends.cuda import window_attention as cuda_attention
+from swin_kernels.ops.window_attention import WindowAttentionCall
+from swin_kernels.ops.window_partition import PartitionCall
 
-CALL = Call("window_attention", "cpu", torch.float32, head_dim=4, window=(2, 2))
+CALL = WindowAttentionCall(device="cpu", dtype=torch.float32, head_dim=4, window=(2, 2))
 
 
 def arguments() -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -28,11 +33,10 @@ def ran(monkeypatch) -> list[str]:
 
     def recording(call, forced=""):
         engine = original(call, forced)
-        names.append(engine.__name__.rpartition(".")[2])
+        names.append(engine.name)
         return engine
 
-    monkeypatch.setattr("swin_kernels.ops.window_attention.select", recording)
-    monkeypatch.setattr("swin_kernels.ops.window_partition.select", recording)
+    monkeypatch.setattr("swin_kernels.ops._operator.select", recording)
     return names
 
 
@@ -42,38 +46,36 @@ def environment(monkeypatch):
 
 
 def test_every_backend_answers():
-    assert set(IMPLEMENTED) <= set(BACKENDS)
-    assert {"reference", "cpu"} <= set(IMPLEMENTED)
-    for name in IMPLEMENTED:
-        for answer in (load(name).unavailable(), decline_reason(name, CALL)):
+    assert {"reference", "cpu", "cuda", "triton"} <= set(BACKENDS)
+    for name in BACKENDS:
+        for answer in (BACKENDS[name].unavailable(), decline_reason(name, CALL)):
             assert answer is None or (isinstance(answer, str) and answer)
 
 
 def test_orders_end_in_the_reference():
-    for device, order in ORDER.items():
-        assert order[-1] == "reference", device
-        assert set(order) <= set(IMPLEMENTED)
-    assert load("reference").unavailable() is None
-    assert load("reference").supports(CALL) is None
+    for device in ("cpu", "cuda", "xpu"):
+        assert order(device)[-1] == "reference", device
+    assert BACKENDS["reference"].unavailable() is None
+    assert BACKENDS["reference"].declines(CALL) is None
 
 
 def test_first_that_supports_the_call_runs(ran):
     window_attention(*arguments())
-    expected = "reference" if load("cpu").unavailable() else "cpu"
+    expected = "reference" if BACKENDS["cpu"].unavailable() else "cpu"
     assert ran == [expected]
-    assert select(CALL).__name__.endswith(expected)
+    assert select(CALL).name == expected
 
 
 def test_an_unknown_device_runs_on_the_reference():
-    call = Call("window_attention", "xpu", torch.float32, head_dim=4, window=(2, 2))
-    assert select(call).__name__.endswith(".reference")
+    call = replace(CALL, device="xpu")
+    assert select(call).name == "reference"
 
 
 def test_an_automatic_choice_declines_what_is_not_supported(monkeypatch, caplog):
-    monkeypatch.setattr(load("cpu"), "unavailable", lambda: None)
-    monkeypatch.setattr(load("cpu"), "supports", lambda call: "it is Sunday")
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: None)
+    monkeypatch.setattr(BACKENDS["cpu"], "declines", lambda call: "it is Sunday")
     with caplog.at_level(logging.DEBUG, logger="swin_kernels"):
-        assert select(CALL).__name__.endswith(".reference")
+        assert select(CALL).name == "reference"
     assert "reference" in caplog.text
     assert "cpu declined: it is Sunday" in caplog.text
     with pytest.raises(RuntimeError, match="window_attention: backend 'cpu' cannot run this call: it is Sunday"):
@@ -81,8 +83,8 @@ def test_an_automatic_choice_declines_what_is_not_supported(monkeypatch, caplog)
 
 
 def test_no_backend_at_all_says_every_reason(monkeypatch):
-    for name in ORDER["cpu"]:
-        monkeypatch.setattr(load(name), "unavailable", lambda name=name: f"no {name} today")
+    for name in order("cpu"):
+        monkeypatch.setattr(BACKENDS[name], "unavailable", lambda name=name: f"no {name} today")
     with pytest.raises(RuntimeError, match="cpu declined: no cpu today; reference declined: no reference today"):
         select(CALL)
 
@@ -103,7 +105,7 @@ def test_backward_runs_on_the_forced_backend(ran):
 
 
 def test_context_forces_nests_and_ends(ran):
-    free = "reference" if load("cpu").unavailable() else "cpu"
+    free = "reference" if BACKENDS["cpu"].unavailable() else "cpu"
     with use_backend("reference"):
         window_attention(*arguments())
         with use_backend("reference"):
@@ -117,9 +119,39 @@ def test_context_forces_nests_and_ends(ran):
     assert ran[-1] == free
 
 
+def test_context_is_of_the_thread(ran):
+    free = "reference" if BACKENDS["cpu"].unavailable() else "cpu"
+    with use_backend("reference"):
+        other = threading.Thread(target=lambda: window_attention(*arguments()))
+        other.start()
+        other.join()
+        window_attention(*arguments())
+    assert ran == [free, "reference"]
+
+
+def test_a_gradient_runs_where_its_forward_was_forced(ran):
+    qkv, bias_table, window = arguments()
+    with use_backend("reference"):
+        out = window_attention(qkv.requires_grad_(), bias_table, window)
+    out.sum().backward()
+    assert ran == ["reference"] * 2
+
+
+def test_a_compiled_function_obeys_when_it_runs(ran):
+    free = "reference" if BACKENDS["cpu"].unavailable() else "cpu"
+    compiled = torch.compile(lambda qkv, table: window_attention(qkv, table, 2), backend="eager", fullgraph=True)
+    inputs = arguments()[:2]
+    compiled(*inputs)
+    with use_backend("reference"):
+        compiled(*inputs)
+    compiled(*inputs)
+    assert ran == [free, "reference", free]
+
+
 def test_argument_wins_over_context_and_context_over_environment(ran, monkeypatch):
-    monkeypatch.setattr(load("cpu"), "unavailable", lambda: None)
-    monkeypatch.setattr(load("cpu"), "window_attention", load("reference").window_attention)
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: None)
+    monkeypatch.setattr(BACKENDS["cpu"], "kernel", BACKENDS["reference"].kernel)
+    monkeypatch.setattr(BACKENDS["cpu"], "declines", lambda call: None)
     monkeypatch.setenv("SWIN_KERNELS_BACKEND", "cpu")
     window_attention(*arguments())
     with use_backend("reference"):
@@ -151,7 +183,7 @@ def test_unknown_names(name, monkeypatch):
 
 
 def test_a_forced_backend_never_falls_back(monkeypatch):
-    monkeypatch.setattr(load("cpu"), "unavailable", lambda: "the library is at the tailor's")
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: "the library is at the tailor's")
     qkv, bias_table, window = arguments()
     message = "backend 'cpu' cannot run this call: the library is at the tailor's"
     with pytest.raises(RuntimeError, match=message):
@@ -163,10 +195,10 @@ def test_a_forced_backend_never_falls_back(monkeypatch):
 def test_explain_gives_the_reasons(monkeypatch):
     qkv, bias_table, window = arguments()
     reasons = explain(qkv, bias_table, window)
-    assert set(reasons) == set(IMPLEMENTED)
+    assert set(reasons) == set(BACKENDS)
     assert reasons["reference"] is None
-    assert reasons["cpu"] == load("cpu").unavailable()
-    monkeypatch.setattr(load("cpu"), "unavailable", lambda: "not here")
+    assert reasons["cpu"] == BACKENDS["cpu"].unavailable()
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: "not here")
     assert explain(qkv, bias_table, window)["cpu"] == "not here"
     with pytest.raises(ValueError, match="window_attention: window_size is"):
         explain(qkv, bias_table, 0)
@@ -184,21 +216,22 @@ def test_public_names():
 @pytest.fixture
 def a100(monkeypatch):
     """The CUDA backend as on a GPU of compute capability 8.0, whose kernels take every call."""
-    engine = load("cuda")
+    engine = BACKENDS["cuda"]
     monkeypatch.setattr(engine, "unavailable", lambda: None)
-    monkeypatch.setattr(engine, "capability", lambda device: (8, 0))
-    monkeypatch.setattr(engine, "_declines", lambda *call: None)
+    monkeypatch.setattr(library, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(cuda_attention, "kernels_decline", lambda *call: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return engine
 
 
-ON_GPU = Call("window_attention", "cuda", torch.bfloat16, head_dim=16, window=(7, 7, 7))
+ON_GPU = WindowAttentionCall(device="cuda", dtype=torch.bfloat16, head_dim=16, window=(7, 7, 7))
+PARTITION_ON_GPU = PartitionCall(device="cuda", dtype=torch.uint8, window=(7, 7, 7))
 
 
 def test_cuda_comes_first_on_a_gpu(a100):
-    assert ORDER["cuda"] == ("cuda", "triton", "reference")
+    assert order("cuda") == ("cuda", "triton", "reference")
     assert select(ON_GPU) is a100
-    assert select(replace(ON_GPU, operator="window_partition", dtype=torch.uint8)) is a100
+    assert select(PARTITION_ON_GPU) is a100
 
 
 @pytest.mark.parametrize(
@@ -215,13 +248,15 @@ def test_cuda_says_why_it_declines(a100, call, reason):
 
 
 def test_cuda_declines_old_gpus(a100, monkeypatch):
-    monkeypatch.setattr(a100, "capability", lambda device: (7, 5))
+    monkeypatch.setattr(library, "capability", lambda device: (7, 5))
     assert decline_reason("cuda", ON_GPU) == "compute capability (7, 5) is below (8, 0)"
-    assert "compute capability" in decline_reason("cuda", replace(ON_GPU, operator="window_partition"))
+    assert "compute capability" in decline_reason("cuda", PARTITION_ON_GPU)
 
 
 def test_cuda_passes_on_what_its_kernels_answer(a100, monkeypatch):
-    monkeypatch.setattr(a100, "_declines", lambda device, dtype, head_dim, window, backward: f"no head_dim {head_dim}")
+    monkeypatch.setattr(
+        cuda_attention, "kernels_decline", lambda device, dtype, head_dim, window, backward: f"no head_dim {head_dim}"
+    )
     assert decline_reason("cuda", replace(ON_GPU, head_dim=5)) == "no head_dim 5"
 
 
@@ -235,10 +270,10 @@ def test_a_call_measured_to_be_faster_elsewhere_goes_there(a100, monkeypatch):
     assert decline_reason("cuda", ON_GPU) is None
     for other in ({"head_dim": 8}, {"dtype": torch.float32}, {"window": (5, 5, 5)}, {"window": (8, 8, 8)}):
         assert decline_reason("cuda", replace(backward, **other)) is None, other
-    monkeypatch.setattr(a100, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(library, "capability", lambda device: (9, 0))
     assert decline_reason("cuda", backward) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_is_unavailable_without_a_device():
-    assert load("cuda").unavailable() == "no CUDA device"
+    assert BACKENDS["cuda"].unavailable() == "no CUDA device"

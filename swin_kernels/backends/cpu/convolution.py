@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from ...ops.convolution import ConvolutionCall
+
+
+def declines(call: ConvolutionCall) -> str | None:
+    if call.dtype != torch.float32 and not converts(call.dtype):
+        return f"dtype {call.dtype} has no kernel"
+    if len(call.window) != 3:
+        return f"a convolution over {len(call.window)} axes; there is a kernel for 3"
+    return None
 
 
 @functools.cache

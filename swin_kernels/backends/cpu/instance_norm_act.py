@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from .. import Call
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def declines(call: Call) -> str | None:
+    return None if call.dtype in DTYPES else f"dtype {call.dtype} has no kernel"
+
 
 def forward(
     x: torch.Tensor, residual: torch.Tensor | None, normalize_residual: bool, eps: float, negative_slope: float

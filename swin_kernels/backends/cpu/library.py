@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ...ops._library import guard_write
+from ..in_place import guard_write
 
 LIBRARY = Path(__file__).resolve().parents[2] / "lib" / "libswin_kernels_cpu.so"
 

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ...geometry import WindowGrid
+from .window_attention import declines_window
+
+if TYPE_CHECKING:
+    from ...ops.projected_window_attention import ProjectedWindowAttentionCall
+
+
+def declines(call: ProjectedWindowAttentionCall) -> str | None:
+    if call.dtype != torch.float32:
+        return f"dtype {call.dtype} has no kernel"
+    if call.mixed:
+        return "parameters of another dtype than x have no kernel"
+    if not torch.ops.swin_kernels_cpu.projects(call.heads, call.heads * call.head_dim, call.backward):
+        return f"{call.heads} heads of {call.head_dim} channels have no kernel on {torch.ops.swin_kernels_cpu.isa()}"
+    return declines_window(call.window)
 
 
 def forward(

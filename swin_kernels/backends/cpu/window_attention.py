@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 
 from ...geometry import WindowGrid
+
+if TYPE_CHECKING:
+    from ...ops.window_attention import WindowAttentionCall
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST_WINDOW = 4096
+"""Tokens in a window (16³); `kLargestWindow` of csrc/torch."""
+
+
+def declines(call: WindowAttentionCall) -> str | None:
+    if call.dtype not in DTYPES:
+        return f"dtype {call.dtype} has no kernel"
+    return declines_window(call.window)
+
+
+def declines_window(window: tuple[int, ...]) -> str | None:
+    """Why no attention runs inside windows of this size, or None."""
+    if math.prod(window) > LARGEST_WINDOW:
+        return f"a window of {math.prod(window)} tokens is larger than the {LARGEST_WINDOW} that fit in cache"
+    return None
 
 
 def forward(

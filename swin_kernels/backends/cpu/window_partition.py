@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 from ...geometry import WindowGrid
+from .. import Call
+
+
+def declines(call: Call) -> str | None:
+    return None
 
 
 def forward(x: torch.Tensor, grid: WindowGrid) -> torch.Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.grad import conv3d_weight
 
-from .. import Call
 from .library import operators
+
+if TYPE_CHECKING:
+    from ...ops.convolution import ConvolutionCall
 
 BLOCK = 48
 """Channels that a block of the kernel reads at a time, and writes."""
@@ -18,7 +21,7 @@ MOST_OUTPUTS = 64
 too few blocks here."""
 
 
-def declines(call: Call) -> str | None:
+def declines(call: ConvolutionCall) -> str | None:
     """Why there is no kernel for `call`, or None."""
     if call.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {call.dtype} has no kernel"

@@ -13,7 +13,8 @@ from dataclasses import astuple, dataclass
 import torch
 
 from ...geometry import WindowGrid
-from . import ELEMENTS, _declines, library
+from . import library
+from .window_attention import ELEMENTS, kernels_decline
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def override(cut: ForwardCut | BackwardCut) -> Iterator[None]:
 
 def _set(backward: bool, values: tuple[int, ...]) -> None:
     library.operators().override_cut(backward, values)
-    _declines.cache_clear()  # an override may decline what the kernels can run
+    kernels_decline.cache_clear()  # an override may decline what the kernels can run
 
 
 def chosen(

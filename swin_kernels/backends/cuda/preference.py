@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .. import Call
+if TYPE_CHECKING:
+    from ...ops.window_attention import WindowAttentionCall
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Measured:
     theirs_ms: float
     source: str
 
-    def covers(self, capability: tuple[int, int], call: Call) -> bool:
+    def covers(self, capability: tuple[int, int], call: WindowAttentionCall) -> bool:
         ours = (self.capability, self.backward, self.dtype_bytes, self.head_dim)
         asked = (capability, call.backward, call.dtype.itemsize, call.head_dim)
         return ours == asked and self.tokens[0] <= math.prod(call.window) <= self.tokens[1]
@@ -45,7 +47,7 @@ class Measured:
 MEASURED: tuple[Measured, ...] = ()
 
 
-def faster_elsewhere(capability: tuple[int, int], call: Call) -> str | None:
+def faster_elsewhere(capability: tuple[int, int], call: WindowAttentionCall) -> str | None:
     """Why a `window_attention` call is left to another backend, or None."""
     for line in MEASURED:
         if line.covers(capability, call):

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from .. import Call
-from . import convolution, instance_norm_act, layer_norm, window_attention, window_partition
+from typing import ClassVar
 
-__all__ = [
-    "convolution",
-    "instance_norm_act",
-    "layer_norm",
-    "supports",
-    "unavailable",
-    "window_attention",
-    "window_partition",
-]
+from .. import Call, Package, register
 
 
-def unavailable() -> str | None:
-    return None
+class Reference(Package):
+    summary = ("everywhere", "plain PyTorch, the definition")
+    ranks: ClassVar[dict[str, int]] = {}
+
+    def declines(self, call: Call) -> str | None:
+        return None
 
 
-def supports(call: Call) -> str | None:
-    return None
+register(Reference(__name__))

@@ -12,12 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
 from .windows import device_of
+
+if TYPE_CHECKING:
+    from ...ops.convolution import ConvolutionCall
 
 FEW_INPUTS = 4
 """Channels of an image."""
@@ -157,8 +161,17 @@ def convolve(
     tl.store(out + voxel[:, None] * channels + channel[None, :], result.to(out.dtype.element_ty), mask=exists)
 
 
-def declines(inputs: int, beside: int, outputs: int) -> str | None:
-    """Why there is no kernel for so many channels of the two inputs and the output; None if there is."""
+def declines(call: ConvolutionCall) -> str | None:
+    if call.dtype == torch.float32:
+        return "float32 has no convolution kernel"
+    if len(call.window) != 3:
+        return f"a convolution over {len(call.window)} axes; there is a kernel for 3"
+    if call.backward:
+        return "gradients of a convolution have no kernel"
+    return _declines_channels(*call.channels)
+
+
+def _declines_channels(inputs: int, beside: int, outputs: int) -> str | None:
     if inputs <= FEW_INPUTS and not beside:
         return None
     if inputs % 16 or beside % 16:
@@ -194,3 +207,7 @@ def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) ->
             num_warps=tile.warps,
         )
     return out
+
+
+backward = None
+"""Gradients are left to others: `declines`."""

@@ -6,8 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import Call
 from .tiles import INTERPRETED, multiprocessors
 from .windows import device_of
+
+
+def declines(call: Call) -> str | None:
+    return None
+
 
 ELEMENTS = 512 if INTERPRETED else 4096
 """Of a tile: rows by channels."""

@@ -34,6 +34,7 @@ Workspaces, freed on return: the bias tiles (`bias.prepare`); in the backward al
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -43,6 +44,22 @@ from ...geometry import MASK_VALUE, WindowGrid, dropout_threshold
 from . import bias
 from .tiles import key_of, parts, tile_for
 from .windows import arguments, check_counts, device_of, first_row, locate, seams, unpack
+
+if TYPE_CHECKING:
+    from ...ops.window_attention import WindowAttentionCall
+
+MAX_TOKENS = 16**3
+MAX_HEAD_DIM = 128
+
+
+def declines(call: WindowAttentionCall) -> str | None:
+    tokens = math.prod(call.window)
+    if tokens > MAX_TOKENS:
+        return f"a window of {tokens} tokens; at most {MAX_TOKENS} are supported"
+    if call.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {call.head_dim} is above {MAX_HEAD_DIM}"
+    return None
+
 
 _LN2 = tl.constexpr(math.log(2.0))
 _LOG2E = tl.constexpr(math.log2(math.e))

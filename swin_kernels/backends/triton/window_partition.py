@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from ...geometry import WindowGrid
 from .windows import arguments, check_counts, device_of, first_row, locate, unpack
+
+if TYPE_CHECKING:
+    from ...ops.window_partition import PartitionCall
+
+MAX_WINDOW = 2**15  # the bound of `windows.divide`
+
+
+def declines(call: PartitionCall) -> str | None:
+    tokens = math.prod(call.window)
+    return f"a window of {tokens} tokens; at most {MAX_WINDOW} are supported" if tokens > MAX_WINDOW else None
+
 
 TOKENS = 32
 MAX_CHANNELS = 64

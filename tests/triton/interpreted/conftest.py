@@ -9,7 +9,7 @@ import torch
 from triton.runtime import interpreter
 
 from swin_kernels import use_backend
-from swin_kernels.backends import load
+from swin_kernels.backends import BACKENDS
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ interpreter.InterpretedFunction.__call__ = _call
 @pytest.fixture(autouse=True)
 def kernels():
     """Every operator runs on the Triton kernels; memory that PyTorch allocates starts as NaN, so a gap shows."""
-    assert load("triton").unavailable() is None
+    assert BACKENDS["triton"].unavailable() is None
     torch.use_deterministic_algorithms(True)
     with use_backend("triton"):
         yield

@@ -1,0 +1,348 @@
+"""A row of the grid: an operator, declared once in its file, from which everything around its kernels follows.
+
+`Operator` registers the functions of `torch.library` that it is made of. To each it gives: checks, the choice of a
+backend with its reasons and the line in the log, contiguous arguments, the answer for an empty batch, shapes for
+tracing (the fake function), autograd, autocast and a count of FLOPs. What an operator does not do raises an error that
+says so: a second derivative, forward-mode AD below the public function, ONNX. Under the transforms of `torch.func` the
+public function runs the operator's definition, the reference's kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from ..backends import (
+    BACKENDS,
+    REFERENCE,
+    Call,
+    decline_reason,
+    forced_name,
+    forced_or_environment,
+    log,
+    select,
+)
+from ..backends.in_place import guard_write
+from ._checks import autocast_is_on
+
+NAMESPACE = "swin_kernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+OPERATORS: dict[str, Operator] = {}
+"""Every operator, by the name of its public function."""
+
+WANTED = object()
+"""Among the arguments that `Operator.saved` returns: whether each differentiable argument needs its gradient."""
+
+
+def _no_flops(*shapes, out_shape=None) -> int:
+    return 0  # PyTorch's counter counts products of matrices alone
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A function of `torch.library`: a forward, a backward, or a forward in place.
+
+    Attributes:
+        schema: its arguments and results, without the last argument, the backend's name.
+        check: raises TypeError or ValueError for arguments that do not fit; a raw call may bring any.
+        call: the `Call` of the arguments.
+        run: called with a backend's kernel and the arguments; gives the results.
+        fake: results of the right shapes, dtypes and strides, with any values.
+        contiguous: whether `run` wants each tensor contiguous; else it brings them into shape itself.
+        flops: as `torch.utils.flop_counter.register_flop_formula` takes it.
+    """
+
+    schema: str
+    check: Callable[..., object]
+    call: Callable[..., Call]
+    run: Callable[..., Any]
+    fake: Callable[..., Any]
+    contiguous: bool = True
+    flops: Callable[..., int] = _no_flops
+
+
+@dataclass(frozen=True)
+class Example:
+    """A call of an operator, by which the tests, the doctor and `make verify-gpu` know it.
+
+    Attributes:
+        name: what is special about it.
+        shapes: of the tensors, by argument; each is differentiated.
+        options: the other arguments.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
+        """Normal values, the same in every dtype and on every device; weights scaled so that results stay near 1."""
+        generator = torch.Generator().manual_seed(seed)
+        found = {}
+        for name, shape in self.shapes.items():
+            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if name.endswith("weight") and len(shape) > 1:
+                value = value / (value.numel() / shape[0]) ** 0.5
+            found[name] = value.to(device, dtype)
+        return found
+
+
+@dataclass
+class Operator:
+    """A row of the grid; `register` it.
+
+    Attributes:
+        public: the public function; its name is the operator's.
+        summary: what it computes, a line for the README.
+        call_type: its `Call`.
+        prepare: the public function's arguments but `backend`, checked, as those of `forward`.
+        forward: the forward.
+        examples: calls that every backend is held to the reference on; the first is the quick one.
+        timed: by device type, the call that the doctor times.
+        backward: the gradients, in the order of `differentiable`; or the name of a function of the namespace that
+            computes them.
+        saved: from the arguments and the results of the forward, those of the backward but the gradient that comes in,
+            which is of the first result; `WANTED` may be among them.
+        differentiable: positions of the forward's arguments that have gradients.
+        in_place: the forward that writes to its first argument.
+        autocast: the forward's arguments under autocast to a dtype, given it and them; None leaves them alone.
+        definition: the forward's arguments to its results in PyTorch's own operators; None for the reference's kernel.
+        exact: whether the operator only copies, so that backends agree to the bit.
+    """
+
+    public: Callable[..., Any]
+    summary: str
+    call_type: type[Call]
+    prepare: Callable[..., tuple]
+    forward: Pass
+    examples: Sequence[Example]
+    timed: Mapping[str, Example]
+    backward: Pass | str | None = None
+    saved: Callable[[tuple, Any], Sequence] | None = None
+    differentiable: tuple[int, ...] = (0,)
+    in_place: Pass | None = None
+    autocast: Callable[..., tuple] | None = None
+    definition: Callable[..., Any] | None = None
+    exact: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.call_type.operator
+
+    def __post_init__(self) -> None:
+        name = self.name
+        if name in OPERATORS:
+            raise ValueError(f"an operator {name!r} is there already")
+        _define(name, self.forward)
+        if self.in_place:
+            _define(f"{name}_", self.in_place)
+            guard_write(library, f"{name}_")
+            # Views that are negated lazily: PyTorch resolves them for operators that return something.
+            library.impl(f"{name}_", torch.library.fallthrough_kernel, "Negative")
+        if isinstance(self.backward, Pass):
+            _define(f"{name}_backward", self.backward)
+            torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", self._second_backward, lib=library)
+        if self.backward:
+            torch.library.register_autograd(
+                f"{NAMESPACE}::{name}", self._differentiate, setup_context=self._save, lib=library
+            )
+        self._function = getattr(getattr(torch.ops, NAMESPACE), name).default
+        if self.autocast:
+            for device in ("CPU", "CUDA"):
+                self._implement_autocast(device)
+        OPERATORS[name] = self
+
+    def __call__(self, arguments: tuple, backend: str | None) -> Any:
+        """The results of the forward, by the backend of the choice, or by the definition under a transform."""
+        if runs_definition(self.name, backend):
+            return self.define(*arguments)
+        return self._function(*arguments, forced_name(self.name, backend))
+
+    def define(self, *arguments) -> Any:
+        """The results of the forward in PyTorch's own operators."""
+        if self.autocast and autocast_is_on(arguments[0].device):
+            arguments = self.autocast(torch.get_autocast_dtype(arguments[0].device.type), *arguments)
+        if self.definition:
+            return self.definition(*arguments)
+        return self.forward.run(BACKENDS[REFERENCE].kernel(self.call_type.kernel), *arguments)
+
+    def explain(self, *arguments, **options) -> dict[str, str | None]:
+        """Why each backend would decline a call of the public function: name to reason, None if it runs it."""
+        call = self.forward.call(*self.prepare(*arguments, **options))
+        return {name: decline_reason(name, call) for name in BACKENDS}
+
+    def _save(self, ctx, inputs, output) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)  # no zeros the size of a volume for what has no gradient
+        *arguments, ctx.backend = inputs
+        saved = self.saved(arguments, output)
+        ctx.places = [isinstance(value, torch.Tensor) for value in saved]
+        ctx.settings = [value for value, tensor in zip(saved, ctx.places, strict=True) if not tensor]
+        ctx.save_for_backward(*(value for value, tensor in zip(saved, ctx.places, strict=True) if tensor))
+
+    def _differentiate(self, ctx, grad_out, *_):
+        gradients: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad_out is None:
+            return tuple(gradients)
+        wanted = [ctx.needs_input_grad[i] for i in self.differentiable]
+        tensors, settings = iter(ctx.saved_tensors), iter(ctx.settings)
+        arguments = [next(tensors) if tensor else next(settings) for tensor in ctx.places]
+        arguments = [wanted if value is WANTED else value for value in arguments]
+        name = self.backward if isinstance(self.backward, str) else f"{self.name}_backward"
+        found = getattr(getattr(torch.ops, NAMESPACE), name)(grad_out, *arguments, ctx.backend)
+        found = found if isinstance(found, tuple | list) else (found,)
+        for i, needed, gradient in zip(self.differentiable, wanted, found, strict=True):
+            gradients[i] = gradient if needed else None
+        return tuple(gradients)
+
+    def _second_backward(self, ctx, *gradients):
+        raise RuntimeError(f"{self.name}: differentiable once; a second derivative was asked for (create_graph=True)")
+
+    def _implement_autocast(self, device: str) -> None:
+        key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+        def run(*arguments):
+            *arguments, backend = arguments
+            arguments = self.autocast(torch.get_autocast_dtype(device.lower()), *arguments)
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return self._function(*arguments, backend)
+
+        library.impl(self.name, run, f"Autocast{device}")
+
+
+def operator_of(function: Callable[..., Any] | str) -> Operator:
+    """The operator of a public function or of its name.
+
+    Raises:
+        ValueError: there is no such operator.
+    """
+    name = function if isinstance(function, str) else getattr(function, "__name__", repr(function))
+    if name not in OPERATORS or not (isinstance(function, str) or function is OPERATORS[name].public):
+        raise ValueError(f"operator: got {function!r}; accepted are {', '.join(OPERATORS)}")
+    return OPERATORS[name]
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(operator: str, **fields: Any) -> bool:
+    """Whether a backend other than the reference would run such a call of `operator`.
+
+    A backend that is forced, for the attention for example, and has no kernel for this operator leaves it to PyTorch.
+
+    Args:
+        operator: name of the public function.
+        fields: of its `Call`.
+    """
+    call = OPERATORS[operator].call_type(**fields)
+    if forced := forced_or_environment(""):
+        return forced != REFERENCE and decline_reason(forced, call) is None
+    return select(call) is not BACKENDS[REFERENCE]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def runs_definition(operator: str, backend: str | None) -> bool:
+    """Whether `operator` runs as its definition, in PyTorch's own operators, which every transform knows.
+
+    So it does under `is_transformed`: of an operator of `torch.library` forward-mode AD would drop the tangent without
+    a word, and the transforms of `torch.func` refuse it.
+
+    Raises:
+        RuntimeError: a backend other than the reference is forced under a transform; ONNX has no such operator.
+    """
+    if (torch.compiler.is_exporting() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"{operator}: ONNX has no such operator; call swin_kernels.restore(model) before torch.onnx.export, or "
+            "export the trained model with `swin-unetr export --formats onnx`"
+        )
+    if not is_transformed():
+        return False
+    compiling = torch.compiler.is_dynamo_compiling()
+    forced = forced_name(operator, backend)
+    if not compiling:
+        forced = forced_or_environment(forced)
+    if forced not in ("", REFERENCE):
+        raise RuntimeError(
+            f"{operator}: backend {forced!r} cannot run under a transform of torch.func or forward-mode AD; accepted "
+            f"is {REFERENCE!r}"
+        )
+    if not compiling:  # which would break its graph at a line for the log
+        log.debug("%s runs on its definition in PyTorch, under a transform of torch.func or forward-mode AD", operator)
+    return True
+
+
+def _define(name: str, step: Pass) -> None:
+    """Register `step` as function `name` of the namespace, on every device."""
+    arguments, arrow, results = step.schema.rpartition(" -> ")
+    library.define(
+        f"{name}({arguments.removeprefix('(').removesuffix(')')}, str backend){arrow}{results}",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+
+    def run(*arguments):
+        if _carry_tangent(arguments):
+            # A graph that was recorded before may run its backward meanwhile, in this thread or another.
+            raise RuntimeError(
+                f"torch.ops.{NAMESPACE}.{name}: has no forward-mode derivative; the function of swin_kernels that "
+                "wraps it has"
+            )
+        *arguments, backend = arguments
+        step.check(*arguments)
+        call = step.call(*arguments)
+        engine = select(call, backend)
+        if arguments[0].numel() == 0:  # an empty batch: no kernel has to think of it
+            return _zeros(step.fake(*arguments))
+        if step.contiguous:
+            arguments = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
+        return step.run(engine.kernel(call.kernel), *arguments)
+
+    def fake(*arguments):
+        *arguments, _ = arguments
+        step.check(*arguments)
+        return step.fake(*arguments)
+
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(functools.wraps(step.flops)(_flops_of(step)))
+
+
+def _flops_of(step: Pass) -> Callable[..., int]:
+    def flops(*shapes, out_shape=None, **_) -> int:
+        return step.flops(*shapes[:-1])  # without the backend
+
+    return flops
+
+
+def _zeros(results: Any) -> Any:
+    if isinstance(results, torch.Tensor):
+        return results.zero_()
+    return None if results is None else tuple(map(_zeros, results))
+
+
+def _carry_tangent(arguments: Sequence[object]) -> bool:
+    """Whether a derivative in forward mode is wanted of an operator's result; `torch.func.jvp` hides the tangents."""
+    if forward_ad._current_level < 0:
+        return False
+    if eager_transforms.JVP_NESTING > 0:
+        return True
+    return any(isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments)
+
+
+def owned(view: torch.Tensor) -> torch.Tensor:
+    """`view`, of memory that nobody else uses, as a tensor of its own, for an operator to return.
+
+    What returns to a user as a view autograd does not let him modify in place, as activations do.
+    """
+    storage = view.untyped_storage()
+    return view.new_empty(0).set_(storage, view.storage_offset(), view.shape, view.stride())
