@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test durations bench lint format wheel install asan fuzz verify-gpu clean
+.PHONY: demo test coverage durations bench lint format wheel install asan fuzz verify-gpu clean
 
 # The demo needs what this machine can run; everything else builds whatever it can (setup.py).
 demo: export SWIN_KERNELS_CUDA ?= device
@@ -16,6 +16,13 @@ demo: install
 PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest --quiet --durations=10 $(PROCESSES)
+
+# The same, measured; fails below the coverage that pyproject.toml asks for.
+coverage: install
+	rm -rf build/coverage
+	$(BIN)/coverage run -m pytest --quiet --durations=10 $(PROCESSES)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 # Write to tests/durations.json what each file takes here and now.
 durations: install
