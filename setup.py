@@ -135,7 +135,7 @@ def assembles(compiler: list[str], source: str) -> bool:
 def torch_folder() -> Path:
     """Where torch is installed, without the seconds that importing it takes."""
     spec = importlib.util.find_spec("torch")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise SystemExit("building the C++ kernels needs torch >= 2.10 in the building environment (for its headers)")
     return Path(spec.submodule_search_locations[0])
 
@@ -178,8 +178,8 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
     objects: list[tuple[Path, Path, list[str]]] = []  # source, object, flags
     for source in sorted(Path("csrc", "cpu").glob("*.cpp")):
         if source.name in ("kernels.cpp", "decoder_kernels.cpp"):
-            for isa, flags in {**isas, "baseline": ""}.items():
-                objects.append((source, folder / f"{source.stem}.{isa}.o", [*flags.split(), f"-DSWIN_ISA={isa}"]))
+            for isa, options in {**isas, "baseline": ""}.items():
+                objects.append((source, folder / f"{source.stem}.{isa}.o", [*options.split(), f"-DSWIN_ISA={isa}"]))
         elif source.name == "kernels_amx.cpp":
             if has_amx:
                 objects.append((source, folder / "kernels.amx.o", [*isas["avx512"].split(), "-DSWIN_ISA=amx"]))
@@ -301,7 +301,10 @@ class BuildCpp(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def target(self, library: Path) -> Path:
-        return library if self.inplace or self.editable_mode else Path(self.build_lib) / library
+        if self.inplace or self.editable_mode:
+            return library
+        assert self.build_lib is not None, "finalize_options takes it from the command that builds"
+        return Path(self.build_lib) / library
 
     def run(self) -> None:
         if COMPILER is None:
@@ -314,7 +317,7 @@ class BuildCpp(Command):
                 folder = folder / sanitizers.replace(",", "-")
             folder.mkdir(parents=True, exist_ok=True)
             self.compile(LIBRARY, folder, *ninja_rules(COMPILER, folder), "C++ kernels", shlex.join(COMPILER))
-        if NVCC is None:
+        if NVCC is None or COMPILER is None:
             self.skip(CUDA_LIBRARY, f"the CUDA kernels are SKIPPED: {CUDA_SKIPPED}. GPUs run on the Triton kernels.")
         else:
             folder = Path("build", "cuda")

@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
 
     torch.manual_seed(0)
-    model = SwinUNETR(in_channels=1, out_channels=CLASSES, feature_size=FEATURE_SIZE)
+    model: torch.nn.Module = SwinUNETR(in_channels=1, out_channels=CLASSES, feature_size=FEATURE_SIZE)
     if arguments.variant == "ours":
         model = swin_kernels.accelerate(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from monai.losses import DiceCELoss
@@ -69,10 +70,10 @@ def exact_gate(ours: Sequence[torch.Tensor], monai: Sequence[torch.Tensor]) -> G
     return Gate("elements that differ", sum((a != b).sum().item() for a, b in zip(ours, monai, strict=True)), 0)
 
 
-def encoders() -> dict[str, SwinTransformer]:
+def encoders() -> dict[str, torch.nn.Module]:
     """The Swin encoder of Swin UNETR (f48, window 7): MONAI's, MONAI's with flash attention, ours."""
     torch.manual_seed(0)
-    settings = {
+    settings: dict[str, Any] = {
         "in_chans": 1,
         "embed_dim": FEATURE_SIZE,
         "window_size": (WINDOW,) * 3,
@@ -86,17 +87,17 @@ def encoders() -> dict[str, SwinTransformer]:
     return {"MONAI": eager, "MONAI flash": flash, "ours": swin_kernels.accelerate(copy.deepcopy(eager))}
 
 
-def models() -> dict[str, SwinUNETR]:
+def models() -> dict[str, torch.nn.Module]:
     """Swin UNETR, f48, one channel to 14: MONAI's, MONAI's with flash attention, ours."""
     torch.manual_seed(0)
-    settings = {"in_channels": 1, "out_channels": CLASSES, "feature_size": FEATURE_SIZE}
+    settings: dict[str, Any] = {"in_channels": 1, "out_channels": CLASSES, "feature_size": FEATURE_SIZE}
     eager = SwinUNETR(**settings)
     flash = SwinUNETR(**settings, use_flash_attention=True)
     flash.load_state_dict(eager.state_dict())
     return {"MONAI": eager, "MONAI flash": flash, "ours": swin_kernels.accelerate(copy.deepcopy(eager))}
 
 
-def block_of(encoder: SwinTransformer, stage: int, shifted: bool) -> SwinTransformerBlock:
+def block_of(encoder: torch.nn.Module, stage: int, shifted: bool) -> SwinTransformerBlock:
     """The plain or the shifted block of a stage (1 to 4)."""
     return getattr(encoder, f"layers{stage}")[0].blocks[int(shifted)]
 

@@ -20,7 +20,8 @@ def test_peak_memory(benchmark, record, extent):
     """The goal holds the peak of the whole process: stricter than its growth over the built model."""
 
     def measure(variant: str) -> dict:
-        command = [sys.executable, SCRIPT, variant, "--extent", str(extent), "--threads", str(torch.get_num_threads())]
+        options = ["--extent", str(extent), "--threads", str(torch.get_num_threads())]
+        command = [sys.executable, str(SCRIPT), variant, *options]
         return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
     monai = measure("MONAI")

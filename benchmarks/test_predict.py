@@ -37,7 +37,7 @@ DIFFERING_VOXELS_LIMIT = 1e-4
 def ct(extent: int, path: Path) -> tuple[int, ...]:
     """Write patient 2 of the package's data with more voxels; returns how many there are on each axis."""
     with resources.as_file(resources.files("swin_unetr") / "data" / "patient2_ct.nii.gz") as file:
-        patient = nibabel.load(file)
+        patient = nibabel.Nifti1Image.from_filename(file)
         hu = torch.from_numpy(patient.get_fdata(dtype=np.float32))
     shape = tuple(n * extent // IMAGE_EXTENT for n in CT)
     kept = [min(have, have * extent // IMAGE_EXTENT) for have in hu.shape]
@@ -76,6 +76,7 @@ class Monai:
         self.model, self.image, self.roi = model, image, roi
         self.label = out / image.name
         prepared = Preprocessing()
+        assert prepared.spacing is not None
         self.before = transforms.Compose(
             [
                 transforms.LoadImaged("image"),
@@ -112,7 +113,7 @@ class Monai:
 
 
 def labels(path: Path) -> np.ndarray:
-    return np.asarray(nibabel.load(path).dataobj)
+    return np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj)
 
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")

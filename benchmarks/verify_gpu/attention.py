@@ -82,8 +82,8 @@ class Inputs:
         )
 
     def double(self) -> Inputs:
-        wide = [t.detach().double().requires_grad_() for t in (self.qkv, self.table, self.pad)]
-        return Inputs(*wide, self.grad.double())
+        qkv, table, pad = (t.detach().double().requires_grad_() for t in self.leaves)
+        return Inputs(qkv, table, pad, self.grad.double())
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:

@@ -51,11 +51,13 @@ class Guardian:
         self._process = subprocess.Popen(
             [sys.executable, "-S", "-c", _GUARDIAN], stdin=subprocess.PIPE, start_new_session=True, text=True
         )
+        assert self._process.stdin is not None, "it was asked for"
+        self._groups = self._process.stdin
 
     def _say(self, sign: str, group: int) -> None:
         with contextlib.suppress(BrokenPipeError):  # it was killed: children are still ended by the run itself
-            self._process.stdin.write(f"{sign}{group}\n")
-            self._process.stdin.flush()
+            self._groups.write(f"{sign}{group}\n")
+            self._groups.flush()
 
     def watch(self, group: int) -> None:
         self._say("+", group)
@@ -65,13 +67,13 @@ class Guardian:
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._groups.close()
         self._process.wait()
 
     @property
     def input(self) -> int:
         """The file descriptor that children must not hold: it would outlive this process in them."""
-        return self._process.stdin.fileno()
+        return self._groups.fileno()
 
 
 class Child:
@@ -103,18 +105,20 @@ class Child:
 
     def kill(self) -> None:
         """End it and all that it started, at once. One that does not even die of SIGKILL is left behind."""
-        self.signal()
-        while time.monotonic() < self._signalled + DEATH:
+        end = self.signal() + DEATH
+        while time.monotonic() < end:
             if self.poll():
                 return
             time.sleep(0.02)
         self.status = -signal.SIGKILL
 
-    def signal(self) -> None:
-        """Have it and all that it started end, without waiting for that."""
-        if self._signalled is None and self.status is None:
-            self._signal_group()
-        self._signalled = self._signalled or time.monotonic()
+    def signal(self) -> float:
+        """Have it and all that it started end, without waiting; when that was first asked for (monotonic seconds)."""
+        if self._signalled is None:
+            if self.status is None:
+                self._signal_group()
+            self._signalled = time.monotonic()
+        return self._signalled
 
     def _signal_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left in it

@@ -9,7 +9,7 @@ import hashlib
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -75,7 +75,7 @@ class Cuda:
         faults.check_device()
         torch.cuda.synchronize()
 
-    def times(self, calls: dict[str, Call], seconds: float, announce: Callable[[str], None]) -> dict[str, Times]:
+    def times(self, calls: Mapping[str, Call], seconds: float, announce: Callable[[str], None]) -> dict[str, Times]:
         """Times each call by events, the calls in turn, at least `FEWEST_ROUNDS` rounds and at most `seconds` beyond.
 
         The GPU spins for about a millisecond before it takes the time, so that launching does not count where it is
@@ -199,7 +199,7 @@ class Simulated:
     def check(self) -> None:
         faults.check_device()
 
-    def times(self, calls: dict[str, Call], seconds: float, announce: Callable[[str], None]) -> dict[str, Times]:
+    def times(self, calls: Mapping[str, Call], seconds: float, announce: Callable[[str], None]) -> dict[str, Times]:
         found = {}
         for name in calls:
             announce(name)

@@ -72,8 +72,8 @@ def _in_a_graph(mode: str, limit: float) -> Goal:
     """MONAI's network as it is takes at least `limit` times as long as ours in a CUDA graph."""
 
     def ratio(rows: dict[str, Row]) -> float | None:
-        pair = [rows[name].p50 for name in ("MONAI", "ours in a CUDA graph") if name in rows]
-        return pair[0] / pair[1] if len(pair) == 2 and None not in pair else None
+        monai, ours = (rows[name].p50 if name in rows else None for name in ("MONAI", "ours in a CUDA graph"))
+        return monai / ours if monai is not None and ours is not None else None
 
     wording = f"{mode} in a CUDA graph, {MODEL}: MONAI takes at least {limit:g} times as long"
     return Goal(wording, f"model, {mode}", MODEL, ratio, limit, False, "{:.2f}×")
@@ -81,8 +81,8 @@ def _in_a_graph(mode: str, limit: float) -> Goal:
 
 def _memory(limit: float) -> Goal:
     def share(rows: dict[str, Row]) -> float | None:
-        pair = [rows[name].extra_mib for name in ("ours", "MONAI") if name in rows and rows[name].extra_mib]
-        return pair[0] / pair[1] if len(pair) == 2 else None
+        ours, monai = (rows[name].extra_mib if name in rows else None for name in ("ours", "MONAI"))
+        return ours / monai if ours and monai else None
 
     wording = f"memory of a training step, {MODEL}: at most {limit:.0%} of what MONAI needs"
     return Goal(wording, "model, training step", MODEL, share, limit, True, "{:.0%}")

@@ -132,6 +132,7 @@ class Measurement:
     def poll(self) -> bool:
         """Take in what is new; whether it has ended."""
         child, reading = self._child, self._reading
+        assert child is not None, "start comes before poll"
         ended = child.poll()
         if reading.read():
             child.heard = time.monotonic()
@@ -248,17 +249,19 @@ class Program:
         )
 
     def poll(self) -> bool:
-        ended = self._child.poll()
+        child = self._child
+        assert child is not None, "start comes before poll"
+        ended = child.poll()
         for row in self._watch(self._folder):
             self._place.add(row)
         if self._reading.read():
-            self._child.heard = time.monotonic()
+            child.heard = time.monotonic()
         imports = INTERPRETER if self._reading.at is None else 0.0
         if ended:
-            self._finish("")
-        elif self._child.age > self._seconds:
+            self._finish(child, "")
+        elif child.age > self._seconds:
             self.stop(f"hung: not done after {self._seconds:.0f} s")
-        elif self._silence is not None and time.monotonic() - self._child.heard > self._silence + imports:
+        elif self._silence is not None and time.monotonic() - child.heard > self._silence + imports:
             self.stop(f"hung: silent for {self._silence:g} s")
         else:
             return False
@@ -274,10 +277,10 @@ class Program:
         self._child.kill()
         for row in self._watch(self._folder):
             self._place.add(row)
-        self._finish(why)
+        self._finish(self._child, why)
 
-    def _finish(self, why: str) -> None:
-        for row in self._read(self._folder, self._child, why):
+    def _finish(self, child: Child, why: str) -> None:
+        for row in self._read(self._folder, child, why):
             self._place.add(row)
 
     def skip(self, why: str) -> None:
@@ -302,7 +305,8 @@ class Queue:
 
     def __init__(self, jobs: Iterable[Job], most: int = 1, unfinished: str = CUT) -> None:
         self.most, self.unfinished = most, unfinished
-        self._waiting, self._running = deque(jobs), []
+        self._waiting = deque(jobs)
+        self._running: list[Job] = []
 
     def add(self, job: Job) -> None:
         """One more job, before the queue is empty."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,7 @@ from .device import Cuda, Simulated, Times, clock_of
 from .reporter import Reporter
 from .result import Row
 
+T = TypeVar("T")
 Values = Callable[[], list[torch.Tensor]]
 TRUTH = "truth"
 LOST = ("CUDA error", "illegal memory access", "launch failure", "misaligned address", "device-side assert")
@@ -40,7 +42,14 @@ def in_words(error: BaseException) -> str:
     return f"failed: {type(error).__name__}: {said}"
 
 
-def guarded(reporter: Reporter, device: Cuda | Simulated, row: Row, what: str, call: Callable, limit=None) -> object:
+def guarded(
+    reporter: Reporter,
+    device: Cuda | Simulated,
+    row: Row,
+    what: str,
+    call: Callable[[], T],
+    limit: float | None = None,
+) -> T | None:
     """``call()`` as the step `what`, with every kernel of ours traced; None, and a row, where it raises.
 
     Raises:
@@ -132,7 +141,7 @@ def compare(
     for name, times in found.items():
         row = timing_row(rows[name], device, times, exponentials)
         row.error = errors[name]
-        row.ratio = row.p50 / own if own else None
+        row.ratio = row.median / own if own else None
         reporter.step(timed(name), "memory")
         row.extra_mib = device.extra_memory(sound[name])
         reporter.row(row)
@@ -149,6 +158,15 @@ def compare(
 def _checked(row: Row, call: Values, truth: list[torch.Tensor]) -> float:
     error = relative_error(call(), truth)
     return error + 1.0 if faults.planted(f"{row.label} | check") == "wrong" else error
+
+
+def announcing(reporter: Reporter, row: Row) -> Callable[[str], None]:
+    """What says, before each call that is timed, that it is `row` that is timed."""
+
+    def announce(name: str) -> None:
+        reporter.step(row, "time")
+
+    return announce
 
 
 def timing_row(row: Row, device: Cuda | Simulated, times: Times, exponentials: float | None = None) -> Row:

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ class Models:
         self.device = device_of(simulated)
         self.low = not simulated
         torch.manual_seed(0)
-        settings = {"feature_size": 48, "window_size": 7}
+        settings: dict[str, Any] = {"feature_size": 48, "window_size": 7}
         if simulated:
             settings = {"feature_size": 12, "window_size": 2, "depths": (1, 1, 1, 1)}
         image = (extent,) * 3 if not simulated else (64, 32, 32)
@@ -120,9 +121,9 @@ class Models:
         network = copy.deepcopy(self.monai)
         if variant.startswith("ours"):
             swin_kernels.accelerate(network)
-        return torch.compile(network) if variant in COMPILED else network
+        return cast(torch.nn.Module, torch.compile(network)) if variant in COMPILED else network
 
-    def _inferring(self, variant: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _inferring(self, variant: str) -> Callable[[torch.Tensor], Any]:
         """What `variant` is in inference: ours in a graph as users get it."""
         import swin_kernels
 

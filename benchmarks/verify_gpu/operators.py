@@ -17,7 +17,7 @@ from swin_kernels.ops.window_attention import WindowAttentionCall
 from . import attention, decoder, faults
 from .attention import Inputs, Shape
 from .device import device_of
-from .measure import compare, guarded, relative_error, timing_row
+from .measure import announcing, compare, guarded, relative_error, timing_row
 from .reporter import Reporter
 from .result import Row
 from .tasks import Task
@@ -137,15 +137,16 @@ def smoke_partition(reporter: Reporter, row: dict, backend: str, simulated: bool
     about = Row(**row)
     x = torch.randn(2, *TINY.tokens, 24, generator=torch.Generator().manual_seed(0)).to(device.name)
     truth = window_partition(x, TINY.window, TINY.shift, backend="reference")
+    where = TINY.window, TINY.shift
     moves = {
-        "window_partition": lambda: (window_partition(x, TINY.window, TINY.shift, backend=backend), truth),
-        "window_reverse": lambda: (window_reverse(truth, TINY.window, TINY.shift, TINY.tokens, backend=backend), x),
+        "window_partition": lambda: torch.equal(window_partition(x, *where, backend=backend), truth),
+        "window_reverse": lambda: torch.equal(window_reverse(truth, *where, TINY.tokens, backend=backend), x),
     }
     for name, move in moves.items():
         mine = replace(about, measure=f"smoke, {name}")
         if not reporter.wants(mine):
             continue
-        equal = guarded(reporter, device, mine, "check", lambda move=move: torch.equal(*move()))
+        equal = guarded(reporter, device, mine, "check", move)
         if equal is None:
             continue
         if not equal or faults.planted(f"{mine.label} | check") == "wrong":
@@ -243,9 +244,9 @@ def time_attention(
 ) -> None:
     """The core, or the branch of a block around it, in one direction beside its peers and the floor."""
     device = device_of(simulated)
-    about, shape = Row(**row), shape_in(shape, simulated)
+    about, chosen = Row(**row), shape_in(shape, simulated)
     dtype = torch.float32 if simulated else torch.bfloat16
-    cores = {"ours": attention.run}
+    cores: dict[str, Callable[[Shape, Inputs], torch.Tensor]] = {"ours": attention.run}
     if not simulated:
         if preference.MEASURED:  # ours may be Triton's then
             cores["CUDA"] = partial(attention.run, backend="cuda")
@@ -253,11 +254,11 @@ def time_attention(
     cores |= {"plain PyTorch": attention.plain, "SDPA": attention.sdpa}
     if flex:
         cores = {"ours": attention.run, "plain PyTorch": attention.plain, "FlexAttention": attention.flex}
-    wrap = _branch(shape, device.name) if part == "branch" else lambda core: core
-    t = Inputs.of(shape, dtype, device.name)
+    wrap = _branch(chosen, device.name) if part == "branch" else lambda core: core
+    t = Inputs.of(chosen, dtype, device.name)
 
     def call(core: Callable, t: Inputs) -> Callable[[], list[torch.Tensor]]:
-        return directed(partial(wrap(core), shape), t, direction)
+        return directed(partial(wrap(core), chosen), t, direction)
 
     compare(
         reporter,
@@ -267,7 +268,7 @@ def time_attention(
         lambda: call(attention.plain, t.double())(),
         lambda errors: max(2 * errors.get("plain PyTorch", YARDSTICK), 2 * torch.finfo(dtype).eps),
         seconds,
-        exponentials=shape.scores * EXPONENTIALS[direction] if part == "core" else None,
+        exponentials=chosen.scores * EXPONENTIALS[direction] if part == "core" else None,
         profiled=() if flex else ("ours", "CUDA", "Triton") if part == "core" else ("ours",),
         limits={"FlexAttention": FLEX_LIMIT},
     )
@@ -290,13 +291,13 @@ def _partition(shape: Shape, simulated: bool) -> Task:
 def time_partition(reporter: Reporter, row: dict, shape: dict, simulated: bool, seconds: float) -> None:
     """Window partition and reverse beside a plain copy of as many bytes: what a pass over memory can be."""
     device = device_of(simulated)
-    about, shape = Row(**row), shape_in(shape, simulated)
+    about, chosen = Row(**row), shape_in(shape, simulated)
     dtype = torch.float32 if simulated else torch.bfloat16
-    x = torch.randn(1 if simulated else 8, *shape.tokens, shape.channels, device=device.name).to(dtype)
-    windows = window_partition(x, shape.window, shape.shift, backend="reference")
+    x = torch.randn(1 if simulated else 8, *chosen.tokens, chosen.channels, device=device.name).to(dtype)
+    windows = window_partition(x, chosen.window, chosen.shift, backend="reference")
     moves = {
-        "window partition": (lambda: [window_partition(x, shape.window, shape.shift)], windows),
-        "window reverse": (lambda: [window_reverse(windows, shape.window, shape.shift, shape.tokens)], x),
+        "window partition": (lambda: [window_partition(x, chosen.window, chosen.shift)], windows),
+        "window reverse": (lambda: [window_reverse(windows, chosen.window, chosen.shift, chosen.tokens)], x),
     }
     for name, (move, truth) in moves.items():
         mine = replace(about, measure=name)
@@ -308,7 +309,7 @@ def time_partition(reporter: Reporter, row: dict, shape: dict, simulated: bool, 
             device,
             mine,
             variants,
-            lambda truth=truth: [truth.double()],
+            partial(_doubled, truth),
             lambda errors: 0.0,
             seconds / 3,
         )
@@ -318,16 +319,22 @@ def time_partition(reporter: Reporter, row: dict, shape: dict, simulated: bool, 
         # A partition reads and writes different numbers of bytes; a copy of half their sum moves as many.
         flat = torch.empty((x.numel() + windows.numel()) * x.element_size() // 2, dtype=torch.uint8, device=device.name)
         copy = torch.empty_like(flat)
-        calls = {"copy": partial(copy.copy_, flat), "ours": move}
-        found = device.times(calls, seconds / 3, lambda _, copied=copied: reporter.step(copied, "time"))
+        calls: dict[str, Callable[[], object]] = {"copy": partial(copy.copy_, flat), "ours": move}
+        found = device.times(calls, seconds / 3, announcing(reporter, copied))
         timed = timing_row(copied, device, found["copy"])
-        timed.ratio = timed.p50 / timing_row(mine, device, found["ours"]).p50  # of its bandwidth that ours reaches
+        timed.ratio = (
+            timed.median / timing_row(mine, device, found["ours"]).median
+        )  # of its bandwidth that ours reaches
         reporter.row(timed)
 
 
 def _forced(backend: str, call: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     with use_backend(backend):
         return call()
+
+
+def _doubled(truth: torch.Tensor) -> list[torch.Tensor]:
+    return [truth.double()]
 
 
 # For tools that watch a program

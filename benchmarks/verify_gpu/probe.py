@@ -6,8 +6,10 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from swin_kernels.ops.window_attention import WindowAttentionCall
 
 from .children import ROOT
 from .device import device_of
-from .measure import guarded, timing_row
+from .measure import announcing, guarded, timing_row
 from .operators import backends_of
 from .reporter import Reporter
 from .result import Row
@@ -45,9 +47,13 @@ def commit_of(given: str | None) -> str:
         ValueError: nobody says it.
     """
     found = first_line("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    if given is None and found is None:
-        raise ValueError("--commit: not given, and git does not tell it here; accepted is the commit of these sources")
-    if given is not None and found is not None and not found.removesuffix("-dirty").startswith(given[:12]):
+    if given is None:
+        if found is None:
+            raise ValueError(
+                "--commit: not given, and git does not tell it here; accepted is the commit of these sources"
+            )
+        return found
+    if found is not None and not found.removesuffix("-dirty").startswith(given[:12]):
         return f"{given}, where git says {found}"
     return found or given
 
@@ -123,6 +129,12 @@ def ceilings(simulated: bool) -> Task:
     return Task("probe.measure_ceilings", {"simulated": simulated}, row, 2, timed=True)
 
 
+def _runs(call: Callable[[], torch.Tensor]) -> bool:
+    """True, once what `call` computes was read."""
+    call().any().item()
+    return True
+
+
 def measure_ceilings(reporter: Reporter, row: dict, simulated: bool, seconds: float) -> None:
     """How fast the device copies, and multiplies matrices."""
     device = device_of(simulated)
@@ -138,12 +150,9 @@ def measure_ceilings(reporter: Reporter, row: dict, simulated: bool, seconds: fl
     }
     for name, (size, call, amount, unit) in calls.items():
         mine = replace(about, measure=f"ceiling, {name}", shape=size)
-        if (
-            not reporter.wants(mine)
-            or guarded(reporter, device, mine, "check", lambda call=call: bool(call().any()) or True) is None
-        ):
+        if not reporter.wants(mine) or guarded(reporter, device, mine, "check", partial(_runs, call)) is None:
             continue
-        found = device.times({name: call}, seconds / 2, lambda _, mine=mine: reporter.step(mine, "time"))[name]
+        found = device.times({name: call}, seconds / 2, announcing(reporter, mine))[name]
         timed = timing_row(mine, device, found)
-        timed.value, timed.unit = amount / timed.p50, unit
+        timed.value, timed.unit = amount / timed.median, unit
         reporter.row(timed)

@@ -167,7 +167,9 @@ class Results:
 
     @property
     def terminal(self) -> pytest.TerminalReporter:
-        return self.config.pluginmanager.get_plugin("terminalreporter")
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        assert terminal is not None, "-p no:terminal leaves nobody to show failures"
+        return terminal
 
     def write(self, test: str, outcome: str, message: str, seconds: float) -> None:
         self.ended.add(test)

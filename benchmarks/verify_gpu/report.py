@@ -43,7 +43,7 @@ def core_table(rows: list[Row]) -> list[str]:
         f"|---|--:|--:|{'--:|' * len(PEERS)}",
     ]
     for row in own:
-        floors = f"{row.p50 / row.floor:.2f}" if row.floor else "–"
+        floors = f"{row.median / row.floor:.2f}" if row.floor else "–"
         direction = row.measure.removeprefix("attention core, ")
         lines.append(f"| {row.shape}, {direction} | {row.p50:.3f} ms | {floors} | {_ratios(rows, row, PEERS)} |")
     return lines

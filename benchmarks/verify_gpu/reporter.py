@@ -70,6 +70,7 @@ class Reporter:
 
     def strike(self) -> None:
         """Fail as planted at this step."""
+        assert self.at is not None, "a step comes first"
         faults.strike(f"{self.at.label} | {self._what}")
 
     @property

@@ -70,6 +70,19 @@ class Row:
     at: float | None = None
 
     @property
+    def median(self) -> float:
+        """`p50` of a row that has times."""
+        assert self.p50 is not None, f"{self.label} has no times"
+        return self.p50
+
+    @property
+    def spread(self) -> float:
+        """From the 20th to the 80th percentile of a row that has times."""
+        assert self.p20 is not None, f"{self.label} has no times"
+        assert self.p80 is not None, f"{self.label} has no times"
+        return self.p80 - self.p20
+
+    @property
     def ours(self) -> bool:
         return self.variant not in PEERS
 

@@ -114,7 +114,7 @@ class Run:
             if row.measure.startswith("compile, ") and row.variant in models.COMPILED and row.status == "ok"
         )
 
-    def _warming(self, part: str) -> list[Job]:
+    def _warming(self, part: str) -> list[Measurement]:
         """What compiles our kernels, once a run; no jobs where it was done."""
         tasks = [] if self.warm else operators.warming_tasks(part, self.simulated)
         self.warm = True

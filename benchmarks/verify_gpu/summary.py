@@ -48,7 +48,7 @@ def _models(rows: list[Row]) -> list[str]:
 def _kernels(rows: list[Row]) -> list[str]:
     """The dearest of ours, over the measures of the operators."""
     own = [r for r in rows if r.measure.startswith("attention core, ") and r.measure.endswith(", kernels")]
-    own = sorted((r for r in own if r.variant == "ours" and r.p50 is not None), key=lambda r: -r.p50)
+    own = sorted((r for r in own if r.variant == "ours" and r.p50 is not None), key=lambda r: -r.median)
     if not own:
         return []
     lines = [f"  {r.p50:9.4f} ms  {r.kernel}  {r.measure.split(', ')[1]}, {r.shape}" for r in own[:MOST_KERNELS]]

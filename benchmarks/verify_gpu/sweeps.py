@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,11 @@ from .reporter import Reporter
 from .result import Row, newest
 from .tasks import Task
 
+if TYPE_CHECKING:  # it imports Triton, which is not everywhere
+    from swin_kernels.backends.triton.tiles import Tile
+
+    Cut = Tile | cuts.ForwardCut | cuts.BackwardCut
+
 SHAPES = (STAGES[0], STAGES[3])
 """Stage 1, which takes most of the time, and the clipped window of stage 4: tiles depend on nothing else of a shape."""
 
@@ -35,7 +41,7 @@ AGREEMENT = 2e-2
 DEFAULT = "ours"
 
 
-def tile_candidates(direction: str) -> list:
+def tile_candidates(direction: str) -> list[Tile]:
     """Triton's tiles that are worth timing in bfloat16.
 
     How many programs a multiprocessor gets is not compiled in: it is varied for the default's tile alone.
@@ -48,26 +54,26 @@ def tile_candidates(direction: str) -> list:
     return [*found, *(replace(default, programs=programs) for programs in (2, 8))]
 
 
-def named(cut: object) -> str:
+def named(cut: Cut) -> str:
     """A candidate's variant: what it sets."""
     values = {name: value for name, value in asdict(cut).items() if value not in (None, 0)}
     return f"{type(cut).__name__} " + " ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _candidates(backend: str, direction: str, place: int) -> list:
+def _candidates(backend: str, direction: str, place: int) -> list[Cut]:
     if backend == "triton":
-        return tile_candidates(direction)
+        return list(tile_candidates(direction))
     shape = SHAPES[place]
     grid = shape.grid
     return list(cuts.candidates(direction, shape.channels // shape.heads, grid.tokens, grid.num_windows))
 
 
-def _override(backend: str, cut: object) -> contextlib.AbstractContextManager:
-    if backend == "triton":
-        from swin_kernels.backends.triton import tiles
+def _override(cut: Cut) -> contextlib.AbstractContextManager:
+    if isinstance(cut, (cuts.ForwardCut, cuts.BackwardCut)):
+        return cuts.override(cut)
+    from swin_kernels.backends.triton import tiles
 
-        return tiles.override(cut)
-    return cuts.override(cut)
+    return tiles.override(cut)
 
 
 def preparations(simulated: bool) -> list[Task]:
@@ -94,7 +100,7 @@ def compile_tile(reporter: Reporter, row: dict, direction: str, tile: int) -> No
     reporter.step(about, "compile", limit=120)
     shape = SHAPES[0]
     t = Inputs.of(shape, torch.bfloat16, "cuda")
-    with _override("triton", tile_candidates(direction)[tile]):
+    with _override(tile_candidates(direction)[tile]):
         directed(partial(attention.run, shape, backend="triton"), t, direction)()
     torch.cuda.synchronize()
 
@@ -133,9 +139,9 @@ def sweep(
     call = directed(core, t, direction)
     candidates = _candidates(backend, direction, place)[first : first + CHUNK]
 
-    def under(cut: object) -> Callable[[], list[torch.Tensor]]:
+    def under(cut: Cut) -> Callable[[], list[torch.Tensor]]:
         def run() -> list[torch.Tensor]:
-            with contextlib.nullcontext() if simulated else _override(backend, cut):
+            with contextlib.nullcontext() if simulated else _override(cut):
                 return call()
 
         return run
@@ -156,8 +162,7 @@ def sweep(
 
 def is_faster(one: Row, other: Row) -> bool:
     """Whether `one` beats `other` by more than twice the wider of their spreads."""
-    spread = max(one.p80 - one.p20, other.p80 - other.p20)
-    return other.p50 - one.p50 > 2 * spread
+    return other.median - one.median > 2 * max(one.spread, other.spread)
 
 
 def best(rows: Iterable[Row], backend: str) -> dict[tuple[str, str], tuple[Row, Row]]:
@@ -169,12 +174,14 @@ def best(rows: Iterable[Row], backend: str) -> dict[tuple[str, str], tuple[Row, 
     found: dict[tuple[str, str], tuple[Row, Row]] = {}
     for (measure, shape), members in groups.items():
         default = next((row for row in members if row.variant == DEFAULT), None)
-        faster = [row for row in members if default is not None and row is not default and is_faster(row, default)]
+        if default is None:
+            continue
+        faster = [row for row in members if row is not default and is_faster(row, default)]
         if not faster:
             continue
-        fastest = min(faster, key=lambda row: row.p50)
+        fastest = min(faster, key=lambda row: row.median)
         key = measure.partition(", ")[2], shape.rpartition(", from")[0]
-        if key not in found or fastest.p50 < found[key][0].p50:
+        if key not in found or fastest.median < found[key][0].median:
             found[key] = fastest, default
     return found
 
@@ -218,15 +225,16 @@ def preferences(rows: list[Row], about: dict) -> list[str]:
         if not is_faster(theirs, mine):
             continue
         shape = shapes[name]
+        major, minor = map(int, about["capability"].split("."))
         line = preference.Measured(
-            capability=tuple(int(part) for part in about["capability"].split(".")),
+            capability=(major, minor),
             backward=measure.endswith("backward"),
             dtype_bytes=2,
             head_dim=shape.channels // shape.heads,
             tokens=(shape.grid.tokens, shape.grid.tokens),
             backend="triton",
-            ours_ms=round(mine.p50, 4),
-            theirs_ms=round(theirs.p50, 4),
+            ours_ms=round(mine.median, 4),
+            theirs_ms=round(theirs.median, 4),
             source=f"{name}, {about['device']}, commit {about['commit']}",
         )
         lines.append(f"{line},\n")

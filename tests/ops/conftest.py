@@ -24,6 +24,17 @@ def cpu_backend() -> str:
     return "cpu"
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
+def instruction_set(request, cpu_backend, monkeypatch) -> str:
+    """Every instruction set that the C++ kernels, which look at every call, may be told to use."""
+    monkeypatch.setenv("SWIN_KERNELS_ISA", request.param)
+    try:
+        assert torch.ops.swin_kernels_cpu.isa() == request.param
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
     """Fill every tensor that PyTorch allocates, from C++ too, with NaN: an element nobody writes shows."""

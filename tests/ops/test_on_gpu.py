@@ -24,7 +24,7 @@ from tests.ops import test_convolution as convolutions
 from tests.ops import test_instance_norm_act, test_layer_norm
 from tests.ops.cases import Case, cases, check_forward_backward, gradients, make_inputs, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.gpu
 
 BACKENDS = ("cuda", "triton")
 HEAD_DIMS = {"cuda": (8, 16, 32, 64), "triton": range(1, 129)}

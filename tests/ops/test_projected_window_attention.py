@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -226,25 +224,10 @@ def test_second_derivative_raises(cpu_backend):
         grad.sum().backward()
 
 
-ISA_PROGRAM = """
-import torch
-from tests.ops import test_projected_window_attention as tests
-torch.set_num_threads(1)
-for case in tests.CASES:
-    tests.test_contract(case, torch.float32)
-    tests.test_gradients(case, torch.float32)
-print("checked")
-"""
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "amx"])
-def test_contract_on_each_instruction_set(cpu_backend, isa):
-    environment = os.environ | {"SWIN_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", ISA_PROGRAM], capture_output=True, text=True, env=environment)
-    if done.returncode and "SWIN_KERNELS_ISA" in done.stderr:
-        pytest.skip(f"this processor or build has no {isa}: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["checked"]
+def test_contract_on_each_instruction_set(instruction_set):
+    for case in CASES:
+        test_contract(case, torch.float32)
+        test_gradients(case, torch.float32)
 
 
 class Block(nn.Module):

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from swin_unetr import checkpoints, distributed
 from swin_unetr.architecture import Architecture
@@ -26,6 +25,7 @@ from swin_unetr.training.loop import Loop
 from swin_unetr.training.options import Schedule
 from swin_unetr.training.segmentation import Loss, Segmentation, Validation
 
+from ..ranks import on_ranks
 from . import toy_job
 from .toy import CPU, Toy, ToyBatches, WithHead, final, loop, resumed
 
@@ -211,7 +211,7 @@ def job(tmp_path_factory):
             if ranks == 1:
                 train(folders[ranks])
             else:
-                torch.multiprocessing.spawn(_rank, (ranks, str(folders[ranks])), nprocs=ranks)
+                on_ranks(_rank, (ranks, str(folders[ranks])), ranks)
         return folders[ranks]
 
     return run

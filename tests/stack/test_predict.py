@@ -16,7 +16,6 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from monai import transforms
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
@@ -31,6 +30,7 @@ from swin_unetr.prediction.restore import entropy
 from swin_unetr.prediction.windows import Windows, starts_along
 from swin_unetr.preprocessing import Preprocessing
 
+from ..ranks import on_ranks
 from . import full
 from .segmenter import ORGANS, ROI, SMALL, affine, checkpoint, image, nifti
 
@@ -481,7 +481,7 @@ def test_ranks_share_the_cases(inputs):
     for number in range(2):
         nifti(inputs / "in" / f"more{number}.nii.gz", image(seed=number))
     (inputs / "in" / "text.nii.gz").write_text("no image")
-    torch.multiprocessing.spawn(_predict_on_a_rank, (str(inputs),), nprocs=2)
+    on_ranks(_predict_on_a_rank, (str(inputs),), 2)
     assert [(inputs / f"status{rank}").read_text() for rank in range(2)] == ["1", "1"]
     assert predict.run(options(inputs), Console(quiet=True)) == 1
     tables = [(inputs / out / "volumes.csv").read_text() for out in ("shared", "out")]

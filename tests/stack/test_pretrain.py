@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from monai.losses import ContrastiveLoss
 
 from swin_unetr import SwinUNETR, load_pretrained
@@ -16,6 +15,8 @@ from swin_unetr.pretraining import losses
 from swin_unetr.pretraining.network import Answers, PretrainingNetwork, check_extents
 from swin_unetr.pretraining.task import Tasks, answer, step_losses, two_views, validation_losses
 from swin_unetr.pretraining.views import Cutout, check_rotation, cut_out, view
+
+from ..ranks import on_ranks
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -227,7 +228,7 @@ def _head() -> torch.nn.Linear:
 
 
 def test_two_ranks_contrast_as_one_process_with_the_whole_batch(tmp_path):
-    torch.multiprocessing.spawn(_contrast_on_a_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(_contrast_on_a_rank, (str(tmp_path),), 2)
     head = _head()
     expected = losses.contrast(*(head(batch) for batch in _embeddings()))
     expected.backward()
