@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .backends import as_forced_now
 from .cpu_bfloat16 import computes_in_float32
 from .geometry import WindowGrid, bias_index, bias_table_length
 from .ops._checks import autocast_is_on, per_axis
@@ -222,6 +223,13 @@ def _init_bias_table(table: torch.Tensor) -> None:
         table.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
 
 
+def _checkpoint(function: Callable, *arguments: object) -> torch.Tensor:
+    """`function` of the arguments, computed again in the backward, by the backend that is forced now."""
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=as_forced_now)
+
+
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., https://arxiv.org/abs/1603.09382): drops samples of a branch in training."""
 
@@ -312,8 +320,8 @@ class SwinTransformerBlock(nn.Module):
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
         """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and only handed on."""
         if self.use_checkpoint:
-            x = x + self.drop_path(checkpoint(self.forward_part1, x, mask_matrix, use_reentrant=False))
-            return x + checkpoint(self.forward_part2, x, use_reentrant=False)
+            x = x + self.drop_path(_checkpoint(self.forward_part1, x, mask_matrix))
+            return x + _checkpoint(self.forward_part2, x)
         x = x + self.drop_path(self.forward_part1(x, mask_matrix))
         return x + self.forward_part2(x)
 

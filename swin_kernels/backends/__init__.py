@@ -16,7 +16,7 @@ import logging
 import os
 import pkgutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
@@ -194,6 +194,15 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def as_forced_now() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """`context_fn` of `torch.utils.checkpoint`: the forward as it is, its repetition forced as the forward is now.
+
+    Autograd repeats it after `use_backend` may have ended, and on GPUs in a thread of its own.
+    """
+    name = _forced.get()
+    return nullcontext(), use_backend(name) if name else nullcontext()
 
 
 def forced_name(operator: str, backend: str | None) -> str:

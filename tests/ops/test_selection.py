@@ -15,6 +15,7 @@ from swin_kernels import backends, explain, use_backend, window_attention, windo
 from swin_kernels.backends import BACKENDS, decline_reason, order, select
 from swin_kernels.backends.cuda import library
 from swin_kernels.backends.cuda import window_attention as cuda_attention
+from swin_kernels.modules import SwinTransformerBlock
 from swin_kernels.ops.window_attention import WindowAttentionCall
 from swin_kernels.ops.window_partition import PartitionCall
 
@@ -135,6 +136,15 @@ def test_a_gradient_runs_where_its_forward_was_forced(ran):
         out = window_attention(qkv.requires_grad_(), bias_table, window)
     out.sum().backward()
     assert ran == ["reference"] * 2
+
+
+def test_a_checkpointed_block_repeats_where_it_was_forced(ran):
+    block = SwinTransformerBlock(24, 2, (2, 2), (0, 0), use_checkpoint=True)
+    with use_backend("reference"):
+        out = block(torch.randn(1, 4, 4, 24, requires_grad=True))
+    out.sum().backward()
+    assert set(ran) == {"reference"}
+    assert len(ran) == 3  # forward, forward again, backward
 
 
 def test_a_compiled_function_obeys_when_it_runs(ran):
