@@ -11,8 +11,8 @@
 #include <string>
 #include <tuple>
 
-#include "../cuda/launchers.h"
-#include "checks.h"
+#include "cuda/launchers.h"
+#include "torch/checks.h"
 
 namespace {
 
