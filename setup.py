@@ -249,8 +249,9 @@ def cuda_ninja_rules(nvcc: str, compiler: list[str], folder: Path) -> tuple[str,
     host = [f"-ccbin={compiler[0]}"] if len(compiler) == 1 else []  # nvcc takes no arguments there
     flags = architecture_flags(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     library = folder / CUDA_LIBRARY.name
-    registration = folder / "torch_cuda.o"
     kernels = {folder / f"{source.stem}.o": source for source in sorted(Path("csrc", "cuda").glob("*.cu"))}
+    sources = sorted(Path("csrc", "torch", "cuda").glob("*.cpp"))
+    registrations = {folder / "torch" / f"{source.stem}.o": source for source in sources}
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {path(folder)}",
@@ -273,8 +274,8 @@ def cuda_ninja_rules(nvcc: str, compiler: list[str], folder: Path) -> tuple[str,
         "  command = $nvcc -shared -cudart=static -Xlinker=-z,defs $in $libraries -o $out",
         "  description = link $out",
         *(f"build {path(compiled)}: compile {path(source)}" for compiled, source in kernels.items()),
-        f"build {path(registration)}: register {path(Path('csrc', 'torch', 'cuda.cpp'))}",
-        f"build {path(library)}: link {' '.join(map(path, [*kernels, registration]))}",
+        *(f"build {path(compiled)}: register {path(source)}" for compiled, source in registrations.items()),
+        f"build {path(library)}: link {' '.join(map(path, [*kernels, *registrations]))}",
         "",
     ]
     return "\n".join(lines), library

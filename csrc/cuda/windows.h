@@ -7,8 +7,8 @@
 
 #include "cuda/diagnostics.h"
 #include "cuda/launch.h"
-#include "cuda/launchers.h"
 #include "cuda/ptx.h"
+#include "cuda/window_attention.h"
 
 namespace swin {
 namespace {

@@ -1,18 +1,12 @@
-// What the CUDA backend offers to its callers: plain C functions on plain structs, no torch, no CUDA types.
-//
-// Every function that launches returns nullptr, or a text (valid for the life of the process) that says what is wrong;
-// it then launched nothing. Nothing is allocated and, unless launches are traced, nothing waits for the GPU: the caller
-// brings all memory, which must stay alive until `stream` has passed the call. All pointers are device pointers on the
-// current device, tensors are contiguous and begin at a multiple of 16 bytes.
+// The launchers of window attention; elements.h says what holds for all.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/elements.h"
 #include "geometry.h"
 
 extern "C" {
-
-enum SwinElement : int32_t { kSwinFloat32 = 0, kSwinBFloat16 = 1, kSwinFloat16 = 2 };
 
 // One call of windowed attention: B = batch, *S = grid.spatial, C = heads * head_dim, L = prod(2 nominal - 1).
 struct SwinAttention {
@@ -84,34 +78,4 @@ void swin_cuda_override_backward_cut(const SwinBackwardCut* cut);
 // Fills `cut` with what a call uses on the current device. Returns nullptr, or why there is none.
 const char* swin_cuda_attention_forward_cut(const SwinAttention* call, SwinForwardCut* cut);
 const char* swin_cuda_attention_backward_cut(const SwinAttention* call, SwinBackwardCut* cut);
-
-// From here on every launch of the process writes the name of its kernel as a line to the file descriptor `fd` before
-// it starts, and waits for the stream after it, unless that is being captured: what goes wrong is then the error of
-// that launch, and begins with the name. A negative `fd` ends it.
-void swin_cuda_trace_launches(int fd);
-
-// Pad, shift and partition: volume (B, *S, channels) to windows (B * windows, n, channels), padding zero; and back.
-struct SwinPartition {
-  int64_t element_bytes;  // 1, 2, 4, 8 or 16
-  int64_t batch;
-  int64_t channels;
-  swin::WindowGrid grid;
-};
-
-const char* swin_cuda_window_partition(const SwinPartition* call, const void* volume, void* windows, void* stream);
-const char* swin_cuda_window_reverse(const SwinPartition* call, const void* windows, void* volume, void* stream);
-
-// The 3 x 3 x 3 convolution with stride 1 and zeros as padding of x beside skip, as if their channels were one
-// tensor's.
-struct SwinConvolution {
-  SwinElement element;  // of all tensors: bfloat16 or float16
-  int64_t batch;
-  int64_t spatial[swin::kAxes];
-  int64_t channels, skip_channels, out_channels;  // multiples of 48; skip_channels may be 0
-};
-
-// x (B, *S, channels), skip (B, *S, skip_channels) or null, out (B, *S, out_channels); the weight by blocks of 48
-// channels: (out_channels / 48, (channels + skip_channels) / 48, 27, 48 of the output, 48 of the input).
-const char* swin_cuda_convolution(const SwinConvolution* call, const void* x, const void* skip, const void* weight,
-                                  void* out, void* stream);
 }
