@@ -38,14 +38,14 @@ COMPILE_FLAGS = (
 )
 # The oldest stable ABI the library needs: torch 2.10 loads what any later torch built.
 TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Vector widths that one source is compiled for, by the machine the compiler targets; everything has the baseline.
+# Builds of every kernels.cpp, by the machine the compiler targets; the baseline is one everywhere.
 ISA_FLAGS = {
     "x86_64": {
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
         "avx2": "-mavx2 -mfma -mf16c",
     }
 }
-# A further build, of the kernels that use Intel's matrix unit: AVX-512's flags, and an assembler that knows the unit.
+# A further build, of every kernels_amx.cpp: AVX-512's flags, and an assembler that knows Intel's matrix unit.
 AMX_PROBE = 'void probe() { asm volatile("tilerelease"); }'
 
 # Machine code for A100, Hopper and Blackwell; whatever else is 8.0 or later compiles the PTX when it is first used.
@@ -176,28 +176,26 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
     torch_libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
 
     objects: list[tuple[Path, Path, list[str]]] = []  # source, object, flags
-    for source in sorted(Path("csrc", "cpu").glob("*.cpp")):
-        if source.name in ("kernels.cpp", "decoder_kernels.cpp"):
+    for source in sorted(Path("csrc", "cpu").rglob("*.cpp")):
+        compiled = (folder / source.relative_to("csrc")).with_suffix(".o")
+        if source.name == "kernels.cpp":
             for isa, options in {**isas, "baseline": ""}.items():
-                objects.append((source, folder / f"{source.stem}.{isa}.o", [*options.split(), f"-DSWIN_ISA={isa}"]))
-        elif source.name == "kernels_amx.cpp":
-            if has_amx:
-                objects.append((source, folder / "kernels.amx.o", [*isas["avx512"].split(), "-DSWIN_ISA=amx"]))
-        elif source.name in ("dispatch.cpp", "decoder_dispatch.cpp"):
-            builds = [*isas, *(["amx"] if has_amx else [])]
-            objects.append((source, folder / f"{source.stem}.o", [f"-DSWIN_HAVE_{isa.upper()}" for isa in builds]))
-        else:
-            objects.append((source, folder / f"{source.stem}.o", []))
-    torch_flags = [TORCH_FLAGS, "-isystem", str(torch / "include")]
-    for name in ("cpu", "decoder"):
-        objects.append((Path("csrc", "torch", f"{name}.cpp"), folder / f"torch_{name}.o", torch_flags))
+                objects.append((source, compiled.with_suffix(f".{isa}.o"), [*options.split(), f"-DSWIN_ISA={isa}"]))
+        elif source.name != "kernels_amx.cpp":
+            objects.append((source, compiled, []))
+        elif has_amx:
+            objects.append((source, compiled, [*isas["avx512"].split(), "-DSWIN_ISA=amx"]))
+    for source in sorted(Path("csrc", "torch", "cpu").glob("*.cpp")):
+        compiled = (folder / source.relative_to("csrc")).with_suffix(".o")
+        objects.append((source, compiled, [TORCH_FLAGS, "-isystem", str(torch / "include")]))
+    builds = [f"-DSWIN_HAVE_{isa.upper()}" for isa in (*isas, *(["amx"] if has_amx else []))]
 
     library = folder / LIBRARY.name
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {path(folder)}",
         f"cxx = {quote(compiler)}",
-        f"flags = {quote([*compile_flags, '-Icsrc', *shlex.split(os.environ.get('CXXFLAGS', ''))])}",
+        f"flags = {quote([*compile_flags, *builds, '-Icsrc', *shlex.split(os.environ.get('CXXFLAGS', ''))])}",
         f"ldflags = {quote([*link_flags, *shlex.split(os.environ.get('LDFLAGS', ''))])}",
         f"libraries = {quote(torch_libraries)}",
         "rule compile",
@@ -251,8 +249,9 @@ def cuda_ninja_rules(nvcc: str, compiler: list[str], folder: Path) -> tuple[str,
     host = [f"-ccbin={compiler[0]}"] if len(compiler) == 1 else []  # nvcc takes no arguments there
     flags = architecture_flags(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     library = folder / CUDA_LIBRARY.name
-    registration = folder / "torch_cuda.o"
     kernels = {folder / f"{source.stem}.o": source for source in sorted(Path("csrc", "cuda").glob("*.cu"))}
+    sources = sorted(Path("csrc", "torch", "cuda").glob("*.cpp"))
+    registrations = {folder / "torch" / f"{source.stem}.o": source for source in sources}
     lines = [
         "ninja_required_version = 1.5",
         f"builddir = {path(folder)}",
@@ -275,8 +274,8 @@ def cuda_ninja_rules(nvcc: str, compiler: list[str], folder: Path) -> tuple[str,
         "  command = $nvcc -shared -cudart=static -Xlinker=-z,defs $in $libraries -o $out",
         "  description = link $out",
         *(f"build {path(compiled)}: compile {path(source)}" for compiled, source in kernels.items()),
-        f"build {path(registration)}: register {path(Path('csrc', 'torch', 'cuda.cpp'))}",
-        f"build {path(library)}: link {' '.join(map(path, [*kernels, registration]))}",
+        *(f"build {path(compiled)}: register {path(source)}" for compiled, source in registrations.items()),
+        f"build {path(library)}: link {' '.join(map(path, [*kernels, *registrations]))}",
         "",
     ]
     return "\n".join(lines), library

@@ -301,23 +301,118 @@ def test_cuda_library_asks_for_no_version_of_cuda(cuda_library: Path):
     assert not [name for name in needed if "cuda" in name]
 
 
+def objects_by_build() -> dict[str, list[Path]]:
+    """Every object that the library was linked from. What is compiled once, for any processor, is the baseline's."""
+    rules = ROOT / "build" / "cpp" / "build.ninja"
+    if not rules.exists():
+        pytest.skip("build/cpp is missing: python setup.py build_cpp --inplace has not run")
+    text = rules.read_text()
+    (linked,) = re.findall(r"^build \S+: link (.*)$", text, flags=re.M)
+    flags = dict(re.findall(r"^build (\S+): compile .*\n  own = (.*)$", text, flags=re.M))
+    found = {}
+    for file in linked.split():
+        build = re.search(r"-DSWIN_ISA=(\w+)", flags[file])
+        found.setdefault(build[1] if build else "baseline", []).append(ROOT / file)
+    return found
+
+
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is missing")
-def test_no_symbol_is_shared_between_vector_widths():
+def test_no_symbol_is_shared_between_builds():
     """A weak symbol in two builds is kept once: a processor without AVX-512 could end up in the AVX-512 copy."""
-    objects = sorted((ROOT / "build" / "cpp").glob("kernels.*.o"))
-    if not objects:
-        pytest.skip("build/cpp holds no objects of the kernels: python setup.py build_cpp --inplace has not run")
     symbols = {}
-    for file in objects:
-        lines = succeed(["nm", "--defined-only", "--extern-only", "--format=posix", file], ROOT).splitlines()
-        symbols[file.name] = {line.split()[0] for line in lines}
-        assert symbols[file.name], file
+    for build, files in objects_by_build().items():
+        listing = succeed(["nm", "--defined-only", "--extern-only", "--format=posix", *files], ROOT)
+        # DW.ref.* are the compiler's pointers to functions of the C++ runtime, which is compiled once.
+        symbols[build] = {name for name in re.findall(r"^(\S+) \w ", listing, flags=re.M) if name[:7] != "DW.ref."}
+        assert symbols[build], files
     for one, other in combinations(symbols, 2):
         assert not symbols[one] & symbols[other], (one, other)
 
 
+TOY_KERNELS = """
+#include "cpu/vec.h"
+
+namespace swin {
+namespace SWIN_ISA {
+
+// y = x times the bytes of a vector, which tells the builds apart.
+void toy_forward(const float* x, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] = SWIN_VECTOR_BYTES * x[i];
+}
+
+void toy_backward(const float* grad_y, int64_t count, float* grad_x) { toy_forward(grad_y, count, grad_x); }
+
+}  // namespace SWIN_ISA
+}  // namespace swin
+"""
+
+TOY_REGISTRATION = """
+#include "torch/cpu/cpu.h"
+
+namespace swin {
+SWIN_KERNEL(toy_forward, void(const float* x, int64_t count, float* y));
+SWIN_KERNEL(toy_backward, void(const float* grad_y, int64_t count, float* grad_x));
+}  // namespace swin
+
+namespace swin_torch {
+namespace {
+
+Tensor run(const swin::Kernel<void(const float*, int64_t, float*)>& kernel, const Tensor& from) {
+  require_dense("toy", "x", from);
+  Tensor to = torch::stable::empty_like(from);
+  kernel[build_here()](static_cast<const float*>(from.const_data_ptr()), from.numel(),
+                       static_cast<float*>(to.mutable_data_ptr()));
+  return to;
+}
+
+Tensor toy_forward(Tensor x) { return run(swin::toy_forward, x); }
+Tensor toy_backward(Tensor grad_y) { return run(swin::toy_backward, grad_y); }
+
+}  // namespace
+}  // namespace swin_torch
+
+STABLE_TORCH_LIBRARY_FRAGMENT(swin_kernels_cpu, m) {
+  m.def("toy_forward(Tensor x) -> Tensor");
+  m.def("toy_backward(Tensor grad_y) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(swin_kernels_cpu, CPU, m) {
+  m.impl("toy_forward", TORCH_BOX(&swin_torch::toy_forward));
+  m.impl("toy_backward", TORCH_BOX(&swin_torch::toy_backward));
+}
+"""
+
+RUN_TOY = """
+import os, sys, torch
+torch.ops.load_library(sys.argv[1])
+for isa in ("baseline", "avx2", "avx512", "amx"):
+    os.environ["SWIN_KERNELS_ISA"] = isa
+    try:
+        print(isa, *(int(toy(torch.ones(3)).sum()) for toy in (
+            torch.ops.swin_kernels_cpu.toy_forward, torch.ops.swin_kernels_cpu.toy_backward)))
+    except RuntimeError as error:
+        print(isa, "runs" if "SWIN_KERNELS_ISA" not in str(error) else "not here")
+"""
+
+
+@needs_compiler
+def test_new_operator_is_two_files(tmp_path: Path):
+    """Kernels in a folder of their own and a registration: no list names them, and every build has them."""
+    sources = copy_sources(tmp_path / "sources")
+    (sources / "csrc" / "cpu" / "toy").mkdir()
+    (sources / "csrc" / "cpu" / "toy" / "kernels.cpp").write_text(TOY_KERNELS)
+    (sources / "csrc" / "torch" / "cpu" / "toy.cpp").write_text(TOY_REGISTRATION)
+    succeed([sys.executable, "setup.py", "-q", "build_cpp", "--inplace"], sources)
+    printed = succeed([sys.executable, "-c", RUN_TOY, sources / LIBRARY], tmp_path).splitlines()
+    vector_bytes = {"baseline": 16, "avx2": 32, "avx512": 64, "amx": 64}
+    for line in printed:
+        isa, *found = line.split(maxsplit=1)
+        assert found in (["not here"], [f"{3 * vector_bytes[isa]} {3 * vector_bytes[isa]}"]), line
+    assert "baseline 48 48" in printed
+
+
 SOURCES = [
-    str(file.relative_to(ROOT)) for file in sorted((ROOT / "csrc").glob("*/*.cpp")) if file.parent.name != "cuda"
+    str(file.relative_to(ROOT)) for file in sorted((ROOT / "csrc").rglob("*.cpp")) if file.name != "kernels_amx.cpp"
 ]
 
 

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace swin {
 namespace SWIN_ISA {

@@ -1,7 +1,7 @@
 // Sums of outer products on a tile of registers: how weights' gradients grow.
 #pragma once
 
-#include "vec.h"
+#include "cpu/vec.h"
 
 namespace swin {
 namespace SWIN_ISA {

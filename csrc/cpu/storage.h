@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "kernels.h"
-#include "vec.h"
+#include "cpu/types.h"
+#include "cpu/vec.h"
 
 namespace swin {
 namespace SWIN_ISA {

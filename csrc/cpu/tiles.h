@@ -6,9 +6,9 @@
 
 #include <cstring>
 
-#include "kernels.h"
-#include "outer_sum.h"
-#include "vec.h"
+#include "cpu/outer_sum.h"
+#include "cpu/vec.h"
+#include "cpu/window_plan.h"
 
 namespace swin {
 namespace SWIN_ISA {

@@ -1,5 +1,6 @@
 // Vectors of the width this file is compiled for, by the compiler's vector extensions.
-// Everything here lives in a namespace of its own per build (SWIN_ISA) and is used by kernels.cpp alone.
+// Everything here lives in a namespace of its own per build (SWIN_ISA) and is used by kernels.cpp and kernels_amx.cpp
+// alone.
 #pragma once
 
 #include <cstdint>

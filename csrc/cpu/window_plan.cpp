@@ -1,4 +1,4 @@
-#include "window_plan.h"
+#include "cpu/window_plan.h"
 
 #include <algorithm>
 #include <numeric>

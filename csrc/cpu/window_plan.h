@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../geometry.h"
+#include "geometry.h"
 
 namespace swin {
 

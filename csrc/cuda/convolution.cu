@@ -5,8 +5,8 @@
 // weights of the taps stream through three buffers. What binds is the tensor cores: a step of 16 input channels is 24
 // products of a warp beside 7 reads of fragments. Three blocks share a multiprocessor, so that one loads its halo while
 // two compute; 76 KB and 168 registers a thread are what that leaves to each.
+#include "cuda/convolution.h"
 #include "cuda/launch.h"
-#include "cuda/launchers.h"
 #include "cuda/ptx.h"
 
 namespace swin {

@@ -6,7 +6,6 @@
 #include <set>
 
 #include "cuda/diagnostics.h"
-#include "cuda/launchers.h"
 
 namespace swin {
 

@@ -24,3 +24,8 @@ std::string readable_kernel_name(const char* mangled);
 const char* lasting_text(const std::string& text);
 
 }  // namespace swin
+
+// From here on every launch of the process writes the name of its kernel as a line to the file descriptor `fd` before
+// it starts, and waits for the stream after it, unless that is being captured: what goes wrong is then the error of
+// that launch, and begins with the name. A negative `fd` ends it.
+extern "C" void swin_cuda_trace_launches(int fd);

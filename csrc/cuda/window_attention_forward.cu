@@ -11,6 +11,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "cuda/find_tokens.h"
 #include "cuda/windows.h"
 
 namespace swin {

@@ -4,8 +4,8 @@
 // is one contiguous stream; on the volume's side a row of window[2] tokens is contiguous. A thread copies kInFlight
 // pieces of up to 16 bytes, all read before the first is written: enough bytes on their way to fill the memory bus.
 #include "cuda/launch.h"
-#include "cuda/launchers.h"
 #include "cuda/ptx.h"
+#include "cuda/window_partition.h"
 
 namespace swin {
 namespace {

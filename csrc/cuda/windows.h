@@ -1,4 +1,4 @@
-// What the forward and the backward of window attention share: where the tokens of a window lie, the bias of every pair
+// What the forward and the backward of window attention share: the windows of a call, the bias of every pair
 // of them as tensor cores take it, and how a block brings the rows of a head into shared memory.
 #pragma once
 
@@ -7,23 +7,10 @@
 
 #include "cuda/diagnostics.h"
 #include "cuda/launch.h"
-#include "cuda/launchers.h"
 #include "cuda/ptx.h"
+#include "cuda/window_attention.h"
 
 namespace swin {
-namespace {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kMask = static_cast<float>(kMaskValue);
-constexpr int kTile = 16;  // rows and columns of a tile of scores, as mma.sync cuts them
-
-// Instead of the index of a token in the volume:
-constexpr uint32_t kPadding = 0xfffffffeu;  // a padding token
-constexpr uint32_t kAbsent = 0xffffffffu;   // beyond the window
-
-constexpr uint32_t kSeam = 1, kPadded = 2;  // a window holds tokens of two regions; holds padding tokens
 
 // What every kernel of a call knows.
 struct Windows {
@@ -40,6 +27,20 @@ struct Windows {
   uint32_t* flags;  // (windows_a_volume): kSeam and kPadded
   int* rasters;     // (padded): bias_raster of a token
 };
+
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kMask = static_cast<float>(kMaskValue);
+constexpr int kTile = 16;  // rows and columns of a tile of scores, as mma.sync cuts them
+
+// Instead of the index of a token in the volume:
+constexpr uint32_t kPadding = 0xfffffffeu;  // a padding token
+constexpr uint32_t kAbsent = 0xffffffffu;   // beyond the window
+
+constexpr uint32_t kSeam = 1, kPadded = 2;  // a window holds tokens of two regions; holds padding tokens
 
 SWIN_DEVICE uint32_t channels_of(const Windows& call) { return static_cast<uint32_t>(call.heads * call.head_dim); }
 
@@ -72,35 +73,6 @@ SWIN_DEVICE Window window_behind(const Windows& call, const Window& window, int 
   int within = window.within + by;
   for (; within >= call.windows_a_volume; within -= call.windows_a_volume) first += call.volume_tokens;
   return window_in(call, first, within);
-}
-
-__global__ void __launch_bounds__(256) find_tokens(const Windows call) {
-  const int64_t thread = thread_of_grid();
-  if (thread >= static_cast<int64_t>(call.windows_a_volume) * call.padded) return;
-  const int64_t window = thread / call.padded, t = thread % call.padded;
-  int64_t place[kAxes], local[kAxes];
-  decode(window, call.grid.counts, place);
-  decode(t, call.grid.window, local);
-  int64_t token = 0;
-  uint32_t region = 0;
-  bool real = true;
-  uint32_t flags = 0;
-  SWIN_UNROLL
-  for (int axis = 0; axis < kAxes; ++axis) {
-    const int64_t position = natural_position(call.grid, axis, place[axis], local[axis]);
-    real = real && position >= 0;
-    token = token * call.grid.spatial[axis] + position;
-    region = region * 3 + static_cast<uint32_t>(region_along(call.grid, axis, place[axis], local[axis]));
-    if (t != 0) continue;
-    if (has_seam(call.grid, axis, place[axis])) flags |= kSeam;
-    for (int64_t i = 0; i < call.grid.window[axis]; ++i) {
-      if (natural_position(call.grid, axis, place[axis], i) < 0) flags |= kPadded;
-    }
-  }
-  const uint32_t where = t >= call.n ? kAbsent : real ? static_cast<uint32_t>(token) : kPadding;
-  call.tokens[thread] = make_uint2(where, region);
-  if (t == 0) call.flags[window] = flags;
-  if (window == 0) call.rasters[t] = t < call.n ? static_cast<int>(bias_raster(call.grid, t)) : 0;
 }
 
 // ---- bias ----------------------------------------------------------------------------------------------------------
@@ -246,9 +218,9 @@ SWIN_DEVICE void stage_queries(const Share<D>& share, const Window& window, int 
 
 // ---- host ----------------------------------------------------------------------------------------------------------
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-LaunchGrid blocks_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+inline LaunchGrid blocks_of(int64_t x, int64_t y = 1, int64_t z = 1) {
   LaunchGrid grid;
   grid.x = x, grid.y = y, grid.z = z;
   return grid;
@@ -268,7 +240,7 @@ const char* with_head_dim(int64_t head_dim, const Function& function) {
 
 // Reads what both directions need of the device and of a call, whose windows are rounded up to a multiple of `rounding`
 // tokens. Returns nullptr, or why the kernels cannot run.
-const char* read_call(const SwinAttention& attention, int rounding, DeviceLimits* limits, Windows* call) {
+inline const char* read_call(const SwinAttention& attention, int rounding, DeviceLimits* limits, Windows* call) {
   if (const char* error = device_limits(limits)) return error;
   if (limits->compute_capability < 80) return "the CUDA kernels need compute capability 8.0";
   const int64_t n = product(attention.grid.window), windows_a_volume = product(attention.grid.counts);
@@ -298,12 +270,12 @@ struct Asked {
   int64_t value, least, most;
 };
 
-const char* refusal(const std::string& why) {
+inline const char* refusal(const std::string& why) {
   return lasting_text("the override of the cut does not fit this call: " + why);
 }
 
 // Why one of `quantities` is out of its range, or nullptr.
-const char* out_of_range(std::initializer_list<Asked> quantities) {
+inline const char* out_of_range(std::initializer_list<Asked> quantities) {
   for (const Asked& one : quantities) {
     if (one.value == 0 || (one.value >= one.least && one.value <= one.most)) continue;
     return refusal(one.name + (" is " + std::to_string(one.value)) + ", accepted are " + std::to_string(one.least) +
@@ -313,7 +285,7 @@ const char* out_of_range(std::initializer_list<Asked> quantities) {
 }
 
 // As in "warps 4, chunks 2": those that are not left to the kernels.
-std::string text_of(std::initializer_list<Asked> quantities) {
+inline std::string text_of(std::initializer_list<Asked> quantities) {
   std::string text;
   for (const Asked& one : quantities) {
     if (one.value != 0) text += (text.empty() ? "" : ", ") + (one.name + (" " + std::to_string(one.value)));

@@ -16,7 +16,7 @@ from ..ops.cases import Case, Inputs
 from .builds import load
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""`SwinElement` of csrc/cuda/launchers.h."""
+"""`SwinElement` of csrc/cuda/elements.h."""
 
 
 def _array(x: torch.Tensor | None) -> np.ndarray | None:

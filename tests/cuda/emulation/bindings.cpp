@@ -15,9 +15,11 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/convolution.h"
 #include "cuda/diagnostics.h"
-#include "cuda/launchers.h"
 #include "cuda/ptx.h"
+#include "cuda/window_attention.h"
+#include "cuda/window_partition.h"
 #include "emulator.h"
 
 namespace py = pybind11;
@@ -128,7 +130,7 @@ void planted(const std::string& kernel, const std::string& fault, py::array inpu
   finish(run_planted(kernel, fault, in.data(), made.data()), in, made);
 }
 
-// As the operators of csrc/torch/cuda.cpp of the same names.
+// As the operators of csrc/torch/cuda/window_attention.cpp of the same names.
 template <class Cut>
 Cut cut_of(const std::vector<int32_t>& values) {
   Cut cut;
