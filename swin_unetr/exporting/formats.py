@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from ..trained import Trained
+from ..segmenter import Segmenter
 
 TOLERANCE = 1e-4
 """Largest difference from the eager logits, as a part of the largest of them."""
@@ -31,7 +31,7 @@ class Format(Protocol):
     packages: tuple[str, ...]
     portable: bool
 
-    def write(self, trained: Trained, folder: Path) -> None:
+    def write(self, segmenter: Segmenter, folder: Path) -> None:
         """Write `output` into `folder`."""
 
     def load(self, folder: Path) -> Run:

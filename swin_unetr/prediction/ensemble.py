@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch.nn as nn
 
 from ..labels import Labels
 from ..preprocessing import Preprocessing
-from ..trained import Trained
+from ..segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,17 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
     networks, files, agreed = [], {}, {}
     for path in paths:
         try:
-            trained = Trained.read(path)
+            segmenter = Segmenter.read(path)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise ValueError(f"checkpoint: {path} does not exist or is no file") from error
-        if trained.architecture.spatial_dims != 3:
+        description = segmenter.description
+        if description.architecture.spatial_dims != 3:
             raise ValueError(f"checkpoint: {path} is of a network for 2-D images; accepted are those for volumes")
         facts = {
-            "labels": trained.labels,
-            "preprocessing": trained.preprocessing,
-            "roi": trained.roi,
-            "channels": trained.architecture.in_channels,
+            "labels": description.labels,
+            "preprocessing": description.preprocessing,
+            "roi": description.roi,
+            "channels": description.architecture.in_channels,
         }
         for name, value in facts.items():
             if agreed.setdefault(name, value) != value:
@@ -60,8 +60,8 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
                     f"checkpoint: {path} has {name} {value}, {paths[0]} has {agreed[name]}; accepted are checkpoints "
                     "that agree"
                 )
-        networks.append(trained.network().to(device).requires_grad_(False))
-        files[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        networks.append(segmenter.network.to(device).requires_grad_(False))
+        files[str(path)] = segmenter.sha256
     return Ensemble(tuple(networks), files=files, **agreed)
 
 

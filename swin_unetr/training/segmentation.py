@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from .. import distributed
 from ..architecture import Architecture
 from ..labels import Labels
 from ..preprocessing import Preprocessing
+from ..segmenter import Description
 from .deep_supervision import DeeplySupervised
 from .options import Loss, Validation
 
@@ -112,15 +112,7 @@ class Segmentation:
         return metric(self.labels.decide(logits), self.labels.target(loaded["label"]))[0].tolist()
 
     def content(self) -> dict[str, object]:
-        return {
-            "architecture": asdict(self.architecture),
-            "roi": list(self.roi),
-            "preprocessing": asdict(self.preprocessing),
-            "labels": {
-                "classes": {name: list(values) for name, values in self.labels.classes.items()},
-                "overlapping": self.labels.overlapping,
-            },
-        }
+        return Description(self.architecture, self.labels, self.preprocessing, self.roi).plain()
 
 
 def _mean(values) -> float:

@@ -23,8 +23,8 @@ import swin_kernels
 from .. import checkpoints, distributed, files, lock
 from ..datasets.identity import digest
 from ..interruption import Interruption, status
+from ..loading import load_pretrained
 from ..names import say
-from ..pretrained import load_pretrained
 from . import resume, state
 from .loop import BEST, Loop
 from .options import Optimization, Schedule

@@ -131,7 +131,7 @@ def _left(out: Path) -> dict[str, object]:
     return {
         "the last checkpoint": checkpoints.checksum({**content, "config": None}),
         "damaged checkpoints": [str(error) for error in damaged],
-        "best.pt": checkpoints.checksum({**checkpoints.read(out / "best.pt"), "config": None}),
+        "best.pt": checkpoints.checksum({**checkpoints.read(out / "best.pt").content, "config": None}),
         "log": json.dumps(lines),
     }
 

@@ -26,7 +26,7 @@ def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "made" / checkpoints.name(3)
     written = content() | {"more": [None, True, 0.1, "text", (1, 2), {"half": torch.ones(3, dtype=torch.bfloat16)}]}
     checkpoints.write(path, written)
-    found = checkpoints.read(path)
+    found = checkpoints.read(path).content
     assert found.pop("format") == checkpoints.FORMAT
     assert checkpoints.checksum(found) == checkpoints.checksum(written)
     assert torch.equal(found["model"]["weight"], written["model"]["weight"])
@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(checkpoints.NotSaved, match="No space left on device; what was there before is untouched"):
         checkpoints.write(path, content(2))
-    assert checkpoints.read(path)["progress"] == {"step": 1}
+    assert checkpoints.read(path).content["progress"] == {"step": 1}
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
 
 
@@ -106,13 +106,13 @@ def test_any_byte_changed_is_damage(tmp_path, value):
     """In the file as it lies, and in the program for the unpickler inside with the zip's own checksums made right."""
     whole, path = tmp_path / "whole.pt", tmp_path / checkpoints.name(1)
     checkpoints.write(whole, content())
-    expected, original = checkpoints.read(whole), whole.read_bytes()
+    expected, original = checkpoints.read(whole).content, whole.read_bytes()
     with zipfile.ZipFile(whole) as file:
         program = next(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
 
     def check():
         with contextlib.suppress(checkpoints.Damaged):
-            found = checkpoints.read(path)  # where nothing reads the byte, such as a date in the zip file
+            found = checkpoints.read(path).content  # where nothing reads the byte, such as a date in the zip file
             assert checkpoints.checksum(found) == checkpoints.checksum(expected)
 
     for place in range(0, len(original), 17):

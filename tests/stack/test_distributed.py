@@ -229,7 +229,7 @@ def test_ranks_train_what_one_process_trains_on_the_whole_batch(job, ranks, name
         torch.testing.assert_close(several[key], one[key], **TOLERANCE)
     torch.testing.assert_close(several["training"]["heads"], one["training"]["heads"], **TOLERANCE)
     assert several["progress"]["best"] == pytest.approx(one["progress"]["best"], rel=1e-5)
-    best = [checkpoints.read(folder / "best.pt") for folder in (job(1) / "ddp", job(ranks) / name)]
+    best = [checkpoints.read(folder / "best.pt").content for folder in (job(1) / "ddp", job(ranks) / name)]
     for key in ("model", "ema"):
         torch.testing.assert_close(best[1][key], best[0][key], **TOLERANCE)
     lines = [

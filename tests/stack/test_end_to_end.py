@@ -88,7 +88,7 @@ def test_the_losses_of_pretraining_fall(walked):
 
 
 def test_pretrained_weights_flow_into_training_and_are_counted(walked):
-    pretrained, trained = (checkpoints.read(walked / name / "best.pt") for name in ("pretrained", "trained"))
+    pretrained, trained = (checkpoints.read(walked / name / "best.pt").content for name in ("pretrained", "trained"))
     encoder = [name for name in pretrained["model"] if name.startswith("swinViT.")]
     flowed = trained["provenance"]["initial"]
     assert flowed["source"] == str(walked / "pretrained" / "best.pt")
@@ -101,7 +101,7 @@ def test_training_segments_lungs(walked):
     found = losses(walked / "trained", "loss")
     assert statistics.fmean(found[-4:]) < 0.7 * statistics.fmean(found[:4])
     scored = json.loads((walked / "evaluated" / "evaluation.json").read_text())["scores"]["patient1_ct"]
-    best = checkpoints.read(walked / "trained" / "best.pt")["progress"]["best"]["dice"]
+    best = checkpoints.read(walked / "trained" / "best.pt").content["progress"]["best"]["dice"]
     # Validation scores the resampled grid, evaluation the image's own.
     assert statistics.fmean(score["dice"] for score in scored.values()) == pytest.approx(best, abs=0.1)
     assert scored["1"]["dice"] > 0.7

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from swin_unetr import checkpoints, cli, export
 from swin_unetr.architecture import Architecture
 from swin_unetr.exporting import formats, plain, weights
-from swin_unetr.trained import Trained
+from swin_unetr.segmenter import Segmenter
 
 from . import full
 from .exporter import BUNDLE, ROI, checkpoint, run
@@ -38,7 +38,7 @@ def exported(tmp_path_factory) -> tuple[Path, Path, str]:
 @pytest.fixture(scope="module")
 def network(exported) -> torch.nn.Module:
     """The averaged weights of the checkpoint in a network."""
-    content = checkpoints.read(exported[0])
+    content = checkpoints.read(exported[0]).content
     network = Architecture(**content["architecture"]).build()
     network.load_state_dict(content["ema"])
     return network.eval()
@@ -131,10 +131,10 @@ def test_a_portable_program_needs_pytorch_alone(tmp_path):
     assert not [name for name in operators(program) if "swin" in name]
     bound = {str(node.target) for node in program.graph.nodes if "device" in node.kwargs}
     assert bound <= {"aten._assert_tensor_metadata.default"}
-    trained = Trained.read(path)
+    trained = Segmenter.read(path)
     image = torch.randn(2, 1, 32, 64, 32)
     with torch.no_grad():
-        torch.save((image, trained.network()(image)), tmp_path / "pair.pt")
+        torch.save((image, trained.network(image)), tmp_path / "pair.pt")
         with pytest.raises(Exception, match="x_in"):
             program.module()(image[:1])
     alone = [sys.executable, "-c", ALONE, tmp_path / "out/model.pt2", tmp_path / "pair.pt"]
@@ -183,7 +183,7 @@ def test_regions_mask_what_monai_masks(dims, window, shift):
 
 
 def test_monai_is_left_as_it_was(tmp_path):
-    trained, before = Trained.read(checkpoint(tmp_path / "best.pt")), monai_swin_unetr.compute_mask
+    trained, before = Segmenter.read(checkpoint(tmp_path / "best.pt")), monai_swin_unetr.compute_mask
     with (
         contextlib.suppress(KeyError),
         plain.plain_network(trained, torch.zeros(1, 1, *ROI)),

@@ -183,8 +183,8 @@ def test_entropy_is_a_part_of_the_largest():
 
 def test_the_averaged_weights_are_used(tmp_path):
     checkpoint(tmp_path / "a.pt", 0)
-    content = checkpoints.read(checkpoint(tmp_path / "b.pt", 1))
-    content["ema"] = checkpoints.read(tmp_path / "a.pt")["model"]
+    content = checkpoints.read(checkpoint(tmp_path / "b.pt", 1)).content
+    content["ema"] = checkpoints.read(tmp_path / "a.pt").content["model"]
     checkpoints.write(tmp_path / "b.pt", content)
     loaded = [ensembles.load([tmp_path / name], CPU).networks[0].state_dict() for name in ("a.pt", "b.pt")]
     assert all(torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
@@ -423,7 +423,7 @@ def test_an_image_that_is_named_twice_is_one_case(inputs):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    content = checkpoints.read(checkpoint(tmp_path / "x.pt"))
+    content = checkpoints.read(checkpoint(tmp_path / "x.pt")).content
     name = "decoder5.conv_block.conv1.conv.weight"
     content["model"][name][0, 0, 0, 0, :2] = torch.tensor([math.nan, math.inf])
     size = content["model"][name].numel()
@@ -520,7 +520,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path, change, message):
     ],
 )
 def test_networks_that_cannot_be_built_are_named(tmp_path, part, value, message):
-    content = checkpoints.read(checkpoint(tmp_path / "x.pt"))
+    content = checkpoints.read(checkpoint(tmp_path / "x.pt")).content
     content[part] |= value
     if "spatial_dims" in value:
         content["model"] = Architecture(**content[part]).build().state_dict()

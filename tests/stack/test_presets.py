@@ -88,6 +88,6 @@ def train(command: str, name: str, datalist: Path, out: Path) -> dict:
     assert importlib.import_module(f"swin_unetr.{command}").run(tiny, Console(quiet=True)) == 0
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2]
-    content = checkpoints.read(out / "best.pt")
+    content = checkpoints.read(out / "best.pt").content
     assert all(torch.isfinite(value).all() for value in content["model"].values() if value.is_floating_point())
     return content

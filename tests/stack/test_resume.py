@@ -48,7 +48,7 @@ def uninterrupted(tmp_path_factory):
     for task in (Toy, WithHead):
         out = tmp_path_factory.mktemp("uninterrupted")
         assert loop(out, task(), **EVERYTHING).run()
-        results[task] = final(out), log.read(out), checkpoints.read(out / "best.pt")
+        results[task] = final(out), log.read(out), checkpoints.read(out / "best.pt").content
     return results
 
 
@@ -76,7 +76,7 @@ def test_a_crashed_run_goes_on_as_if_nothing_had_been(tmp_path, uninterrupted, b
     assert resumed(tmp_path, task(), **EVERYTHING).run()
     expected, lines, best = uninterrupted[task]
     assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
-    assert checkpoints.checksum(checkpoints.read(tmp_path / "best.pt")) == checkpoints.checksum(best)
+    assert checkpoints.checksum(checkpoints.read(tmp_path / "best.pt").content) == checkpoints.checksum(best)
     assert timeless(log.read(tmp_path)) == timeless(lines)
 
 
@@ -167,7 +167,7 @@ def test_what_takes_long_is_broken_off(tmp_path, uninterrupted, monkeypatch, whe
     assert resumed(tmp_path, **EVERYTHING).run()
     expected, lines, best = uninterrupted[Toy]
     assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
-    assert checkpoints.checksum(checkpoints.read(tmp_path / "best.pt")) == checkpoints.checksum(best)
+    assert checkpoints.checksum(checkpoints.read(tmp_path / "best.pt").content) == checkpoints.checksum(best)
     assert timeless(log.read(tmp_path)) == timeless(lines)
 
 

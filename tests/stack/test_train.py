@@ -101,7 +101,7 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
     assert "step-00000003.pt" in said
 
     (tmp_path / "moved.pt").rename(tmp_path / "pretrained.pt")
-    best, last = checkpoints.read(tmp_path / "run" / "best.pt"), final(tmp_path / "run")
+    best, last = checkpoints.read(tmp_path / "run" / "best.pt").content, final(tmp_path / "run")
     assert cli.main(arguments(datalist, tmp_path / "whole", **options)) == 0
     whole = final(tmp_path / "whole")
     for key in ("model", "ema", "progress", "training"):
@@ -131,7 +131,9 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
 def test_another_configuration_does_not_go_on(datalist, tmp_path, capsys):
     one_step = {"schedule.steps": 1, "data.folds": 1}
     assert cli.main(arguments(datalist, tmp_path, **one_step)) == 0
-    assert checkpoints.read(tmp_path / "best.pt")["progress"]["best"] is None  # nothing to validate on: the last
+    assert (
+        checkpoints.read(tmp_path / "best.pt").content["progress"]["best"] is None
+    )  # nothing to validate on: the last
     capsys.readouterr()
     assert cli.main(arguments(datalist, tmp_path, **one_step, seed=1, **{"loss.kind": "dice"})) == 2
     said = capsys.readouterr().err
@@ -144,7 +146,7 @@ def test_another_configuration_does_not_go_on(datalist, tmp_path, capsys):
     (tmp_path / "best.pt").unlink()
     assert cli.main(arguments(datalist, tmp_path, **one_step)) == 0
     assert "best.pt: is gone; the next validation writes it anew" in capsys.readouterr().out
-    assert checkpoints.read(tmp_path / "best.pt")["progress"]["step"] == 1
+    assert checkpoints.read(tmp_path / "best.pt").content["progress"]["step"] == 1
 
 
 def test_the_same_data_elsewhere_go_on(datalist, tmp_path, capsys):
@@ -154,7 +156,7 @@ def test_the_same_data_elsewhere_go_on(datalist, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(datalist.parent, moved)
     content = json.loads(datalist.read_text())
-    of_validation = set(checkpoints.read(tmp_path / "run" / "best.pt")["data"]["validation"])
+    of_validation = set(checkpoints.read(tmp_path / "run" / "best.pt").content["data"]["validation"])
     assert len(of_validation) == 2
     for case in content["training"]:
         case["fold"] = 3 if Path(case["image"]).name.partition(".")[0] in of_validation else 1
@@ -234,7 +236,9 @@ def test_the_users_file_of_options_stays(datalist, tmp_path, capsys):
         )
     assert own.read_bytes() == before
     assert not (tmp_path / "config-2.yaml").exists()
-    assert checkpoints.read(tmp_path / "best.pt")["config"] == yaml.safe_load((tmp_path / "config-1.yaml").read_text())
+    assert checkpoints.read(tmp_path / "best.pt").content["config"] == yaml.safe_load(
+        (tmp_path / "config-1.yaml").read_text()
+    )
 
 
 def test_a_full_disk_is_said(datalist, tmp_path, capsys, monkeypatch):
@@ -389,7 +393,7 @@ def test_the_best_stays_and_patience_ends(tmp_path):
     schedule = Schedule(steps=100, validate_every=2, checkpoint_every=100, patience=2)
     task = Toy(figures=[0.5, 0.2, 0.3, 0.4, 0.1])
     assert loop(tmp_path, task, schedule=schedule).run()
-    best, last = checkpoints.read(tmp_path / "best.pt"), final(tmp_path)
+    best, last = checkpoints.read(tmp_path / "best.pt").content, final(tmp_path)
     assert best["progress"]["best"] == {"step": 4, "error": 0.2}
     assert best["progress"]["step"] == 4
     assert last["progress"]["step"] == 8
@@ -399,7 +403,7 @@ def test_the_best_stays_and_patience_ends(tmp_path):
 def test_a_figure_that_is_not_a_number_is_no_best(tmp_path):
     schedule = Schedule(steps=3, validate_every=1, checkpoint_every=3)
     assert loop(tmp_path, Toy(figures=[math.nan, 0.5, math.nan]), schedule=schedule).run()
-    assert checkpoints.read(tmp_path / "best.pt")["progress"]["best"] == {"step": 2, "error": 0.5}
+    assert checkpoints.read(tmp_path / "best.pt").content["progress"]["best"] == {"step": 2, "error": 0.5}
     assert [line["error"] for line in log.read(tmp_path) if line["event"] == "validation"] == [None, 0.5, None]
 
 

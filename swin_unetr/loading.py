@@ -122,8 +122,10 @@ def load_pretrained(
         raise TypeError(
             f"load_pretrained: path_or_state is a {type(path_or_state).__name__}; accepted is a path or a state dict"
         )
-    if checkpoints.is_ours(content) and content.get("ema") is not None:
-        source, content = f"{source}, averaged weights", {**content, "model": content["ema"]}
+    if checkpoints.is_ours(content):
+        weights, averaged = checkpoints.weights(content)
+        content = {**content, "model": weights}
+        source += ", averaged weights" if averaged else ""
     state = _unwrap(content, source)
     target = {_canonical(name): (name, value) for name, value in model.state_dict().items()}
 
@@ -218,12 +220,9 @@ def _read(path: str | os.PathLike[str]) -> object:
         except Exception as error:
             raise ValueError(f"load_pretrained: {path} is no safetensors file: {error}") from error
     try:
-        content = checkpoints.load(path)
-        if checkpoints.is_ours(content):
-            checkpoints.verify(path, content)
+        return checkpoints.load(path).content
     except checkpoints.Damaged as error:
         raise ValueError(f"load_pretrained: {path} {error.reason}") from error
-    return content
 
 
 def _unwrap(content: object, source: str) -> Mapping[str, object]:
