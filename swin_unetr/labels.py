@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from . import lazily
 
 torch = lazily.Module("torch")
+HOLDS_ABOVE = 0.5
+"""The probability above which an overlapping class holds: that of the logit 0."""
 
 
 def by_name(classes: Mapping[str, Sequence[int] | int]) -> dict[str, list[int]]:
@@ -79,15 +81,23 @@ class Labels:
 
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
         """The channels that hold, of ``logits (B, channels, *S)``: as `target` gives them."""
+        return self._decide(logits, 0.0)
+
+    def decide_by_probabilities(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """As `decide`, of what `probabilities` makes of logits."""
+        return self._decide(probabilities, HOLDS_ABOVE)
+
+    def _decide(self, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+        """The one rule: of overlapping classes each above `threshold`, of others the highest."""
         # On a CPU `argmax` takes four times as long as `max`.
-        return (logits > 0).float() if self.overlapping else logits.max(dim=1, keepdim=True).indices
+        return (scores > threshold).float() if self.overlapping else scores.max(dim=1, keepdim=True).indices
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Of each channel, in float32: ``(B, channels, *S)``."""
         return logits.float().sigmoid() if self.overlapping else logits.float().softmax(dim=1)
 
     def label_map(self, decided: torch.Tensor) -> torch.Tensor:
-        """Label values uint8 ``(B, 1, *S)`` of what `decide` gave; where classes overlap, the innermost one's."""
+        """Label values uint8 ``(B, 1, *S)`` of what was decided; where classes overlap, the innermost one's."""
         if not self.overlapping:
             return torch.tensor([0, *self.written()], dtype=torch.uint8, device=decided.device)[decided]
         label = torch.zeros_like(decided[:, :1], dtype=torch.uint8)

@@ -12,8 +12,8 @@ from typing import Any
 
 from monai.data.utils import partition_dataset
 
-from ..evaluation.label_maps import case_name
 from ..foreign import BadFile, irregular, reading
+from ..imaging.suffixes import NIFTI, case_name
 from ..names import some
 from .options import Data
 
@@ -118,7 +118,7 @@ def _cases(
         if fold is not None and (not isinstance(fold, int) or isinstance(fold, bool)):
             raise ValueError(f"{where}: fold is {fold!r}; accepted is a whole number")
         for file in (*images, *([label] if label else ())):
-            if not file.endswith((".nii", ".nii.gz")):  # the file that a link leads to may have any name
+            if not file.endswith(NIFTI):  # the file that a link leads to may have any name
                 raise ValueError(f"{where}: {file!r} is listed; accepted are NIfTI files, .nii or .nii.gz")
         files = tuple(_place(file, where, root, inside) for file in images)
         name = fields.get("name") or _name([root / file for file in images])

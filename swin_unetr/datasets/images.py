@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
-from nibabel.affines import apply_affine, voxel_sizes
 
+from ..imaging.grids import Grid, check_same
 from ..imaging.nifti import BadCase, as_float32, read_nifti
 from ..names import some
 from .datalist import Case
-
-AGREEMENT = 1e-3  # mm; files keep float32 geometry
 
 
 class ReadCase(Transform):
@@ -37,23 +35,24 @@ class ReadCase(Transform):
         self.largest = largest
 
     def __call__(self, case: Case) -> dict[str, MetaTensor]:
-        parts, affine = [], None
+        parts: list[np.ndarray] = []
+        grid = None
         for path in case.images:
             values, place = read_nifti(path, self.largest)
             values = as_float32(values, path)
             parts.append(np.moveaxis(values, -1, 0) if values.ndim == 4 else values[None])  # (C, X, Y, Z)
-            if affine is None:
-                affine = place
-            _check_same_grid(parts[-1].shape[1:], place, path, parts[0].shape[1:], affine, case.images[0])
+            found = Grid(path, parts[-1].shape[1:], place)
+            grid = grid or found
+            check_same(found, grid)
         image = np.concatenate(parts)  # (C, X, Y, Z)
         if self.channels is not None and len(image) != self.channels:
             raise BadCase(f"{case.images[0]}: has {len(image)} channels; the network takes {self.channels}")
-        read = {"image": _tensor(image, affine)}
+        read = {"image": _tensor(image, grid.affine)}
         if self.values is not None:
             label, place = read_nifti(case.label, self.largest)
-            _check_same_grid(label.shape, place, case.label, image.shape[1:], affine, case.images[0])
+            check_same(Grid(case.label, label.shape, place), grid)
             # One affine for both, whose own agree up to rounding, keeps them on one grid when they are resampled.
-            read["label"] = _tensor(self._values(label, case.label)[None], affine)  # (1, X, Y, Z)
+            read["label"] = _tensor(self._values(label, case.label)[None], grid.affine)  # (1, X, Y, Z)
         return read
 
     def _values(self, label: np.ndarray, path: Path) -> np.ndarray:
@@ -76,12 +75,3 @@ class ReadCase(Transform):
 
 def _tensor(values: np.ndarray, affine: np.ndarray) -> MetaTensor:
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(values)), affine=torch.from_numpy(affine))
-
-
-def _check_same_grid(shape, affine, path: Path, reference, reference_affine, reference_path: Path) -> None:
-    if tuple(shape) != tuple(reference):
-        raise BadCase(f"{path}: has {tuple(shape)} voxels, {reference_path} {tuple(reference)}; accepted is one grid")
-    corners = np.array(np.meshgrid(*[(0, extent - 1) for extent in shape])).reshape(3, -1).T  # (8, 3)
-    apart = np.abs(apply_affine(affine, corners) - apply_affine(reference_affine, corners)).max()
-    if apart > max(AGREEMENT, 1e-2 * voxel_sizes(reference_affine).min()):
-        raise BadCase(f"{path}: lies {apart:.3g} mm apart from {reference_path} at a corner; accepted is one grid")

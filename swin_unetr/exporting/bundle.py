@@ -19,6 +19,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from ..files import replacing
+from ..labels import HOLDS_ABOVE
 from ..segmenter import Segmenter
 from . import bundle_texts
 from .formats import Run
@@ -251,8 +252,10 @@ def _postprocessing(segmenter: Segmenter) -> list[dict[str, Any]]:
         steps.append({"_target_": "Invertd", "keys": "pred", **back})
     if labels.overlapping:
         # Of the classes that hold in a voxel, the last: they are listed from the outermost in.
-        last = "$lambda held: (held * torch.arange(1, len(held) + 1).view(-1, 1, 1, 1).to(held)).amax(0, keepdim=True)"
-        steps.append({"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5})
+        last = (
+            f"$lambda p: ((p > {HOLDS_ABOVE}) * torch.arange(1, len(p) + 1).view(-1, 1, 1, 1).to(p))"
+            ".amax(0, keepdim=True)"
+        )
         steps.append({"_target_": "Lambdad", "keys": "pred", "func": last})
     else:
         steps.append({"_target_": "AsDiscreted", "keys": "pred", "argmax": True})

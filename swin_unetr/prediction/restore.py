@@ -116,12 +116,10 @@ class Restored:
 
     def _keep(self, where, probabilities: torch.Tensor) -> None:
         """Decide on a part of the image, of ``probabilities (channels, *S)``."""
-        overlapping = self._options.overlapping
-        # On a CPU `argmax` takes four times as long as `max`.
-        decided = (probabilities > 0.5).float()[None] if overlapping else probabilities.max(0).indices[None, None]
+        decided = self._options.decide_by_probabilities(probabilities[None])
         self.labels[where] = self._options.label_map(decided)[0, 0].cpu().numpy()
         if self.entropy is not None:
-            self.entropy[where] = entropy(probabilities, overlapping).cpu().numpy()
+            self.entropy[where] = entropy(probabilities, self._options.overlapping).cpu().numpy()
 
 
 def _interpolate(values: torch.Tensor, axis: Axis) -> torch.Tensor:

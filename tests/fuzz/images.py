@@ -156,7 +156,7 @@ def _read_labels(path: Path, draw: Draw) -> str:
 
 def _read_case(path: Path, draw: Draw) -> str:
     """As `train` does; of NIfTI files alone."""
-    if not path.name.endswith(imaging.volume.NIFTI):
+    if not path.name.endswith(imaging.suffixes.NIFTI):
         return _read_labels(path, draw)
     as_label = draw.chance(0.3)
     if as_label:
