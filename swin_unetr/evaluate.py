@@ -22,7 +22,7 @@ FORMAT = "swin-unetr evaluation 1"
 
 
 @dataclass
-class Options:
+class EvaluateOptions:
     """Score predicted label maps against labels.
 
     Writes scores.csv (one line a case and class), evaluation.json (everything), scores.png, and comparison.png where
@@ -66,7 +66,7 @@ class Options:
             raise ValueError(f"classes has {statistics.MEAN!r}, the name of the mean over classes; accepted is another")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: EvaluateOptions, console: Console | None = None) -> int:
     """Evaluate; returns the exit status: 0, or 1 if a case has no prediction or could not be scored.
 
     Raises:
@@ -81,7 +81,7 @@ def run(options: Options, console: Console | None = None) -> int:
         return _run(options, other, how, console)
 
 
-def _run(options: Options, other: Mapping | None, how: statistics.Bootstrap, console: Console) -> int:
+def _run(options: EvaluateOptions, other: Mapping | None, how: statistics.Bootstrap, console: Console) -> int:
     found = _score_cases(options, console)
     results = {"format": FORMAT, "options": asdict(options), **found}
     results["summary"] = {metric: statistics.summary(by_case(found["scores"], metric), how) for metric in METRICS}
@@ -93,7 +93,7 @@ def _run(options: Options, other: Mapping | None, how: statistics.Bootstrap, con
     return 1 if found["failed"] or found["without_prediction"] else 0
 
 
-def _score_cases(options: Options, console: Console) -> dict[str, object]:
+def _score_cases(options: EvaluateOptions, console: Console) -> dict[str, object]:
     """Scores of every case, and which cases have none."""
     labels, predictions = label_maps.find(options.labels), label_maps.find(options.predictions)
     pairs = label_maps.pair(predictions, labels)
@@ -184,7 +184,9 @@ def _read_other(path: Path) -> dict[str, object]:
     return other
 
 
-def _compare(results: Mapping, other: Mapping, options: Options, how: statistics.Bootstrap) -> dict[str, object]:
+def _compare(
+    results: Mapping, other: Mapping, options: EvaluateOptions, how: statistics.Bootstrap
+) -> dict[str, object]:
     """Differences of the scores that both runs have.
 
     Raises:

@@ -30,7 +30,7 @@ FORMATS = ("pt2", "onnx", "torchscript", "safetensors", "bundle")
 
 
 @dataclass
-class Options:
+class ExportOptions:
     """Write a trained network for other runtimes.
 
     Writes into `out` what `formats` names, and export.json: SHA-256 of every file, versions, and the error. Each file
@@ -68,7 +68,7 @@ class Options:
             raise ValueError(f"opset is {self.opset}; accepted is a number ≥ 18")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: ExportOptions, console: Console | None = None) -> int:
     """Export; returns the exit status: 0, or 1 if a format could not be written or does not agree with the network.
 
     Raises:
@@ -98,7 +98,7 @@ def _export_all(
     segmenter: Segmenter,
     inputs: Inputs,
     exported: dict[str, Any],
-    options: Options,
+    options: ExportOptions,
     console: Console,
 ) -> dict[str, str]:
     """Write `formats`, and add them to the record `exported`; why others failed, by name."""
@@ -124,7 +124,7 @@ def _export_all(
     return failed
 
 
-def _shape(options: Options, segmenter: Segmenter) -> tuple[int, ...]:
+def _shape(options: ExportOptions, segmenter: Segmenter) -> tuple[int, ...]:
     """Extents of the images that the files take."""
     dims = segmenter.description.architecture.spatial_dims
     shape = segmenter.description.roi if options.shape is None else tuple(options.shape)
@@ -133,7 +133,7 @@ def _shape(options: Options, segmenter: Segmenter) -> tuple[int, ...]:
     return shape
 
 
-def _formats(options: Options, segmenter: Segmenter, inputs: Inputs) -> dict[str, Format]:
+def _formats(options: ExportOptions, segmenter: Segmenter, inputs: Inputs) -> dict[str, Format]:
     """What `options.formats` names, in the order of `FORMATS`."""
     if "bundle" in options.formats and segmenter.description.architecture.spatial_dims != 3:
         raise ValueError("formats has bundle, and the network is one for images in 2D; accepted are networks in 3D")
@@ -157,7 +157,7 @@ def _check_packages(formats: Mapping[str, Format]) -> None:
             )
 
 
-def _check_in_the_way(formats: Mapping[str, Format], options: Options) -> None:
+def _check_in_the_way(formats: Mapping[str, Format], options: ExportOptions) -> None:
     there = [form.output for form in formats.values() if os.path.lexists(options.out / form.output)]
     if there and not options.overwrite:
         raise ValueError(f"out: {options.out} has {', '.join(there)}; accepted is another folder, or overwrite: true")

@@ -24,7 +24,7 @@ MOST = 65536
 
 
 @dataclass
-class Options:
+class PretrainOptions:
     """Train the encoder of a Swin UNETR to tell rotations, to recognise a crop's other view, and to fill cutouts.
 
     Writes into `out`: best.pt (weights that `train --initial` starts from), checkpoints/ (to go on from), config.yaml,
@@ -78,7 +78,7 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is a number ≥ 1, up to {MOST}")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: PretrainOptions, console: Console | None = None) -> int:
     """Pretrain; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
     interrupted, 130 interrupted from the keyboard; then all is saved.
 

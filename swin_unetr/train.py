@@ -22,7 +22,7 @@ session = lazily.Module("swin_unetr.training.session")
 
 
 @dataclass
-class Options:
+class TrainOptions:
     """Train a segmentation network.
 
     Writes into `out`: best.pt (weights for prediction), checkpoints/ (to go on from), config.yaml, log.jsonl and
@@ -78,7 +78,7 @@ class Options:
             )
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: TrainOptions, console: Console | None = None) -> int:
     """Train; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
     interrupted, 130 interrupted from the keyboard; then all is saved.
 

@@ -20,9 +20,9 @@ TINY = ("--architecture.depths=[1,1,1,1]", "--roi=[64,32,32]")
 CROP = (slice(20, 84), slice(30, 66), slice(8, 40))
 
 
-def options(out, **more) -> demo.Options:
+def options(out, **more) -> demo.DemoOptions:
     given = {"pretraining_steps": 2, "steps": 2, "rounds": 1, "device": "cpu", "more": TINY}
-    return demo.Options(out=out, **given | more)
+    return demo.DemoOptions(out=out, **given | more)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_arguments_reach_the_demo_and_the_doctor_sets_the_status(doctor_passed, 
     arguments = ["--out", str(tmp_path / "new"), "--steps", "7", "--seed", "5", "--device", "cpu"]
     assert cli.main(["demo", *arguments, "--backend", "reference"]) == (0 if doctor_passed else 1)
     (((asked), _),) = calls
-    assert asked == demo.Options(tmp_path / "new", steps=7, seed=5, device="cpu", backend="reference")
+    assert asked == demo.DemoOptions(tmp_path / "new", steps=7, seed=5, device="cpu", backend="reference")
 
 
 def test_interrupt_leaves_a_message_and_no_traceback(monkeypatch, tmp_path, capsys):

@@ -17,10 +17,10 @@ from ..labels import Labels
 from ..names import say
 from ..preprocessing import Preprocessing
 from . import archives, cache, datalist, transforms
-from .datalist import Case
+from .datalist import CaseFiles
 from .images import BadCase, ReadCase
 from .options import Data
-from .stream import WINDOW, Draws, Schedule, load, random_state
+from .stream import WINDOW, BatchOrder, Draws, load, random_state
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Dataset:
     def __init__(
         self,
         data: Data,
-        cases: tuple[list[Case], list[Case]],
+        cases: tuple[list[CaseFiles], list[CaseFiles]],
         read: ReadCase,
         preprocessing: Preprocessing,
         roi: Sequence[int],
@@ -77,7 +77,7 @@ class Dataset:
 
     @property
     def batches_per_epoch(self) -> int:
-        return self._schedule().batches_per_epoch
+        return self._order().batches_per_epoch
 
     def stream(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches number `start`, `start` + 1, …: ``{"image": float32 (B, C, *roi), "label": uint8 (B, 1, *roi)}``.
@@ -113,28 +113,28 @@ class Dataset:
         if first is not None:
             raise BadCase(first)
 
-    def _schedule(self) -> Schedule:
+    def _order(self) -> BatchOrder:
         count = len(self._cases)
         if self._data.cache == "smart":
             count = min(count, self._data.smart_cases)
-        return Schedule(count, self._data.batch_size, self._seed, distributed.rank(), distributed.ranks())
+        return BatchOrder(count, self._data.batch_size, self._seed, distributed.rank(), distributed.ranks())
 
     def _batches(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
-        batches = map(self._schedule().batch, itertools.count(start))
+        batches = map(self._order().batch, itertools.count(start))
         draws = Draws(self._training, self._draw, self._seed)
         yield from load(draws, batches, self._data.workers, self._data.prefetch)
 
     def _windows(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
-        schedule = self._schedule()
-        epoch = start // schedule.batches_per_epoch
+        order = self._order()
+        epoch = start // order.batches_per_epoch
         window = cache.Rolling(
-            self._cases, self._prepare, schedule.cases, self._data.smart_replaced, epoch, max(self._data.workers, 1)
+            self._cases, self._prepare, order.cases, self._data.smart_replaced, epoch, max(self._data.workers, 1)
         )
         try:
             window.start()
             while True:
-                end = (epoch + 1) * schedule.batches_per_epoch
-                batches = map(schedule.batch, range(start, end))
+                end = (epoch + 1) * order.batches_per_epoch
+                batches = map(order.batch, range(start, end))
                 draws = Draws(window, self._draw, self._seed)
                 # The workers of an epoch are forked from what this process holds in it.
                 yield from load(draws, batches, self._data.workers, self._data.prefetch)
@@ -147,7 +147,7 @@ class Dataset:
         return lambda: cache.visit(self._held_out, place)
 
 
-def _check_labelled(cases: tuple[list[Case], list[Case]], labels: Labels, data: Data) -> None:
+def _check_labelled(cases: tuple[list[CaseFiles], list[CaseFiles]], labels: Labels, data: Data) -> None:
     """Raise `ValueError` if no case to train on, or none to validate on, has a voxel of a class.
 
     As a rule it reads one label of each; one that cannot be read is for those to report who use it.

@@ -26,7 +26,7 @@ def random_state(seed: int, purpose: int, number: int = 0) -> np.random.RandomSt
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BatchOrder:
     """Which case each place of each batch holds.
 
     An epoch is one pass over `cases`, in an order of its own; a last batch that is not full begins the order again. The

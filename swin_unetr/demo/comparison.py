@@ -44,7 +44,7 @@ class Timing:
 def compare(
     model: nn.Module,
     patient: Patient,
-    options: train.Options,
+    options: train.TrainOptions,
     rounds: int,
     on_run: Callable[[], None] = lambda: None,
 ) -> list[Timing]:

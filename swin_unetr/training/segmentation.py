@@ -18,11 +18,12 @@ from ..architecture import Architecture
 from ..labels import Labels
 from ..preprocessing import Preprocessing
 from ..segmenter import Description
+from . import losses
 from .deep_supervision import DeeplySupervised
 from .options import Loss, Validation
 
 
-class Case(Protocol):
+class LabelledCase(Protocol):
     """A case to validate on.
 
     Attributes:
@@ -50,7 +51,7 @@ class Segmentation:
         roi: Sequence[int],
         loss: Loss,
         validation: Validation,
-        cases: Sequence[Case],
+        cases: Sequence[LabelledCase],
     ) -> None:
         """
         Args:
@@ -61,7 +62,7 @@ class Segmentation:
         self.roi, self.validation, self.cases = tuple(roi), validation, cases
         self.core = architecture.build()
         self.network = DeeplySupervised(self.core, loss.deep_supervision) if loss.deep_supervision else self.core
-        self._parts = {name: DeepSupervisionLoss(part) for name, part in loss.parts(labels.overlapping).items()}
+        self._parts = {name: DeepSupervisionLoss(part) for name, part in losses.parts(loss, labels.overlapping).items()}
 
     def losses(
         self, network: nn.Module, batch: Mapping[str, torch.Tensor], random: np.random.Generator
@@ -100,7 +101,7 @@ class Segmentation:
             )
         return {"dice": dice} | classes
 
-    def _dice(self, core: nn.Module, case: Case) -> list[float]:
+    def _dice(self, core: nn.Module, case: LabelledCase) -> list[float]:
         """Of each class in one case; NaN where the case has none of it."""
         device = next(core.parameters()).device
         loaded = {name: value.to(device)[None] for name, value in case.load().items()}  # (1, C, *S), (1, 1, *S)

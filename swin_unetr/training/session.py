@@ -33,7 +33,7 @@ from .task import Batches, Task
 CONFIG = "config.yaml"
 
 
-class Options(Protocol):
+class RunOptions(Protocol):
     """What the options of every command that trains have."""
 
     out: Path
@@ -45,7 +45,7 @@ class Options(Protocol):
     device: str | None
 
 
-class Dataset(Batches, Protocol):
+class ClosableBatches(Batches, Protocol):
     """Batches that hold processes or memory until they are closed."""
 
     def close(self) -> None: ...
@@ -53,9 +53,9 @@ class Dataset(Batches, Protocol):
 
 def run(
     command: str,
-    options: Options,
-    open_dataset: Callable[[Console], Dataset],
-    make_task: Callable[[Dataset], Task],
+    options: RunOptions,
+    open_dataset: Callable[[Console], ClosableBatches],
+    make_task: Callable[[ClosableBatches], Task],
     console: Console | None = None,
     identify: Callable[[Callable[[str], None]], dict[str, dict[str, str]]] = lambda say: {},
 ) -> int:
@@ -173,7 +173,7 @@ def _differences(rank: int, first: tuple, other: tuple) -> list[str]:
 
 def _prepare(
     command: str,
-    options: Options,
+    options: RunOptions,
     config: dict[str, Any],
     data: dict[str, dict[str, str]],
     initial: str | None,

@@ -83,7 +83,7 @@ def _train(out: Path) -> int:
 
     def parse(kind, command, argv):
         print(BEGINS, flush=True)
-        return toy_job.Options(Path(argv[-1]))
+        return toy_job.ToyOptions(Path(argv[-1]))
 
     def run(options):
         status = toy_job.run(options)

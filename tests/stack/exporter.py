@@ -48,5 +48,5 @@ def checkpoint(
 def run(path: Path, out: Path, *names: str, **options) -> tuple[int, str]:
     """Exit status of an export, and what it prints."""
     text = io.StringIO()
-    status = export.run(export.Options(path, out, names, **options), Console(file=text, width=200))
+    status = export.run(export.ExportOptions(path, out, names, **options), Console(file=text, width=200))
     return status, text.getvalue()

@@ -112,6 +112,16 @@ def test_a_bundle_of_overlapping_classes(tumour, tmp_path):
     same_as_predict(tmp_path / "labels/case_seg.nii.gz", images / "case.nii.gz", path)
 
 
+def test_a_bundle_decides_even_odds_as_predict_does(tumour):
+    """A sigmoid of exactly one half holds in neither."""
+    steps = json.loads((tumour[1] / "configs/inference.json").read_text())["postprocessing"]["transforms"]
+    decide = next(step["func"] for step in steps if step["_target_"] == "Lambdad")
+    probabilities = torch.tensor([[0.5, 0.6, 0.7, 0.7], [0.4, 0.5, 0.6, 0.6], [0.5, 0.5, 0.5, 0.6]]).view(3, 1, 1, 4)
+    found = eval(decide.removeprefix("$"), {"torch": torch})(probabilities)
+    assert found.flatten().tolist() == [0, 1, 2, 3]
+    assert not any(step["_target_"] == "AsDiscreted" for step in steps)
+
+
 def test_monais_evaluator_runs_the_bundle(organs, tmp_path):
     pytest.importorskip("ignite", reason="MONAI's evaluator needs pytorch-ignite, which is not installed")
     root, images = organs[1], case(tmp_path / "images", 1)

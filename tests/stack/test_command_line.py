@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swin_unetr import cli, evaluate, export, predict, pretrain, train
+from swin_unetr import cli, predict, pretrain, train
 from swin_unetr.architecture import Architecture
 from swin_unetr.labels import Labels
 
@@ -26,7 +25,7 @@ NEEDED = {
 
 
 def parse(command: str, *words: str):
-    kind = importlib.import_module(f"swin_unetr.{command}").Options
+    kind = cli.options_of(command)
     return cli.parse(kind, command, [*NEEDED[command], *words])
 
 
@@ -57,7 +56,7 @@ def test_lists_of_numbers_texts_and_paths():
     assert parse("train", "--preprocessing.spacing", "null").preprocessing.spacing is None
     assert parse("train", "--data.trusted", "/a, b", "c").data.trusted == (Path("/a, b"), Path("c"))
     words = ["--checkpoint", "a.pt", "--input", "x,y", "z", "--mirror", "0", "2"]
-    assert cli.parse(predict.Options, "predict", words).input == [Path("x,y"), Path("z")]
+    assert cli.parse(predict.PredictOptions, "predict", words).input == [Path("x,y"), Path("z")]
     assert parse("predict", "--input+=y").input == [Path("in"), Path("y")]
 
 
@@ -105,7 +104,7 @@ def test_a_switch_needs_no_word():
     ids=["one", "list", "words", "json"],
 )
 def test_classes_with_one_value(words):
-    trained = cli.parse(train.Options, "train", [*NEEDED["pretrain"], "--labels.classes", *words])
+    trained = cli.parse(train.TrainOptions, "train", [*NEEDED["pretrain"], "--labels.classes", *words])
     assert trained.labels == Labels({"organ": [1]})
     assert parse("evaluate", "--classes", *words).classes == {"organ": [1]}
 
@@ -117,7 +116,7 @@ def test_values_alone_mean_what_lists_mean():
 
 def test_classes_in_a_file(tmp_path):
     (tmp_path / "c.yaml").write_text("labels:\n  classes: {organ: 1, 2: 2}\narchitecture:\n  out_channels: 3\n")
-    options = cli.parse(train.Options, "train", [*NEEDED["pretrain"], "--config", str(tmp_path / "c.yaml")])
+    options = cli.parse(train.TrainOptions, "train", [*NEEDED["pretrain"], "--config", str(tmp_path / "c.yaml")])
     assert options.labels == Labels({"organ": [1], "2": [2]})
 
 
@@ -342,13 +341,13 @@ def test_accepted_architectures_are_built():
 
 
 def test_presets_are_offered_where_they_work():
-    assert "pretrain" not in cli.presets(train.Options)
-    assert cli.presets(pretrain.Options) == ["pretrain"]
-    for command in (predict, evaluate, export):
-        assert cli.presets(command.Options) == []
-    for name in cli.presets(train.Options):
+    assert "pretrain" not in cli.presets(train.TrainOptions)
+    assert cli.presets(pretrain.PretrainOptions) == ["pretrain"]
+    for command in ("predict", "evaluate", "export"):
+        assert cli.presets(cli.options_of(command)) == []
+    for name in cli.presets(train.TrainOptions):
         words = ["--preset", name, "--data.datalist", "none.json", "--out", "run"]
-        assert isinstance(cli.parse(train.Options, "train", words), train.Options)
+        assert isinstance(cli.parse(train.TrainOptions, "train", words), train.TrainOptions)
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export"])

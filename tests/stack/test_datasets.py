@@ -19,7 +19,7 @@ import torch
 from monai.transforms import Compose, Lambda
 
 from swin_unetr.datasets import Augmentation, Data, cache, datalist, open_dataset
-from swin_unetr.datasets.stream import Schedule
+from swin_unetr.datasets.stream import BatchOrder
 from swin_unetr.labels import Labels
 from swin_unetr.preprocessing import Preprocessing
 from tests.stack import full, synthetic
@@ -102,7 +102,7 @@ def test_ranks_end_alike_when_one_cannot_use_a_case(shared, monkeypatch):
 
 
 def test_an_epoch_is_one_pass_in_an_order_of_its_own():
-    schedule = Schedule(cases=7, batch_size=2, seed=0)
+    schedule = BatchOrder(cases=7, batch_size=2, seed=0)
     assert schedule.batches_per_epoch == 4
     epochs = [[place for number in range(4 * e, 4 * e + 4) for place in schedule.batch(number)] for e in range(3)]
     for epoch in epochs:

@@ -123,7 +123,7 @@ def segment(out: Path) -> None:
 
 def do_the_job(out: Path) -> None:
     """What `toy_job` does, uninterrupted."""
-    options = toy_job.Options(out / "job")
+    options = toy_job.ToyOptions(out / "job")
     assert Loop(
         Toy(), ToyBatches(), options.optimization, options.schedule, out=options.out, device=CPU, seed=options.seed
     ).run()

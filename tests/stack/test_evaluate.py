@@ -240,7 +240,7 @@ def evaluated(folder, **options):
     options = {"classes": CLASSES, "resamples": 500} | options
     out = options.pop("out", folder / "evaluation")
     status = evaluate.run(
-        evaluate.Options(folder / "predictions", folder / "labels", out, **options),
+        evaluate.EvaluateOptions(folder / "predictions", folder / "labels", out, **options),
         Console(file=terminal, width=140),
     )
     return status, json.loads((out / "evaluation.json").read_text()), terminal.getvalue()
@@ -426,9 +426,9 @@ def test_a_case_that_cannot_be_opened_costs_no_other(tmp_path):
 def test_nothing_to_score(tmp_path):
     run_of(tmp_path, 0.7, cases=1)
     with pytest.raises(ValueError, match="nowhere is no folder"):
-        evaluate.run(evaluate.Options(tmp_path / "nowhere", tmp_path / "labels", tmp_path / "out"))
+        evaluate.run(evaluate.EvaluateOptions(tmp_path / "nowhere", tmp_path / "labels", tmp_path / "out"))
     with pytest.raises(ValueError, match="has no label maps"):
-        evaluate.run(evaluate.Options(tmp_path, tmp_path / "labels", tmp_path / "out"))
+        evaluate.run(evaluate.EvaluateOptions(tmp_path, tmp_path / "labels", tmp_path / "out"))
     (tmp_path / "labels" / "case_0.nii.gz").rename(tmp_path / "labels" / "other.nii.gz")
     with pytest.raises(ValueError, match=r"no prediction in .* belongs to a label in .*: case_0_seg against other"):
         evaluated(tmp_path)
@@ -446,4 +446,4 @@ def test_nothing_to_score(tmp_path):
 )
 def test_options_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.Options(Path("a"), Path("b"), **options)
+        evaluate.EvaluateOptions(Path("a"), Path("b"), **options)

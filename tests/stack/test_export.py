@@ -325,7 +325,7 @@ def test_refused(content, options, message, tmp_path):
 )
 def test_options_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        export.Options(Path("best.pt"), Path("out"), **options)
+        export.ExportOptions(Path("best.pt"), Path("out"), **options)
 
 
 def test_another_record_is_not_overwritten(tmp_path):

@@ -51,3 +51,12 @@ def test_overlapping_classes_are_masks_and_the_innermost_is_written():
 def test_classes_that_cannot_be_told_apart_are_refused(classes, overlapping, message):
     with pytest.raises(ValueError, match=message):
         Labels(classes, overlapping)
+
+
+@pytest.mark.parametrize("labels", [ORGANS, BRATS], ids=["softmax", "overlapping"])
+def test_logits_and_their_probabilities_are_decided_alike(labels):
+    logits = torch.tensor([-2.0, -0.5, 0.0, 0.0, 0.5, 3.0, 0.5]).view(1, 1, -1).repeat(1, 3, 1)
+    logits[:, 1] = logits[:, 1].flip(-1)
+    expected = labels.decide(logits)
+    assert torch.equal(labels.decide_by_probabilities(labels.probabilities(logits)), expected)
+    assert len(expected.unique()) > 1

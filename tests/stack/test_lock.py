@@ -51,11 +51,11 @@ def owner(tmp_path):
 def test_a_second_training_is_refused_until_the_first_is_gone(tmp_path, owner):
     match = rf"out: .* is in use by another training \(process {owner.pid} on {socket.gethostname()}, since 20"
     with pytest.raises(ValueError, match=match):
-        toy_job.run(toy_job.Options(tmp_path))
+        toy_job.run(toy_job.ToyOptions(tmp_path))
     assert not (tmp_path / "config.yaml").exists()
     owner.kill()
     owner.wait()
-    assert toy_job.run(toy_job.Options(tmp_path)) == 0
+    assert toy_job.run(toy_job.ToyOptions(tmp_path)) == 0
     assert not (tmp_path / lock.NAME).exists()
 
 

@@ -65,7 +65,7 @@ def test_what_a_processor_has_is_what_the_system_says():
 
 
 def test_presets_leave_the_precision_to_the_hardware():
-    for kind, command in ((train.Options, "train"), (pretrain.Options, "pretrain")):
+    for kind, command in ((train.TrainOptions, "train"), (pretrain.PretrainOptions, "pretrain")):
         for name in cli.presets(kind):
             options = cli.parse(kind, command, ["--preset", name, "--data.datalist", "x", "--out", "y"])
             assert options.optimization.precision == ("fp32" if name == "demo" else "auto"), name

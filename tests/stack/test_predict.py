@@ -212,9 +212,9 @@ def test_numbers_and_pictures_are_of_the_image_as_it_is(tmp_path, monkeypatch, a
         assert (organ.mean, organ.std) == pytest.approx((inside.mean(), inside.std()), rel=1e-4)
 
 
-def options(tmp_path, **more) -> predict.Options:
+def options(tmp_path, **more) -> predict.PredictOptions:
     given = {"checkpoint": [tmp_path / "x.pt"], "input": [tmp_path / "in"], "out": tmp_path / "out", "device": "cpu"}
-    return predict.Options(**given | more)
+    return predict.PredictOptions(**given | more)
 
 
 @pytest.fixture
@@ -543,7 +543,7 @@ def test_a_shells_pattern_names_files(tmp_path):
         (["[a.pt,b.pt]"], [Path("a.pt"), Path("b.pt")]),
     ):
         argv = ["--checkpoint", *map(str, given), "--input", "x", "--entropy", "true"]
-        assert cli.parse(predict.Options, "predict", argv).checkpoint == expected
+        assert cli.parse(predict.PredictOptions, "predict", argv).checkpoint == expected
 
 
 def test_bad_options_are_named(inputs, capsys):

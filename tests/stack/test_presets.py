@@ -49,7 +49,7 @@ TINY = {
 def options(command: str, name: str, datalist: Path, out: Path, **overrides):
     words = {"data.datalist": datalist, "out": out, **overrides}
     argv = ["--preset", name, *(f"--{key}={value}" for key, value in words.items())]
-    return cli.parse(importlib.import_module(f"swin_unetr.{command}").Options, command, argv)
+    return cli.parse(cli.options_of(command), command, argv)
 
 
 def test_every_preset_is_tested():

@@ -27,9 +27,9 @@ def labels() -> np.ndarray:
     return found
 
 
-def case(name: str = "case") -> report.Case:
+def case(name: str = "case") -> report.SegmentedCase:
     organs = volumes.measure(labels(), image(), affine(), ORGANS)
-    return report.Case(
+    return report.SegmentedCase(
         name=name,
         source=NASTY,
         output="x.nii.gz",

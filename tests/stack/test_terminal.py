@@ -74,7 +74,7 @@ def test_training_goes_on_without_a_terminal(stream, monkeypatch, tmp_path):
     with stream() as out:
         monkeypatch.setattr(sys, "stdout", out)
         with terminal.lasting():
-            assert toy_job.run(toy_job.Options(tmp_path)) == 0
+            assert toy_job.run(toy_job.ToyOptions(tmp_path)) == 0
     assert final(tmp_path)["progress"]["step"] == 8
 
 

@@ -27,6 +27,7 @@ from swin_unetr.pretraining.network import PretrainingNetwork
 from swin_unetr.training import log, resume
 from swin_unetr.training.deep_supervision import DeeplySupervised
 from swin_unetr.training.learning_rate import warm_up_and_cosine
+from swin_unetr.training.losses import parts as loss_parts
 from swin_unetr.training.options import Optimization, Schedule
 from swin_unetr.training.segmentation import Loss, Segmentation, Validation
 
@@ -440,7 +441,7 @@ def test_dice_of_whole_cases():
         def forward(self, image):
             return self.scale * F.one_hot(image[:, 0].long(), 3).movedim(-1, 1)
 
-    options = train.Options(**_options())
+    options = train.TrainOptions(**_options())
     task = Segmentation(
         options.architecture, options.labels, options.preprocessing, (64, 64, 32), Loss(), Validation(), cases
     )
@@ -464,10 +465,10 @@ def test_losses_of_exclusive_classes_are_monais():
     labels = Labels({"organ": [1], "tumour": [4, 5]})
     logits, label = torch.randn(2, 3, 8, 8, 8), torch.randint(0, 6, (2, 1, 8, 8, 8))
     target = labels.target(label)
-    parts = {name: part(logits, target.float()) for name, part in Loss("dice_ce").parts(False).items()}
+    parts = {name: part(logits, target.float()) for name, part in loss_parts(Loss("dice_ce"), False).items()}
     assert set(parts) == {"dice", "cross_entropy"}
     torch.testing.assert_close(sum(parts.values()), DiceCELoss(to_onehot_y=True, softmax=True)(logits, target))
-    focal = Loss("dice_focal", gamma=0.0).parts(False)["focal"](logits, target.float())
+    focal = loss_parts(Loss("dice_focal", gamma=0.0), False)["focal"](logits, target.float())
     torch.testing.assert_close(focal, F.cross_entropy(logits, target[:, 0]) / 3)  # a mean over channels, too
 
 
@@ -475,10 +476,10 @@ def test_losses_of_overlapping_classes_have_a_sigmoid_each():
     labels = Labels({"whole": [1, 2], "core": [2]}, overlapping=True)
     logits, label = torch.randn(2, 2, 8, 8, 8), torch.randint(0, 3, (2, 1, 8, 8, 8))
     target = labels.target(label)
-    parts = {name: part(logits, target) for name, part in Loss("dice_ce").parts(True).items()}
+    parts = {name: part(logits, target) for name, part in loss_parts(Loss("dice_ce"), True).items()}
     torch.testing.assert_close(parts["dice"], DiceLoss(sigmoid=True)(logits, target))
     torch.testing.assert_close(parts["cross_entropy"], F.binary_cross_entropy_with_logits(logits, target))
-    focal = Loss("dice_focal", gamma=0.0).parts(True)["focal"](logits, target)
+    focal = loss_parts(Loss("dice_focal", gamma=0.0), True)["focal"](logits, target)
     torch.testing.assert_close(focal, parts["cross_entropy"])
 
 
@@ -524,7 +525,7 @@ def _options(**more) -> dict:
 )
 def test_options_that_do_not_fit_are_refused(more, message):
     with pytest.raises(ValueError, match=message):
-        train.Options(**_options(**more))
+        train.TrainOptions(**_options(**more))
 
 
 @pytest.mark.parametrize(

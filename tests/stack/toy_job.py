@@ -24,7 +24,7 @@ DIFFERENT = "different"
 
 
 @dataclass
-class Options:
+class ToyOptions:
     """What `session.run` asks of a command's options."""
 
     out: Path
@@ -43,7 +43,7 @@ class JobBatches(ToyBatches):
         pass
 
 
-def run(options: Options, before=lambda number: None, size: int = 6, identify=lambda say: {}) -> int:
+def run(options: ToyOptions, before=lambda number: None, size: int = 6, identify=lambda say: {}) -> int:
     return session.run(
         "train",
         options,
@@ -61,12 +61,12 @@ def main(out: str, batch: str = "-1") -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if batch == ENDLESS:
-        return run(Options(Path(out), schedule=Schedule(steps=10_000)), before)
+        return run(ToyOptions(Path(out), schedule=Schedule(steps=10_000)), before)
     if batch == DIFFERENT:
         rank = int(os.environ["RANK"])
-        options = Options(Path(out), schedule=Schedule(steps=8 + rank))
+        options = ToyOptions(Path(out), schedule=Schedule(steps=8 + rank))
         return run(options, before, identify=lambda say: {"training": {f"case {rank}": "same", "case": f"{rank}"}})
-    return run(Options(Path(out)), before)
+    return run(ToyOptions(Path(out)), before)
 
 
 if __name__ == "__main__":
