@@ -24,7 +24,7 @@ from swin_unetr.segmenter import Segmenter
 from swin_unetr.training import log, resume
 from swin_unetr.training.options import Schedule
 
-from ..stack import toy
+from ..swin_unetr import toy
 from .mutation import NUMBERS, WORDS, Draw, Fault, mutate_bytes, mutate_text, mutate_tree, one_of
 
 

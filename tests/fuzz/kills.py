@@ -21,7 +21,7 @@ import swin_unetr
 from swin_unetr import checkpoints, cli, imaging, train
 from swin_unetr.training import log
 
-from ..stack import toy_job
+from ..swin_unetr import toy_job
 from .mutation import Draw, Fault, one_of
 
 LIMIT = 180.0

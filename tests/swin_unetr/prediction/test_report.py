@@ -15,7 +15,7 @@ from PIL import Image
 from swin_unetr.labels import Labels
 from swin_unetr.prediction import report, volumes
 
-from .segmenter import ORGANS, affine, image
+from ..segmenter import ORGANS, affine, image
 
 NASTY = "<script>alert('x')</script>"
 

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from swin_unetr import imaging
 from swin_unetr.evaluation import label_maps
 
-from .test_imaging import META, NRRD, only
+from .test_volume import META, NRRD, only
 
 VALUES = np.random.default_rng(0).integers(0, 99, (9, 8, 7)).astype(np.int16)
 RAW = VALUES.T.tobytes()  # the first axis varies fastest

@@ -22,8 +22,8 @@ from swin_unetr.prediction import ensemble
 from swin_unetr.prediction.windows import Windows
 from swin_unetr.preprocessing import Preprocessing
 
-from . import segmenter
-from .exporter import BUNDLE, CT, ROI, checkpoint, run
+from .. import segmenter
+from ..exporter import BUNDLE, CT, ROI, checkpoint, run
 
 TUMOUR = Labels({"whole": [2, 1, 4], "core": [1, 4], "enhancing": [4]}, overlapping=True)
 MR = Preprocessing(spacing=None, orientation=None, intensity="zscore")

@@ -18,7 +18,8 @@ from swin_unetr.datasets import Data, datalist, images, open_dataset
 from swin_unetr.imaging.nifti import read_nifti
 from swin_unetr.labels import Labels
 from swin_unetr.preprocessing import Preprocessing
-from tests.stack import synthetic
+
+from .. import synthetic
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import pytest
 
 from swin_unetr import cli
 from swin_unetr.datasets import Data, archives, datalist
-from tests.stack import synthetic
+
+from .. import synthetic
 
 
 def tarred(path: Path, *members: tuple[tarfile.TarInfo, bytes], mode: str = "w") -> Path:

@@ -22,7 +22,8 @@ from swin_unetr.datasets import Augmentation, Data, cache, datalist, open_datase
 from swin_unetr.datasets.stream import BatchOrder
 from swin_unetr.labels import Labels
 from swin_unetr.preprocessing import Preprocessing
-from tests.stack import full, synthetic
+
+from .. import full, synthetic
 
 ROI = (32, 32, 32)
 LABELS = Labels({"organ": [1]})

@@ -14,7 +14,7 @@ from swin_unetr import checkpoints, interruption
 from swin_unetr.training import log, precision, resume
 from swin_unetr.training.options import Schedule
 
-from .toy import Toy, ToyBatches, WithHead, final, loop, resumed
+from ..toy import Toy, ToyBatches, WithHead, final, loop, resumed
 
 EVERYTHING = {"ema": 0.9, "accumulation": 3, "clip": 0.5}
 

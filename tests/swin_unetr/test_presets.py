@@ -13,7 +13,8 @@ from rich.console import Console
 
 from swin_unetr import checkpoints, cli
 from swin_unetr.datasets import transforms
-from tests.stack import synthetic
+
+from . import synthetic
 
 # Channels, label values and kind of image, as the data sets have them.
 DATA = {

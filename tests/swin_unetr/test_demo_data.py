@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / "swin_unetr" / "data"
 PATIENTS = (1, 2)
 

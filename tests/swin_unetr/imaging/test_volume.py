@@ -29,7 +29,7 @@ from swin_unetr.evaluation import label_maps
 from swin_unetr.imaging import dicom
 from swin_unetr.imaging.itk import write_itk
 
-from .segmenter import affine, image, nifti
+from ..segmenter import affine, image, nifti
 
 
 def only(path) -> imaging.Volume:

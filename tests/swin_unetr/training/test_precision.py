@@ -14,7 +14,7 @@ from swin_unetr.training import log, precision
 from swin_unetr.training.loop import Loop
 from swin_unetr.training.options import Optimization, Schedule
 
-from .toy import Toy, ToyBatches
+from ..toy import Toy, ToyBatches
 
 
 @pytest.mark.parametrize(("able", "expected"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -1,4 +1,4 @@
-"""A whole training command on toy data, for torchrun to start: ``python -m tests.stack.toy_job OUT [BATCH]``.
+"""A whole training command on toy data, for torchrun to start: ``python -m tests.swin_unetr.toy_job OUT [BATCH]``.
 
 On the job's first attempt, rank 1 dies by SIGKILL when it asks for batch number BATCH. It has no end where BATCH is
 "endless", and ranks have different options and data where it is "different".

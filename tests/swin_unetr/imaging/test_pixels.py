@@ -24,8 +24,8 @@ from pydicom.uid import (
 
 from swin_unetr import imaging
 
-from .segmenter import image
-from .test_imaging import only, series
+from ..segmenter import image
+from .test_volume import only, series
 
 NATIVE = {
     "implicit": ImplicitVRLittleEndian,
