@@ -8,8 +8,13 @@ from typing import Literal
 
 from . import lazily
 
-torch = lazily.Module("torch")
-model = lazily.Module("swin_unetr.model")
+if lazily.MYPY:
+    import torch
+
+    from . import model
+else:
+    torch = lazily.Module("torch")
+    model = lazily.Module("swin_unetr.model")
 
 LARGEST_FEATURE_SIZE = 1536
 LARGEST = {"in_channels": 1024, "out_channels": 1024, "window_size": 64}
@@ -100,4 +105,4 @@ class Architecture:
             given = {n: v.to(kinds.get(n)) if v.is_floating_point() else v for n, v in state.items()}
             network.load_state_dict(given, assign=True)
         order = {2: torch.channels_last, 3: torch.channels_last_3d}[self.spatial_dims]
-        return network.to(memory_format=order)
+        return network.to(memory_format=order)  # type: ignore[call-overload]  # PyTorch's stubs lack memory_format

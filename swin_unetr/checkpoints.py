@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -108,7 +108,7 @@ def load(path: Path) -> Saved:
     except Exception as error:
         raise Damaged(path, f"cannot be read: {_first_line(error)}") from error
     if is_ours(content):
-        _verify(path, content)
+        content = _verified(path, content)
     return Saved(content, hashlib.sha256(data).hexdigest())
 
 
@@ -142,7 +142,7 @@ def read(path: Path) -> Saved:
     return saved
 
 
-def is_ours(content: object) -> bool:
+def is_ours(content: object) -> TypeGuard[Mapping[str, Any]]:
     """Whether `content` of a file says that it is a checkpoint of this format."""
     return isinstance(content, Mapping) and str(content.get("format")) == FORMAT
 
@@ -153,20 +153,21 @@ def weights(content: Mapping[str, Any]) -> tuple[Any, bool]:
     return content.get("ema" if averaged else "model"), averaged
 
 
-def _verify(path: Path, content: dict[str, Any]) -> None:
-    """Take the checksum out of `content`, which is that of the file `path`.
+def _verified(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The `content` of the file `path` without its checksum.
 
     Raises:
-        Damaged: it is of another content.
+        Damaged: the checksum is of another content.
     """
-    written = content.pop("checksum", None)
+    rest = {name: value for name, value in content.items() if name != "checksum"}
     try:
-        whole = written == checksum(content)
+        whole = content.get("checksum") == checksum(rest)
     # Of what is no tensor or plain value, or holds itself.
     except Exception as error:
         raise Damaged(path, f"its content is not what was written: {_first_line(error)}") from error
     if not whole:
         raise Damaged(path, "its content is not what was written: the checksum differs")
+    return rest
 
 
 def name(step: int) -> str:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich import box
@@ -26,7 +26,8 @@ from .names import say
 from .segmenter import Segmenter
 
 TEMPORARY = ".export-"
-FORMATS = ("pt2", "onnx", "torchscript", "safetensors", "bundle")
+FormatName = Literal["pt2", "onnx", "torchscript", "safetensors", "bundle"]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 
 @dataclass
@@ -51,7 +52,7 @@ class ExportOptions:
 
     checkpoint: Path
     out: Path
-    formats: tuple[Literal["pt2", "onnx", "torchscript", "safetensors", "bundle"], ...] = FORMATS
+    formats: tuple[FormatName, ...] = FORMATS
     shape: tuple[int, ...] | None = None
     batch: int | None = None
     opset: int = 20

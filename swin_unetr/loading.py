@@ -114,6 +114,7 @@ def load_pretrained(
             same parameter, an entry is no dense tensor of finite real numbers, more shapes disagree than agree (another
             ``feature_size``, say), or the model refuses an entry.
     """
+    content: object
     if isinstance(path_or_state, Mapping):
         source, content = "a state dict", path_or_state
     elif isinstance(path_or_state, (str, os.PathLike)):

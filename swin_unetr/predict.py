@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -293,7 +293,8 @@ def segment(
             raise ValueError("the network's output for this image is not finite (NaN or infinite)")
         pieces = zip(*(of_one[0, :, rows, inside[1], inside[2]].split(PIECE, dim=1) for of_one in logits), strict=True)
         for number, piece in enumerate(pieces):  # each (channels, up to PIECE, *grid[1:]) of every network
-            probabilities = sum(ensemble.labels.probabilities(of_one[None])[0] for of_one in piece) / len(networks)
+            each = (ensemble.labels.probabilities(of_one[None])[0] for of_one in piece)
+            probabilities = reduce(torch.add, each) / len(networks)
             if axes is None:
                 whole.append(probabilities)
             else:

@@ -16,9 +16,14 @@ from .preprocessing import Preprocessing
 from .pretraining.options import Tasks
 from .training.options import Optimization, Schedule, check_run
 
-datasets = lazily.Module("swin_unetr.datasets")
-self_supervision = lazily.Module("swin_unetr.pretraining.self_supervision")
-session = lazily.Module("swin_unetr.training.session")
+if lazily.MYPY:
+    from . import datasets
+    from .pretraining import self_supervision
+    from .training import session
+else:
+    datasets = lazily.Module("swin_unetr.datasets")
+    self_supervision = lazily.Module("swin_unetr.pretraining.self_supervision")
+    session = lazily.Module("swin_unetr.training.session")
 MOST = 65536
 """Beyond it no machine has the memory."""
 

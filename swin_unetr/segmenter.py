@@ -48,7 +48,7 @@ class Description:
         return {
             "architecture": asdict(self.architecture),
             "labels": {
-                "classes": {name: list(values) for name, values in self.labels.classes.items()},
+                "classes": self.labels.groups,
                 "overlapping": self.labels.overlapping,
             },
             "preprocessing": asdict(self.preprocessing),

@@ -16,9 +16,13 @@ from .labels import Labels
 from .preprocessing import Preprocessing
 from .training.options import Loss, Optimization, Schedule, Validation, check_run
 
-datasets = lazily.Module("swin_unetr.datasets")
-segmentation = lazily.Module("swin_unetr.training.segmentation")
-session = lazily.Module("swin_unetr.training.session")
+if lazily.MYPY:
+    from . import datasets
+    from .training import segmentation, session
+else:
+    datasets = lazily.Module("swin_unetr.datasets")
+    segmentation = lazily.Module("swin_unetr.training.segmentation")
+    session = lazily.Module("swin_unetr.training.session")
 
 
 @dataclass

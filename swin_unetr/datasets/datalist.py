@@ -195,7 +195,7 @@ def _split(cases: Sequence[CaseFiles], data: Data) -> tuple[list[CaseFiles], lis
             raise ValueError(
                 f"{data.datalist}: case {without.name!r} has no fold, others have; accepted is all or none"
             )
-        known = sorted({case.fold for case in listed})
+        known = sorted({case.fold for case in listed if case.fold is not None})
         if chosen not in known or len(known) < 2:
             raise ValueError(
                 f"fold is {chosen}; {data.datalist} has folds {known}, and one of two or more can validate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -59,7 +59,7 @@ class Dataset:
         self._data = data
         self._seed = seed
         training, held_out = cases
-        labelled = () if labels is None else {value for values in labels.classes.values() for value in values}
+        labelled = () if labels is None else set(itertools.chain(*labels.groups.values()))
         self._draw = transforms.draw(data, roi, labels is not None)
         self._prepare = transforms.for_cropping(read, preprocessing, data, roi, labelled)
         recipe = {"preprocessing": asdict(preprocessing), "values": sorted(read.values or ())}
@@ -73,7 +73,7 @@ class Dataset:
         whole = transforms.for_validation(read, preprocessing)
         self._held_out = cache.kept(held_out, whole, where, data.cache_folder, recipe)
         self.validation = [ValidationCase(case.name, self._loader(place)) for place, case in enumerate(held_out)]
-        self._streams: list[Iterator] = []
+        self._streams: list[Generator[dict[str, torch.Tensor]]] = []
 
     @property
     def batches_per_epoch(self) -> int:
@@ -100,7 +100,7 @@ class Dataset:
 
     def fill(self, console: Console | None) -> None:
         """Preprocess the cases that are kept, on disk each on one rank."""
-        cases = range(len(self._cases))
+        cases: Sequence[int] = range(len(self._cases))
         if self._data.cache == "disk":
             cases = distributed.share(cases)
         error = None
@@ -119,12 +119,12 @@ class Dataset:
             count = min(count, self._data.smart_cases)
         return BatchOrder(count, self._data.batch_size, self._seed, distributed.rank(), distributed.ranks())
 
-    def _batches(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
+    def _batches(self, start: int) -> Generator[dict[str, torch.Tensor]]:
         batches = map(self._order().batch, itertools.count(start))
         draws = Draws(self._training, self._draw, self._seed)
         yield from load(draws, batches, self._data.workers, self._data.prefetch)
 
-    def _windows(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
+    def _windows(self, start: int) -> Generator[dict[str, torch.Tensor]]:
         order = self._order()
         epoch = start // order.batches_per_epoch
         window = cache.Rolling(
@@ -152,10 +152,11 @@ def _check_labelled(cases: tuple[list[CaseFiles], list[CaseFiles]], labels: Labe
 
     As a rule it reads one label of each; one that cannot be read is for those to report who use it.
     """
-    classes = sorted(set(itertools.chain(*labels.classes.values())))
+    classes = sorted(set(itertools.chain(*labels.groups.values())))
     for group, purpose in zip(cases, ("train", "validate"), strict=True):
         found: set[float] = set()
         for case in group:
+            assert case.label is not None  # the datalist was read for labels
             try:
                 values, _ = read_nifti(case.label, data.largest)
             except BadCase:
@@ -165,7 +166,7 @@ def _check_labelled(cases: tuple[list[CaseFiles], list[CaseFiles]], labels: Labe
             found.update(np.unique(values).tolist())
         else:
             if group:
-                names = ", ".join(f"{name} {values}" for name, values in labels.classes.items())
+                names = ", ".join(f"{name} {values}" for name, values in labels.groups.items())
                 held = ", ".join(f"{value:g}" for value in sorted(found)[:10])
                 raise ValueError(
                     f"labels.classes: none of the {len(group)} cases to {purpose} on has a voxel of {names}: their "
@@ -198,12 +199,12 @@ def open_dataset(
     """
     if len(roi) != 3 or any(extent < 1 for extent in roi):
         raise ValueError(f"roi is {tuple(roi)}; accepted are three extents in voxels")
-    classes = set() if labels is None else set(itertools.chain(*labels.classes.values()))
+    classes = set() if labels is None else set(itertools.chain(*labels.groups.values()))
     if classes & set(data.background):
         raise ValueError(f"background is {data.background}; accepted are values of no class")
     values = None if labels is None else {0, *data.background, *classes}
     if archives.is_archive(data.datalist):
-        tell = partial(say, console) if console else str
+        tell = partial(say, console) if console else lambda text: None
         data = replace(data, datalist=distributed.first(partial(archives.datalist_in, data.datalist, tell)))
     cases = datalist.read(data, labels is not None, channels)
     if labels is not None:

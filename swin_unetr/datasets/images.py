@@ -36,41 +36,43 @@ class ReadCase(Transform):
 
     def __call__(self, case: CaseFiles) -> dict[str, MetaTensor]:
         parts: list[np.ndarray] = []
-        grid = None
+        grids: list[Grid] = []
         for path in case.images:
             values, place = read_nifti(path, self.largest)
             values = as_float32(values, path)
             parts.append(np.moveaxis(values, -1, 0) if values.ndim == 4 else values[None])  # (C, X, Y, Z)
-            found = Grid(path, parts[-1].shape[1:], place)
-            grid = grid or found
-            check_same(found, grid)
+            grids.append(Grid(path, parts[-1].shape[1:], place))
+            check_same(grids[-1], grids[0])
         image = np.concatenate(parts)  # (C, X, Y, Z)
         if self.channels is not None and len(image) != self.channels:
             raise BadCase(f"{case.images[0]}: has {len(image)} channels; the network takes {self.channels}")
+        grid = grids[0]
         read = {"image": _tensor(image, grid.affine)}
         if self.values is not None:
+            assert case.label is not None  # datalists that are read for labels have one for each case
             label, place = read_nifti(case.label, self.largest)
             check_same(Grid(case.label, label.shape, place), grid)
             # One affine for both, whose own agree up to rounding, keeps them on one grid when they are resampled.
-            read["label"] = _tensor(self._values(label, case.label)[None], grid.affine)  # (1, X, Y, Z)
+            read["label"] = _tensor(_checked(label, case.label, self.values)[None], grid.affine)  # (1, X, Y, Z)
         return read
 
-    def _values(self, label: np.ndarray, path: Path) -> np.ndarray:
-        """`label` as uint8."""
-        with np.errstate(invalid="ignore"):
-            small = label.astype(np.uint8)
-        other = small != label  # no whole numbers from 0 to 255
-        # Scalars of NumPy say what they are in full: of a float32 just below 2, 1.9999999.
-        strange = list(np.unique(label[other]))
-        whole = small[~other] if strange else small
-        counts = torch.bincount(torch.from_numpy(whole.reshape(-1)), minlength=256)
-        strange += [value for value in counts.nonzero().flatten().tolist() if value not in self.values]
-        if strange:
-            raise BadCase(
-                f"{path}: has label values {some(strange, 5)}; accepted are those of classes and of background, "
-                f"{sorted(self.values)}"
-            )
-        return small
+
+def _checked(label: np.ndarray, path: Path, values: Collection[int]) -> np.ndarray:
+    """`label` as uint8, if it has no other values than `values`."""
+    with np.errstate(invalid="ignore"):
+        small = label.astype(np.uint8)
+    other = small != label  # no whole numbers from 0 to 255
+    # Scalars of NumPy say what they are in full: of a float32 just below 2, 1.9999999.
+    strange = list(np.unique(label[other]))
+    whole = small[~other] if strange else small
+    counts = torch.bincount(torch.from_numpy(whole.reshape(-1)), minlength=256)
+    strange += [value for value in counts.nonzero().flatten().tolist() if value not in values]
+    if strange:
+        raise BadCase(
+            f"{path}: has label values {some(strange, 5)}; accepted are those of classes and of background, "
+            f"{sorted(values)}"
+        )
+    return small
 
 
 def _tensor(values: np.ndarray, affine: np.ndarray) -> MetaTensor:

@@ -78,6 +78,7 @@ def draw(data: Data, roi: Sequence[int], labelled: bool) -> transforms.Compose:
     Nothing in it writes into its input.
     """
     keys = ("image", "label") if labelled else ("image",)
+    crop: transforms.Transform
     if data.crop == "labelled":
         crop = transforms.RandCropByPosNegLabeld(
             keys,

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -82,18 +83,18 @@ def run(options: DemoOptions, console: Console | None = None) -> int:
     return 0 if results["doctor_passed"] else 1
 
 
-def demonstrate(options: DemoOptions, console: Console) -> dict[str, object]:
+def demonstrate(options: DemoOptions, console: Console) -> dict[str, Any]:
     """Run the demo, write `FILES` into its folder and return what ``results.json`` holds."""
     with lock.owned(options.out, "demo"):
         return _demonstrate(options, console)
 
 
-def _demonstrate(options: DemoOptions, console: Console) -> dict[str, object]:
+def _demonstrate(options: DemoOptions, console: Console) -> dict[str, Any]:
     with distributed.job(options.device) as device:
         pass  # it can be used
     training = _training(options)
     backend = choose_backend(training.architecture.feature_size, device, options.backend)
-    results: dict[str, object] = {
+    results: dict[str, Any] = {
         "settings": report.settings(training, options.pretraining_steps, device, backend),
     }
     report.heading(console, "Doctor")
@@ -115,7 +116,7 @@ def _demonstrate(options: DemoOptions, console: Console) -> dict[str, object]:
         unseen = load_patient(1)
         results |= _segment(training, unseen, options, console)
         report.organ_table(console, results)
-        prediction = np.asarray(nibabel.load(paths["prediction"]).dataobj)
+        prediction = _voxels(paths["prediction"])
         overlay(unseen, prediction, results["dice"], paths["overlay"], "Trained on patient 2, segments patient 1")
 
         report.heading(console, "Beside MONAI")
@@ -208,9 +209,7 @@ def _summary(out: Path) -> dict[str, float]:
     }
 
 
-def _segment(
-    training: train.TrainOptions, unseen: Patient, options: DemoOptions, console: Console
-) -> dict[str, object]:
+def _segment(training: train.TrainOptions, unseen: Patient, options: DemoOptions, console: Console) -> dict[str, Any]:
     """Predict and evaluate; what is known of the result."""
     asked = predict.PredictOptions(
         checkpoint=[training.out / "best.pt"],
@@ -224,10 +223,9 @@ def _segment(
     labels = options.out / "labels"
     labels.mkdir(exist_ok=True)
     shutil.copyfile(folder() / "patient1_labels.nii.gz", labels / "patient1_ct.nii.gz")  # by its prediction's name
-    classes = {name: list(values) for name, values in training.labels.classes.items()}
-    judged = evaluate.EvaluateOptions(asked.out, labels, options.out / "evaluation", classes=classes)
+    judged = evaluate.EvaluateOptions(asked.out, labels, options.out / "evaluation", classes={**training.labels.groups})
     _must(evaluate.run(judged, console))
-    found = np.asarray(nibabel.load(asked.out / "patient1_ct.nii.gz").dataobj)
+    found = _voxels(asked.out / "patient1_ct.nii.gz")
     return {
         "labels": LABEL_NOTE,
         "dice": _dice(found, unseen),
@@ -237,7 +235,12 @@ def _segment(
     }
 
 
+def _voxels(path: Path) -> np.ndarray:
+    """What a label map holds ``(X, Y, Z)``."""
+    return np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj)
+
+
 def _dice(found: np.ndarray, patient: Patient) -> dict[str, float]:
     classes: Mapping[str, list[int]] = {name: [value] for value, name in enumerate(CLASSES) if value}
-    judged = scores(found, patient.labels, classes, patient.spacing, tolerance=2.0)
+    judged = scores(found, patient.labels, classes, patient.spacing.tolist(), tolerance=2.0)
     return {name: score.dice for name, score in judged.items()}

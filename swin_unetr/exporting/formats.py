@@ -27,9 +27,14 @@ class Format(Protocol):
         portable: whether what it writes runs without this package.
     """
 
-    output: str
-    packages: tuple[str, ...]
-    portable: bool
+    @property
+    def output(self) -> str: ...
+
+    @property
+    def packages(self) -> tuple[str, ...]: ...
+
+    @property
+    def portable(self) -> bool: ...
 
     def write(self, segmenter: Segmenter, folder: Path) -> None:
         """Write `output` into `folder`."""

@@ -143,7 +143,7 @@ def read(path: Path, largest: float) -> Volume:
     Raises:
         BadCase: the file is damaged, too large, has NaN or infinite voxels, or is no volume; the message names it.
     """
-    header, notes = None, []
+    header, notes = None, list[str]()
     if path.name.endswith(NIFTI):
         values, affine, header = read_with_header(path, largest)
         values = values[..., None] if values.ndim == 3 else values  # (X, Y, Z, C)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -39,7 +41,9 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
         ValueError: a checkpoint is missing, damaged, of pretraining or of a network for other images than volumes, or
             two do not agree in classes, preprocessing, roi or channels.
     """
-    networks, files, agreed = [], {}, {}
+    networks: list[nn.Module] = []
+    files: dict[str, str] = {}
+    agreed: dict[str, Any] = {}
     for path in paths:
         try:
             segmenter = Segmenter.read(path)
@@ -81,8 +85,5 @@ class Mirrored(nn.Module):
 
     def forward(self, window: torch.Tensor) -> torch.Tensor:
         """Logits ``(B, channels, *roi)`` of ``window (B, C, *roi)``."""
-        total = None
-        for flip in self.flips:
-            logits = self.network(window.flip(flip)).flip(flip)
-            total = logits if total is None else total + logits
-        return total / len(self.flips)
+        logits = (self.network(window.flip(flip)).flip(flip) for flip in self.flips)
+        return reduce(torch.add, logits) / len(self.flips)

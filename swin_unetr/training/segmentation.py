@@ -9,11 +9,10 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn as nn
-from monai.inferers import sliding_window_inference
 from monai.losses import DeepSupervisionLoss
 from monai.metrics import DiceMetric
 
-from .. import distributed
+from .. import distributed, sliding
 from ..architecture import Architecture
 from ..labels import Labels
 from ..preprocessing import Preprocessing
@@ -30,7 +29,8 @@ class LabelledCase(Protocol):
         name: of the case.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def load(self) -> Mapping[str, torch.Tensor]:
         """``image (C, *S)`` and label values ``label (1, *S)``, preprocessed."""
@@ -105,12 +105,13 @@ class Segmentation:
         """Of each class in one case; NaN where the case has none of it."""
         device = next(core.parameters()).device
         loaded = {name: value.to(device)[None] for name, value in case.load().items()}  # (1, C, *S), (1, 1, *S)
-        logits = sliding_window_inference(
-            loaded["image"], self.roi, self.validation.windows, core, self.validation.overlap, mode="gaussian"
+        logits = sliding.logits_of(
+            loaded["image"], core, self.roi, self.validation.windows, self.validation.overlap
         )  # (1, channels, *S)
         channels = None if self.labels.overlapping else self.labels.channels
         metric = DiceMetric(include_background=self.labels.overlapping, reduction="none", num_classes=channels)
-        return metric(self.labels.decide(logits), self.labels.target(loaded["label"]))[0].tolist()
+        dice = metric(self.labels.decide(logits), self.labels.target(loaded["label"]))  # (1, classes)
+        return torch.as_tensor(dice[0]).tolist()
 
     def content(self) -> dict[str, object]:
         return Description(self.architecture, self.labels, self.preprocessing, self.roi).plain()
