@@ -120,7 +120,7 @@ def labels(path: Path) -> np.ndarray:
 def test_predict(versus, extent, tmp_path):
     shape = ct(extent, tmp_path / "ct.nii.gz")
     theirs = Monai(checkpoint(extent, tmp_path / "best.pt"), tmp_path / "ct.nii.gz", tmp_path / "monai", extent)
-    options = predict.Options(
+    options = predict.PredictOptions(
         [tmp_path / "best.pt"],
         [tmp_path / "ct.nii.gz"],
         tmp_path / "ours",

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 from . import lazily
 
 if TYPE_CHECKING:
+    from .loading import LoadReport, load_pretrained
     from .model import SwinTransformer, SwinUNETR
-    from .pretrained import LoadReport, load_pretrained
 
 __all__ = ["LoadReport", "SwinTransformer", "SwinUNETR", "load_pretrained"]
 
 __getattr__ = lazily.names(
     __name__,
     {
-        "LoadReport": "pretrained",
+        "LoadReport": "loading",
         "SwinTransformer": "model",
         "SwinUNETR": "model",
-        "load_pretrained": "pretrained",
+        "load_pretrained": "loading",
     },
 )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from . import lazily
 
-torch = lazily.Module("torch")
-model = lazily.Module("swin_unetr.model")
+if lazily.MYPY:
+    import torch
+
+    from . import model
+else:
+    torch = lazily.Module("torch")
+    model = lazily.Module("swin_unetr.model")
 
 LARGEST_FEATURE_SIZE = 1536
 LARGEST = {"in_channels": 1024, "out_channels": 1024, "window_size": 64}
@@ -81,11 +87,22 @@ class Architecture:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is a probability from 0, below 1")
 
-    def build(self) -> model.SwinUNETR:
-        """A network with fresh weights, drawn from PyTorch's generator.
+    def build(self, state: Mapping[str, torch.Tensor] | None = None) -> model.SwinUNETR:
+        """A network with the weights of `state`, or fresh ones, drawn from PyTorch's generator.
 
-        Its weights are in channels-last order, in which convolutions of few channels run faster.
+        Its weights are float32, in channels-last order, in which convolutions of few channels run faster. Those that
+        are so in `state` are not copied.
+
+        Raises:
+            RuntimeError: `state` is not a state dict of this network.
         """
-        network = model.SwinUNETR(**self.__dict__)
+        if state is None:
+            network = model.SwinUNETR(**self.__dict__)
+        else:
+            with torch.device("meta"):  # nothing is drawn and nothing copied
+                network = model.SwinUNETR(**self.__dict__)
+            kinds = {name: value.dtype for name, value in network.state_dict().items()}
+            given = {n: v.to(kinds.get(n)) if v.is_floating_point() else v for n, v in state.items()}
+            network.load_state_dict(given, assign=True)
         order = {2: torch.channels_last, 3: torch.channels_last_3d}[self.spatial_dims]
-        return network.to(memory_format=order)
+        return network.to(memory_format=order)  # type: ignore[call-overload]  # PyTorch's stubs lack memory_format

@@ -7,13 +7,15 @@ A checkpoint is a dictionary of tensors and plain values (numbers, text, None, l
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -37,6 +39,20 @@ class Damaged(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is in a file of `torch.save`.
+
+    Attributes:
+        content: tensors, on the CPU, and plain values. In a checkpoint of ours there is no checksum any more: it was
+            right.
+        sha256: of the file, in hexadecimal.
+    """
+
+    content: Any
+    sha256: str
 
 
 class NotSaved(OSError):
@@ -65,18 +81,21 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         ) from error
 
 
-def load(path: Path) -> Any:
-    """What `torch.save` wrote into a file, its tensors on the CPU; no code in it runs.
+def load(path: Path) -> Saved:
+    """What `torch.save` wrote into a file, a checkpoint of ours or not; no code in it runs.
+
+    The file is read once: what is checked, what is loaded and what `Saved.sha256` is of are the same bytes.
 
     Raises:
-        Damaged: whatever is wrong with the file.
+        Damaged: whatever is wrong with the file, a checksum of ours that differs included.
         FileNotFoundError, PermissionError: there is no such file, or none that may be read.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise Damaged(path, "cannot be read: it is no regular file")  # a pipe would be waited for
     try:
-        _check_members(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
+        _check_members(data)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -88,17 +107,20 @@ def load(path: Path) -> Any:
     # A damaged file is a program for the unpickler, which fails in whatever way the damage has it fail.
     except Exception as error:
         raise Damaged(path, f"cannot be read: {_first_line(error)}") from error
+    if is_ours(content):
+        content = _verified(path, content)
+    return Saved(content, hashlib.sha256(data).hexdigest())
 
 
-def _check_members(path: Path) -> None:
+def _check_members(data: bytes) -> None:
     """Compare the checksums in a zip file with its content, which `torch.load` does not.
 
     Raises:
         ValueError: one differs.
     """
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(io.BytesIO(data)):
         return  # of PyTorch before 1.6
-    with zipfile.ZipFile(path) as file:
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
         for member in file.infolist():
             if member.CRC:  # 0 where torch.serialization.set_crc32_options(False) left them out
                 with file.open(member) as content:
@@ -106,40 +128,46 @@ def _check_members(path: Path) -> None:
                         pass
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The checkpoint in a file, its tensors on the CPU.
+def read(path: Path) -> Saved:
+    """The checkpoint of ours in a file.
 
     Raises:
         Damaged: the file is truncated, altered, holds code, or is no checkpoint of ours.
         FileNotFoundError, PermissionError: there is no such file, or none that may be read.
     """
-    content = load(path)
-    if not is_ours(content):
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    saved = load(path)
+    if not is_ours(saved.content):
+        found = saved.content.get("format") if isinstance(saved.content, dict) else type(saved.content).__name__
         raise Damaged(path, f"is no checkpoint of swin-unetr: format is {found!r}; accepted is {FORMAT!r}")
-    verify(path, content)
-    return content
+    return saved
 
 
-def is_ours(content: object) -> bool:
-    """Whether `content`, as `load` gives it, says that it is a checkpoint of this format."""
+def is_ours(content: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether `content` of a file says that it is a checkpoint of this format."""
     return isinstance(content, Mapping) and str(content.get("format")) == FORMAT
 
 
-def verify(path: Path, content: dict[str, Any]) -> None:
-    """Take the checksum out of `content`, which is that of the file `path`.
+def weights(content: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The state dict in a checkpoint of ours that prediction uses, and whether it is the weights' moving average."""
+    averaged = content.get("ema") is not None
+    return content.get("ema" if averaged else "model"), averaged
+
+
+def _verified(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The `content` of the file `path` without its checksum.
 
     Raises:
-        Damaged: it is of another content.
+        Damaged: the checksum is of another content.
     """
-    written = content.pop("checksum", None)
+    rest = {name: value for name, value in content.items() if name != "checksum"}
     try:
-        whole = written == checksum(content)
+        whole = content.get("checksum") == checksum(rest)
     # Of what is no tensor or plain value, or holds itself.
     except Exception as error:
         raise Damaged(path, f"its content is not what was written: {_first_line(error)}") from error
     if not whole:
         raise Damaged(path, "its content is not what was written: the checksum differs")
+    return rest
 
 
 def name(step: int) -> str:
@@ -163,7 +191,7 @@ def newest(
     damaged: list[Damaged] = []
     for path in reversed(series(folder)):
         try:
-            content = read(path)
+            content = read(path).content
             if says := lacks(content):
                 raise Damaged(path, says)
         except Damaged as error:

@@ -1,4 +1,4 @@
-"""The command `swin-unetr`: each command is a module of this package with `Options`, a dataclass, and `run`.
+"""The command `swin-unetr`: each command is a module of this package with `run` and a dataclass of options.
 
 Exit status: 0 done; 1 done, but something failed that the output names; 2 bad options or input; 75 interrupted by
 SIGTERM, SIGUSR1 or SIGHUP, to be started again; 130 interrupted from the keyboard. A training has saved by then.
@@ -47,7 +47,7 @@ def _run(argv: Sequence[str] | None) -> int:
     with interruption.exiting():
         module = importlib.import_module(f"swin_unetr.{command}")
     try:
-        return module.run(parse(module.Options, command, rest))
+        return module.run(parse(options_of(command), command, rest))
     # What a user gave was wrong, and the message says what: the way through our code would not help.
     except (ValueError, OSError) as error:
         print(f"swin-unetr {command}: {error}", file=sys.stderr)
@@ -65,6 +65,11 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt as error:
         print(f"\nswin-unetr {command}: {str(error) or 'interrupted'}", file=sys.stderr)
         return interruption.status(getattr(error, "number", signal.SIGINT))
+
+
+def options_of(command: str) -> type:
+    """The dataclass of a command's options, which has its name: `TrainOptions` of "train"."""
+    return getattr(importlib.import_module(f"swin_unetr.{command}"), f"{command.capitalize()}Options")
 
 
 def parse(kind: type, command: str, argv: Sequence[str]):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
@@ -45,7 +45,7 @@ class Parser(ArgumentParser):
         self.kind = kind
         self.types = dict(leaves(kind))
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if match := re.match(r'Parser key "([\w.]+)":\n', message):
             raise ValueError(self._not_accepted(match[1], message)) from ex
         if match := re.search(
@@ -58,7 +58,7 @@ class Parser(ArgumentParser):
             raise ValueError(f"got {match[1]!r}, which belongs to no option") from ex
         raise ValueError(message.strip()) from ex
 
-    def refuse(self, name: str) -> None:
+    def refuse(self, name: str) -> NoReturn:
         """Raise that there is no option `name`, with those that may be meant."""
         known = [*self.types, *(action.dest for action in self._actions)]
         meant = nearest(name, known)
@@ -149,11 +149,12 @@ def made(kind: type, parsed: Namespace, prefix: str = ""):
             if field.name not in parsed:  # a list, say, in the place of a section
                 raise ValueError(f"{prefix.removesuffix('.') or 'config'} is incomplete; accepted are options by name")
             name, hint, value = f"{prefix}{field.name}", hints[field.name], parsed[field.name]
-            if is_dataclass(hint) and not isinstance(value, Namespace):
+            section = is_dataclass(hint)
+            if section and not isinstance(value, Namespace):
                 raise ValueError(f"{name} is {value!r}; accepted are its options by name")
-            if value is None and not is_dataclass(hint) and not _is_optional(hint):
+            if value is None and not section and not _is_optional(hint):
                 raise ValueError(f"{name} is null; accepted {form(hint)}")
-            given[field.name] = made(hint, value, f"{name}.") if is_dataclass(hint) else value
+            given[field.name] = made(hint, value, f"{name}.") if section else value
     try:
         return kind(**given)
     except ValueError as error:

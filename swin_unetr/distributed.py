@@ -133,16 +133,16 @@ def first(function: Callable[[], T]) -> T:
     Raises:
         OSError, ValueError: `function` raised it on rank 0; then every rank does.
     """
-    outcome: tuple[T | None, OSError | ValueError | None] = (None, None)
+    outcome: list[T] | OSError | ValueError = []
     if is_first():
         try:
-            outcome = function(), None
+            outcome = [function()]
         except (OSError, ValueError) as error:
-            outcome = None, error
-    value, error = broadcast(outcome)
-    if error is not None:
-        raise error
-    return value
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome[0]
 
 
 def sums(values: Iterable[float], device: torch.device) -> list[float]:
@@ -191,8 +191,10 @@ def parallel(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    network.to(memory_format=torch.contiguous_format)  # FSDP2 shards no other
+    # FSDP2 shards no other.
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # PyTorch's stubs lack memory_format
     mesh = init_device_mesh(device.type, (ranks(),))
     for unit in network.children() if units is None else units:
         fully_shard(unit, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,7 +23,7 @@ FORMAT = "swin-unetr evaluation 1"
 
 
 @dataclass
-class Options:
+class EvaluateOptions:
     """Score predicted label maps against labels.
 
     Writes scores.csv (one line a case and class), evaluation.json (everything), scores.png, and comparison.png where
@@ -57,7 +58,7 @@ class Options:
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(f"tolerance is {self.tolerance}; accepted is a distance in mm above 0")
         if self.classes is not None:
-            self.classes = by_name(self.classes)
+            self.classes = {**by_name(self.classes)}
         if self.classes is not None and not (self.classes and all(self.classes.values())):
             raise ValueError(f"classes is {self.classes}; accepted is at least one class, each with a label value")
         if not self.largest > 0:
@@ -66,7 +67,7 @@ class Options:
             raise ValueError(f"classes has {statistics.MEAN!r}, the name of the mean over classes; accepted is another")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: EvaluateOptions, console: Console | None = None) -> int:
     """Evaluate; returns the exit status: 0, or 1 if a case has no prediction or could not be scored.
 
     Raises:
@@ -81,7 +82,7 @@ def run(options: Options, console: Console | None = None) -> int:
         return _run(options, other, how, console)
 
 
-def _run(options: Options, other: Mapping | None, how: statistics.Bootstrap, console: Console) -> int:
+def _run(options: EvaluateOptions, other: Mapping | None, how: statistics.Bootstrap, console: Console) -> int:
     found = _score_cases(options, console)
     results = {"format": FORMAT, "options": asdict(options), **found}
     results["summary"] = {metric: statistics.summary(by_case(found["scores"], metric), how) for metric in METRICS}
@@ -93,7 +94,7 @@ def _run(options: Options, other: Mapping | None, how: statistics.Bootstrap, con
     return 1 if found["failed"] or found["without_prediction"] else 0
 
 
-def _score_cases(options: Options, console: Console) -> dict[str, object]:
+def _score_cases(options: EvaluateOptions, console: Console) -> dict[str, Any]:
     """Scores of every case, and which cases have none."""
     labels, predictions = label_maps.find(options.labels), label_maps.find(options.predictions)
     pairs = label_maps.pair(predictions, labels)
@@ -102,7 +103,8 @@ def _score_cases(options: Options, console: Console) -> dict[str, object]:
             f"no prediction in {options.predictions} belongs to a label in {options.labels}: "
             f"{_examples(predictions)} against {_examples(labels)}"
         )
-    classes = options.classes or _values_of([labels[name] for name in pairs], options.largest)
+    given = by_name(options.classes or {})
+    classes = given or _values_of([labels[name] for name in pairs], options.largest)
     scored: dict[str, dict[str, Score]] = {}
     failed: dict[str, str] = {}
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
@@ -122,14 +124,14 @@ def _score_cases(options: Options, console: Console) -> dict[str, object]:
         for name in classes
         if not any(score[name].label_ml or score[name].prediction_ml for score in scored.values())
     ]
-    if options.classes and len(absent) == len(classes):
+    if given and len(absent) == len(classes):
         raise ValueError(
             f"classes is {classes}, and no label and no prediction has any of these values; accepted are values that "
             "some have"
         )
     used = set(pairs.values())
     return {
-        "classes": {name: list(values) for name, values in classes.items()},
+        "classes": classes,
         "absent": absent,
         "scores": scored,
         "files": {name: {"prediction": str(pairs[name]), "label": str(labels[name])} for name in scored},
@@ -184,7 +186,9 @@ def _read_other(path: Path) -> dict[str, object]:
     return other
 
 
-def _compare(results: Mapping, other: Mapping, options: Options, how: statistics.Bootstrap) -> dict[str, object]:
+def _compare(
+    results: Mapping, other: Mapping, options: EvaluateOptions, how: statistics.Bootstrap
+) -> dict[str, object]:
     """Differences of the scores that both runs have.
 
     Raises:

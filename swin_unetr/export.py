@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich import box
@@ -23,14 +23,15 @@ from .exporting.formats import TOLERANCE, CheckFailed, Format, Inputs, check
 from .exporting.weights import Safetensors
 from .files import naming
 from .names import say
-from .trained import Trained
+from .segmenter import Segmenter
 
 TEMPORARY = ".export-"
-FORMATS = ("pt2", "onnx", "torchscript", "safetensors", "bundle")
+FormatName = Literal["pt2", "onnx", "torchscript", "safetensors", "bundle"]
+FORMATS: tuple[FormatName, ...] = get_args(FormatName)
 
 
 @dataclass
-class Options:
+class ExportOptions:
     """Write a trained network for other runtimes.
 
     Writes into `out` what `formats` names, and export.json: SHA-256 of every file, versions, and the error. Each file
@@ -51,7 +52,7 @@ class Options:
 
     checkpoint: Path
     out: Path
-    formats: tuple[Literal["pt2", "onnx", "torchscript", "safetensors", "bundle"], ...] = FORMATS
+    formats: tuple[FormatName, ...] = FORMATS
     shape: tuple[int, ...] | None = None
     batch: int | None = None
     opset: int = 20
@@ -68,7 +69,7 @@ class Options:
             raise ValueError(f"opset is {self.opset}; accepted is a number ≥ 18")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: ExportOptions, console: Console | None = None) -> int:
     """Export; returns the exit status: 0, or 1 if a format could not be written or does not agree with the network.
 
     Raises:
@@ -78,9 +79,9 @@ def run(options: Options, console: Console | None = None) -> int:
     """
     console = console or Console()
     lock.check(options.out)
-    trained = Trained.read(options.checkpoint)
-    inputs = Inputs(trained.architecture.in_channels, _shape(options, trained), options.batch)
-    formats = _formats(options, trained, inputs)
+    segmenter = Segmenter.read(options.checkpoint)
+    inputs = Inputs(segmenter.description.architecture.in_channels, _shape(options, segmenter), options.batch)
+    formats = _formats(options, segmenter, inputs)
     _check_packages(formats)
     with lock.owned(options.out, "export"):
         _check_in_the_way(formats, options)
@@ -88,34 +89,33 @@ def run(options: Options, console: Console | None = None) -> int:
         for left in options.out.glob(f"{TEMPORARY}*"):  # by an export that was killed
             if not (left / "old").exists():  # what was there before, moved out of the way of the new
                 shutil.rmtree(left)
-        failed = _export_all(formats, trained, inputs, exported, options, console)
+        failed = _export_all(formats, segmenter, inputs, exported, options, console)
     _show(formats, exported, failed, options.out, console)
     return 1 if failed else 0
 
 
 def _export_all(
     formats: Mapping[str, Format],
-    trained: Trained,
+    segmenter: Segmenter,
     inputs: Inputs,
     exported: dict[str, Any],
-    options: Options,
+    options: ExportOptions,
     console: Console,
 ) -> dict[str, str]:
     """Write `formats`, and add them to the record `exported`; why others failed, by name."""
     source = {
-        "checkpoint": {"name": options.checkpoint.name, "sha256": record.sha256(options.checkpoint)},
-        "averaged weights": trained.averaged,
-        **trained.description,
+        "checkpoint": {"name": options.checkpoint.name, "sha256": segmenter.sha256},
+        "averaged weights": segmenter.averaged,
+        **segmenter.description.plain(),
     }
     images = inputs.checks()
     with torch.no_grad():
-        network = trained.network()
-        expected = [network(image) for image in images]
+        expected = [segmenter.network(image) for image in images]
     failed: dict[str, str] = {}
     for name, form in formats.items():
         with console.status(f"exporting {name}"):
             try:
-                result = _export(form, trained, images, expected, options.out)
+                result = _export(form, segmenter, images, expected, options.out)
                 record.write(options.out, exported | {name: {**result, "network": source}})
             # Exporters and runtimes raise what they like; the other formats can go on.
             except Exception as error:
@@ -125,25 +125,25 @@ def _export_all(
     return failed
 
 
-def _shape(options: Options, trained: Trained) -> tuple[int, ...]:
+def _shape(options: ExportOptions, segmenter: Segmenter) -> tuple[int, ...]:
     """Extents of the images that the files take."""
-    dims = trained.architecture.spatial_dims
-    shape = trained.roi if options.shape is None else tuple(options.shape)
+    dims = segmenter.description.architecture.spatial_dims
+    shape = segmenter.description.roi if options.shape is None else tuple(options.shape)
     if len(shape) != dims or any(extent < 32 or extent % 32 for extent in shape) or max(shape) == 32:
         raise ValueError(f"shape is {shape}; accepted are {dims} multiples of 32, at least one of them 64 or more")
     return shape
 
 
-def _formats(options: Options, trained: Trained, inputs: Inputs) -> dict[str, Format]:
+def _formats(options: ExportOptions, segmenter: Segmenter, inputs: Inputs) -> dict[str, Format]:
     """What `options.formats` names, in the order of `FORMATS`."""
-    if "bundle" in options.formats and trained.architecture.spatial_dims != 3:
+    if "bundle" in options.formats and segmenter.description.architecture.spatial_dims != 3:
         raise ValueError("formats has bundle, and the network is one for images in 2D; accepted are networks in 3D")
     known: dict[str, Format] = {
         "pt2": graphs.Program(inputs, options.portable),
         "onnx": graphs.Onnx(inputs, options.opset),
         "torchscript": graphs.TorchScript(inputs),
         "safetensors": Safetensors(),
-        "bundle": Bundle(options.bundle, portable=trained.architecture.downsample != "merging_legacy"),
+        "bundle": Bundle(options.bundle, portable=segmenter.description.architecture.downsample != "merging_legacy"),
     }
     return {name: known[name] for name in FORMATS if name in options.formats}
 
@@ -158,21 +158,21 @@ def _check_packages(formats: Mapping[str, Format]) -> None:
             )
 
 
-def _check_in_the_way(formats: Mapping[str, Format], options: Options) -> None:
+def _check_in_the_way(formats: Mapping[str, Format], options: ExportOptions) -> None:
     there = [form.output for form in formats.values() if os.path.lexists(options.out / form.output)]
     if there and not options.overwrite:
         raise ValueError(f"out: {options.out} has {', '.join(there)}; accepted is another folder, or overwrite: true")
 
 
 def _export(
-    form: Format, trained: Trained, images: list[torch.Tensor], expected: list[torch.Tensor], out: Path
+    form: Format, segmenter: Segmenter, images: list[torch.Tensor], expected: list[torch.Tensor], out: Path
 ) -> dict[str, Any]:
     """Write a format and check it; what is in `out` changes only if it passes."""
     with tempfile.TemporaryDirectory(dir=out, prefix=TEMPORARY) as folder:
         new, old = Path(folder) / "new", Path(folder) / "old"
         new.mkdir()
         with naming(out / form.output):
-            form.write(trained, new)
+            form.write(segmenter, new)
         error = check(form.load(new), images, expected)
         written = record.files(new)
         if os.path.lexists(out / form.output):

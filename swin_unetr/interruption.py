@@ -105,7 +105,7 @@ class Interruption:
         return self.asked is not None and time.monotonic() - self._since >= PATIENCE
 
     def _break(self) -> None:
-        if self._breaks():
+        if self.asked is not None and self._breaks():
             raise Interrupted(self.asked)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from . import lazily
 
-torch = lazily.Module("torch")
+if lazily.MYPY:
+    import torch
+else:
+    torch = lazily.Module("torch")
+HOLDS_ABOVE = 0.5
+"""The probability above which an overlapping class holds: that of the logit 0."""
 
 
 def by_name(classes: Mapping[str, Sequence[int] | int]) -> dict[str, list[int]]:
@@ -38,13 +43,18 @@ class Labels:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", by_name(self.classes))
-        values = [value for group in self.classes.values() for value in group]
-        if not self.classes or not all(self.classes.values()) or any(not 0 < value < 256 for value in values):
+        values = [value for group in self.groups.values() for value in group]
+        if not self.classes or not all(self.groups.values()) or any(not 0 < value < 256 for value in values):
             raise ValueError(f"classes is {dict(self.classes)}; accepted is one value from 1 to 255 or more a class")
         if not self.overlapping and len(set(values)) < len(values):
             raise ValueError(f"classes is {dict(self.classes)}; a value of two classes needs overlapping: true")
         if self.overlapping:
             self.written()
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """Label values by class name, as a list each."""
+        return by_name(self.classes)
 
     @property
     def channels(self) -> int:
@@ -67,8 +77,8 @@ class Labels:
             ``(B, classes, *S)``.
         """
         masks = [
-            torch.isin(label, torch.tensor(list(values), dtype=label.dtype, device=label.device))
-            for values in self.classes.values()
+            torch.isin(label, torch.tensor(values, dtype=label.dtype, device=label.device))
+            for values in self.groups.values()
         ]  # each (B, 1, *S)
         if self.overlapping:
             return torch.cat(masks, dim=1).float()  # (B, classes, *S)
@@ -79,15 +89,23 @@ class Labels:
 
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
         """The channels that hold, of ``logits (B, channels, *S)``: as `target` gives them."""
+        return self._decide(logits, 0.0)
+
+    def decide_by_probabilities(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """As `decide`, of what `probabilities` makes of logits."""
+        return self._decide(probabilities, HOLDS_ABOVE)
+
+    def _decide(self, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+        """The one rule: of overlapping classes each above `threshold`, of others the highest."""
         # On a CPU `argmax` takes four times as long as `max`.
-        return (logits > 0).float() if self.overlapping else logits.max(dim=1, keepdim=True).indices
+        return (scores > threshold).float() if self.overlapping else scores.max(dim=1, keepdim=True).indices
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Of each channel, in float32: ``(B, channels, *S)``."""
         return logits.float().sigmoid() if self.overlapping else logits.float().softmax(dim=1)
 
     def label_map(self, decided: torch.Tensor) -> torch.Tensor:
-        """Label values uint8 ``(B, 1, *S)`` of what `decide` gave; where classes overlap, the innermost one's."""
+        """Label values uint8 ``(B, 1, *S)`` of what was decided; where classes overlap, the innermost one's."""
         if not self.overlapping:
             return torch.tensor([0, *self.written()], dtype=torch.uint8, device=decided.device)[decided]
         label = torch.zeros_like(decided[:, :1], dtype=torch.uint8)
@@ -101,7 +119,7 @@ class Labels:
         Raises:
             ValueError: a class has none, so that a label map could not tell it from the classes inside of it.
         """
-        groups = list(self.classes.items())
+        groups = list(self.groups.items())
         chosen = []
         for place, (name, values) in enumerate(groups):
             inner = {value for _, later in groups[place + 1 :] for value in later}

@@ -1,12 +1,17 @@
 """What takes seconds to import, imported by its first use: a command's options and their help should not wait for it.
 
-Blocks under ``typing.TYPE_CHECKING`` would not do: the parser of options runs them to know the types.
+Blocks under ``typing.TYPE_CHECKING`` would not do: the parser of options runs them to know the types. Those under
+`MYPY`, which only mypy takes for true, tell the type checker what a `Module` stands for.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+MYPY = False
 
 
 class Module:
@@ -15,17 +20,18 @@ class Module:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __getattr__(self, attribute: str) -> object:
+    def __getattr__(self, attribute: str) -> Any:
         # What looks at every name of a module to know its kind, as a parser does, is no use of this one.
         if attribute.startswith("_"):
             raise AttributeError(f"{self._name} is not imported yet; it has no {attribute}")
         return getattr(importlib.import_module(self._name), attribute)
 
 
-def load(*modules: Module) -> None:
+def load(*modules: Module | ModuleType) -> None:
     """Import what `modules` stand for, now."""
     for module in modules:
-        importlib.import_module(module._name)
+        if isinstance(module, Module):
+            importlib.import_module(module._name)
 
 
 def names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:

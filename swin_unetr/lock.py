@@ -43,7 +43,7 @@ def check(out: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise Unusable(out, error.strerror) from error
+            raise Unusable(out, error.strerror or str(error)) from error
         break
     if not os.path.isdir(there):
         raise Unusable(out, f"{there} is no folder")

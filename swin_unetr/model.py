@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -99,11 +100,11 @@ class SwinTransformer(modules.SwinTransformer):
                     f"For {spatial_dims}D Hyena, embed_dim * 2^layer must be divisible by {divisor}. "
                     f"At layer {i}, dim={dims[i]} is not."
                 )
-        if isinstance(downsample, str):
-            downsample = look_up_option(downsample, modules.MERGING_MODES)
+        merging = look_up_option(downsample, modules.MERGING_MODES) if isinstance(downsample, str) else downsample
 
         # Parts are built in upstream's order: a seed then gives upstream's parameters.
-        patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm_layer if patch_norm else None, spatial_dims)
+        norm = cast(type[nn.LayerNorm], norm_layer if patch_norm else None)  # MONAI's annotation leaves out None
+        patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, norm, spatial_dims)
         drop_path = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         stages, residual_blocks = [], []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -120,7 +121,7 @@ class SwinTransformer(modules.SwinTransformer):
                     drop=drop_rate,
                     attn_drop=attn_drop_rate,
                     norm_layer=norm_layer,
-                    downsample=downsample,
+                    downsample=merging,
                     use_checkpoint=use_checkpoint,
                 )
             )
@@ -133,7 +134,7 @@ class SwinTransformer(modules.SwinTransformer):
         self.num_features = dims[-1]
 
 
-def _hyena_stage(**options: object) -> nn.Module:
+def _hyena_stage(**options: Any) -> nn.Module:
     """A stage of MONAI's HyenaTransformerBlocks."""
     try:
         from monai.networks.blocks import hyena  # noqa: F401
@@ -165,7 +166,7 @@ class SwinUNETR(nn.Module):
         patch_norm: bool = False,
         use_checkpoint: bool = False,
         spatial_dims: int = 3,
-        downsample: str | nn.Module = "merging",
+        downsample: str | type[nn.Module] = "merging",
         use_v2: bool = False,
         use_hyena: bool = False,
         hyena_stages: Sequence[bool] | None = None,
@@ -299,12 +300,12 @@ class SwinUNETR(nn.Module):
                 value.copy_(source[f"{root}.{name}"])
 
         with torch.no_grad():
-            copy(self.swinViT.patch_embed.proj, "module.patch_embed.proj")
+            copy(self.swinViT.get_submodule("patch_embed.proj"), "module.patch_embed.proj")
             for layer in ("layers1", "layers2", "layers3", "layers4"):
                 stage = getattr(self.swinViT, layer)[0]
                 if isinstance(stage, modules.BasicLayer):
                     for name, block in stage.blocks.named_children():
-                        block.load_from(weights, n_block=name, layer=layer)
+                        cast(modules.SwinTransformerBlock, block).load_from(weights, n_block=name, layer=layer)
                 else:
                     warnings.warn(
                         f"load_from: {layer} has Hyena blocks, for which there are no weights; "

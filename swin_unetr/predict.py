@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,7 @@ PIECE = 16
 
 
 @dataclass
-class Options:
+class PredictOptions:
     """Segment images.
 
     Writes into `out` a label map of each image in the image's own geometry (of DICOM a NIfTI file), volumes.csv,
@@ -91,7 +91,7 @@ class Options:
             raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: PredictOptions, console: Console | None = None) -> int:
     """Predict; returns the exit status: 0, 1 if a case could not be segmented, that of `interruption` after a signal.
 
     Raises:
@@ -105,7 +105,7 @@ def run(options: Options, console: Console | None = None) -> int:
         return _run(options, device, console or Console())
 
 
-def _run(options: Options, device: torch.device, console: Console) -> int:
+def _run(options: PredictOptions, device: torch.device, console: Console) -> int:
     distributed.first(lambda: lock.check(options.out))
     left_out: list[tuple[Path, str]] = []
     sources = imaging.find(
@@ -144,7 +144,7 @@ def _once(paths: Sequence[Path], tell: Callable[[str], None]) -> list[Path]:
 
 
 def _prepare(
-    options: Options, sources: Sequence[imaging.Source], outputs: Collection[Path], until_written: ExitStack
+    options: PredictOptions, sources: Sequence[imaging.Source], outputs: Collection[Path], until_written: ExitStack
 ) -> None:
     """Own the folder of the results by a context of `until_written`; they take the place of no image and, unasked, of
     no earlier result."""
@@ -167,12 +167,12 @@ def _cases(
     sources: Sequence[imaging.Source],
     outputs: Mapping[str, Path],
     ensemble: Ensemble,
-    options: Options,
+    options: PredictOptions,
     device: torch.device,
     console: Console,
-) -> tuple[list[report.Case], dict[str, str], list[int]]:
+) -> tuple[list[report.SegmentedCase], dict[str, str], list[int]]:
     """Segment `sources`; what is done and why the others failed, by all ranks, and the signals that came meanwhile."""
-    done: list[report.Case] = []
+    done: list[report.SegmentedCase] = []
     failed: dict[str, str] = {}
     signals: list[int] = []
     mine = distributed.share(sources)
@@ -200,7 +200,9 @@ def _cases(
     return done, failed, [number for *_, of_rank in everywhere for number in of_rank]
 
 
-def _case(source, output: Path, ensemble: Ensemble, options: Options, device: torch.device) -> report.Case:
+def _case(
+    source, output: Path, ensemble: Ensemble, options: PredictOptions, device: torch.device
+) -> report.SegmentedCase:
     started = time.perf_counter()
     volume = source.read()
     notes = [*source.notes, *volume.notes]
@@ -216,7 +218,7 @@ def _case(source, output: Path, ensemble: Ensemble, options: Options, device: to
         _write_map(found.entropy, volume, options.out / ENTROPY / output.name)
     # Last: a case that fails leaves the label map that was there.
     _write_map(found.labels, volume, output)
-    return report.Case(
+    return report.SegmentedCase(
         name=source.name,
         source=str(source.path),
         output=output.name,
@@ -291,7 +293,8 @@ def segment(
             raise ValueError("the network's output for this image is not finite (NaN or infinite)")
         pieces = zip(*(of_one[0, :, rows, inside[1], inside[2]].split(PIECE, dim=1) for of_one in logits), strict=True)
         for number, piece in enumerate(pieces):  # each (channels, up to PIECE, *grid[1:]) of every network
-            probabilities = sum(ensemble.labels.probabilities(of_one[None])[0] for of_one in piece) / len(networks)
+            each = (ensemble.labels.probabilities(of_one[None])[0] for of_one in piece)
+            probabilities = reduce(torch.add, each) / len(networks)
             if axes is None:
                 whole.append(probabilities)
             else:
@@ -307,7 +310,9 @@ def _is_finite(logits: torch.Tensor) -> bool:
     return all(math.isfinite(end) for end in torch.aminmax(logits))
 
 
-def _write(done, failed, left_out, ensemble: Ensemble, options: Options, device: torch.device) -> tuple[str, ...]:
+def _write(
+    done, failed, left_out, ensemble: Ensemble, options: PredictOptions, device: torch.device
+) -> tuple[str, ...]:
     """Write tables and report, and return their names; of a run that did nothing, they replace no earlier ones."""
     if not done and any((options.out / name).exists() for name in WRITTEN):
         return ()
@@ -330,7 +335,7 @@ def _write(done, failed, left_out, ensemble: Ensemble, options: Options, device:
 
 
 def _show(
-    done: Sequence[report.Case], failed: dict[str, str], left_out: Sequence[tuple[Path, str]], console: Console
+    done: Sequence[report.SegmentedCase], failed: dict[str, str], left_out: Sequence[tuple[Path, str]], console: Console
 ) -> None:
     tell = partial(say, console)
     for case in done:

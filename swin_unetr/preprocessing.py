@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from . import lazily
 from .files import GIB
 
-np = lazily.Module("numpy")
-torch = lazily.Module("torch")
-data = lazily.Module("monai.data")
-transforms = lazily.Module("monai.transforms")
+if lazily.MYPY:
+    import torch
+    from monai import data, transforms
+else:
+    torch = lazily.Module("torch")
+    data = lazily.Module("monai.data")
+    transforms = lazily.Module("monai.transforms")
 
 FINEST, COARSEST = 1e-4, 1e3
 """Extents of a voxel in mm, from microscopy to beyond any scanner."""
@@ -57,9 +60,9 @@ class Preprocessing:
         if self.intensity not in ("window", "zscore"):
             raise ValueError(f"intensity is {self.intensity!r}; accepted are 'window' and 'zscore'")
 
-    def geometry(self, keys: Sequence[str]) -> list[transforms.Transform]:
+    def geometry(self, keys: Sequence[str]) -> list[transforms.Orientationd | transforms.Spacingd]:
         """Orientation and spacing of ``(C, *S)`` MetaTensors: ``image`` linearly, every other key by nearest voxel."""
-        steps: list[transforms.Transform] = []
+        steps: list[transforms.Orientationd | transforms.Spacingd] = []
         if self.orientation is not None:
             steps.append(transforms.Orientationd(keys, axcodes=self.orientation, labels=None))
         if self.spacing is not None:
@@ -77,7 +80,7 @@ class Preprocessing:
                 f"{COARSEST:g} mm"
             )
         outline = data.MetaTensor(torch.zeros(()).expand(image.shape), affine=image.affine)  # of no memory
-        item = {"image": outline}
+        item: dict[Hashable, Any] = {"image": outline}
         for step in self.geometry(("image",)):
             before = item["image"].peek_pending_affine(), tuple(item["image"].peek_pending_shape())
             item = step(item, lazy=True)

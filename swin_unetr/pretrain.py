@@ -16,15 +16,20 @@ from .preprocessing import Preprocessing
 from .pretraining.options import Tasks
 from .training.options import Optimization, Schedule, check_run
 
-datasets = lazily.Module("swin_unetr.datasets")
-self_supervision = lazily.Module("swin_unetr.pretraining.self_supervision")
-session = lazily.Module("swin_unetr.training.session")
+if lazily.MYPY:
+    from . import datasets
+    from .pretraining import self_supervision
+    from .training import session
+else:
+    datasets = lazily.Module("swin_unetr.datasets")
+    self_supervision = lazily.Module("swin_unetr.pretraining.self_supervision")
+    session = lazily.Module("swin_unetr.training.session")
 MOST = 65536
 """Beyond it no machine has the memory."""
 
 
 @dataclass
-class Options:
+class PretrainOptions:
     """Train the encoder of a Swin UNETR to tell rotations, to recognise a crop's other view, and to fill cutouts.
 
     Writes into `out`: best.pt (weights that `train --initial` starts from), checkpoints/ (to go on from), config.yaml,
@@ -78,7 +83,7 @@ class Options:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted is a number ≥ 1, up to {MOST}")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: PretrainOptions, console: Console | None = None) -> int:
     """Pretrain; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
     interrupted, 130 interrupted from the keyboard; then all is saved.
 

@@ -16,13 +16,17 @@ from .labels import Labels
 from .preprocessing import Preprocessing
 from .training.options import Loss, Optimization, Schedule, Validation, check_run
 
-datasets = lazily.Module("swin_unetr.datasets")
-segmentation = lazily.Module("swin_unetr.training.segmentation")
-session = lazily.Module("swin_unetr.training.session")
+if lazily.MYPY:
+    from . import datasets
+    from .training import segmentation, session
+else:
+    datasets = lazily.Module("swin_unetr.datasets")
+    segmentation = lazily.Module("swin_unetr.training.segmentation")
+    session = lazily.Module("swin_unetr.training.session")
 
 
 @dataclass
-class Options:
+class TrainOptions:
     """Train a segmentation network.
 
     Writes into `out`: best.pt (weights for prediction), checkpoints/ (to go on from), config.yaml, log.jsonl and
@@ -78,7 +82,7 @@ class Options:
             )
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: TrainOptions, console: Console | None = None) -> int:
     """Train; returns the exit status: 0 done, 1 if loss or gradient were not finite or a rank was lost, 75
     interrupted, 130 interrupted from the keyboard; then all is saved.
 

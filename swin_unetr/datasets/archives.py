@@ -6,6 +6,7 @@ import bz2
 import errno
 import fcntl
 import gzip
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from ..files import GIB
 
@@ -181,7 +182,7 @@ class _Bounded:
         left: bytes that may be read yet; None is any number.
     """
 
-    def __init__(self, file: IO[bytes], archive: Path, largest: float, left: int) -> None:
+    def __init__(self, file: io.BufferedIOBase, archive: Path, largest: float, left: int) -> None:
         """
         Args:
             largest: bytes of the whole file, unpacked.
@@ -227,8 +228,9 @@ def _opened(archive: Path, largest: float) -> Iterator[tuple[Iterable[Member], C
             with _unpressed(archive) as stream:
                 headers = MOST_MEMBERS * MOST_OF_A_TAR_HEADER
                 bounded = _Bounded(stream, archive, largest + headers, MOST_OF_A_TAR_HEADER)
-                with tarfile.open(fileobj=bounded, mode="r:") as file:
-                    yield _tar_members(file, bounded), file.extractfile
+                with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r:") as file:  # it reads, seeks and tells
+                    # Of what is no file it would give None.
+                    yield _tar_members(file, bounded), cast(Callable[..., IO[bytes]], file.extractfile)
     except Refused:
         raise
     except OSError as error:
@@ -244,7 +246,7 @@ def _opened(archive: Path, largest: float) -> Iterator[tuple[Iterable[Member], C
         raise Refused(f"{archive}: cannot be unpacked: {says}") from error
 
 
-def _unpressed(archive: Path) -> IO[bytes]:
+def _unpressed(archive: Path) -> io.BufferedIOBase:
     """The tar file in `archive`, by its first bytes."""
     with archive.open("rb") as file:
         head = file.read(3)

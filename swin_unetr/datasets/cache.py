@@ -25,13 +25,13 @@ from rich.progress import Progress
 
 from .. import files
 from ..foreign import origin, reason
-from .datalist import Case
+from .datalist import CaseFiles
 from .images import BadCase
 
 FORMAT = "swin-unetr cached case 1"
 
 
-def kept(cases: Sequence[Case], transform: Compose, where: str, folder: Path | None, recipe: Any) -> Dataset:
+def kept(cases: Sequence[CaseFiles], transform: Compose, where: str, folder: Path | None, recipe: Any) -> Dataset:
     """`cases` after `transform`, a deterministic one, kept in memory, on disk or not at all.
 
     Args:
@@ -41,6 +41,7 @@ def kept(cases: Sequence[Case], transform: Compose, where: str, folder: Path | N
     if where == "memory":
         return CacheDataset(cases, transform, progress=False, runtime_cache=True)
     if where == "disk":
+        assert folder is not None  # options with cache "disk" have one
         return OnDisk(cases, transform, folder, recipe)
     return Dataset(cases, transform)
 
@@ -52,20 +53,21 @@ class OnDisk(PersistentDataset):
     file, and a file that is truncated is written again.
     """
 
-    def __init__(self, cases: Sequence[Case], transform: Compose, folder: Path, recipe: Any) -> None:
+    def __init__(self, cases: Sequence[CaseFiles], transform: Compose, folder: Path, recipe: Any) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise NotKept(folder, error) from error
+        self.folder = folder
         self.recipe = json.dumps([FORMAT, monai.__version__, recipe], sort_keys=True, default=str)
         super().__init__(cases, transform, folder, hash_func=self.identity, weights_only=True)
 
-    def identity(self, case: Case) -> bytes:
+    def identity(self, case: CaseFiles) -> bytes:
         state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in case.files]
         return hashlib.sha256(json.dumps([state, self.recipe]).encode()).hexdigest().encode()
 
-    def _cachecheck(self, case: Case) -> Any:
-        path = self.cache_dir / f"{self.identity(case).decode()}.pt"
+    def _cachecheck(self, case: CaseFiles) -> Any:
+        path = self.folder / f"{self.identity(case).decode()}.pt"
         # Of a run of earlier versions that was killed while it copied the file into place.
         if path.is_file() and not zipfile.is_zipfile(path):
             warnings.warn(f"{path}: is no whole cache file; the case is preprocessed again", stacklevel=2)
@@ -78,7 +80,7 @@ class OnDisk(PersistentDataset):
             with files.replacing(path) as file:
                 torch.save(convert_to_tensor(item, convert_numeric=False, track_meta=self.track_meta), file)
         except OSError as error:
-            raise NotKept(self.cache_dir, error) from error
+            raise NotKept(self.folder, error) from error
         return item
 
 
@@ -108,7 +110,7 @@ class Rolling(SmartCacheDataset):
     """
 
     def __init__(
-        self, cases: Sequence[Case], transform: Compose, size: int, rate: float, epoch: int, threads: int
+        self, cases: Sequence[CaseFiles], transform: Compose, size: int, rate: float, epoch: int, threads: int
     ) -> None:
         first = epoch * min(math.ceil(size * rate), len(cases) - size) % len(cases)
         with warnings.catch_warnings():
@@ -163,12 +165,12 @@ def visit(dataset: Dataset, index: int) -> Any:
     return item
 
 
-def _bad(error: Exception, case: Case) -> BadCase:
+def _bad(error: Exception, case: CaseFiles) -> BadCase:
     """What is behind `error`, which MONAI's transforms wrap, and whose case it is."""
-    error = origin(error)
-    if isinstance(error, NotKept):
-        return error
-    says = str(error).strip() or type(error).__name__
+    why = origin(error)
+    if isinstance(why, NotKept):
+        return why
+    says = str(why).strip() or type(why).__name__
     if any(str(file) in says for file in case.files):
         return BadCase(says)
     return BadCase(f"{case.images[0]}: case {case.name!r} cannot be used: {says}")

@@ -12,15 +12,15 @@ from typing import Any
 
 from monai.data.utils import partition_dataset
 
-from ..evaluation.label_maps import case_name
 from ..foreign import BadFile, irregular, reading
+from ..imaging.suffixes import NIFTI, case_name
 from ..names import some
 from .options import Data
 
 
 @dataclass(frozen=True)
-class Case:
-    """One case on disk.
+class CaseFiles:
+    """Where the files of a case are.
 
     Attributes:
         name: as the datalist gives it, or that of its file.
@@ -39,7 +39,7 @@ class Case:
         return self.images if self.label is None else (*self.images, self.label)
 
 
-def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[Case], list[Case]]:
+def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[CaseFiles], list[CaseFiles]]:
     """Cases to train on and cases to validate on, each by name.
 
     Args:
@@ -54,7 +54,7 @@ def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[
     _check_channels(content, channels, data.datalist)
     root = (data.root or data.datalist.parent).resolve()
     inside = (root, *(folder.resolve() for folder in data.trusted))
-    cases: list[Case] = []
+    cases: list[CaseFiles] = []
     for section in data.sections:
         if section not in content:
             raise ValueError(f"{data.datalist}: has no list {section!r}; it has {', '.join(_lists(content)) or 'none'}")
@@ -99,7 +99,7 @@ def _check_channels(content: Mapping[str, Any], channels: int | None, datalist: 
 
 def _cases(
     content: Mapping[str, Any], section: str, datalist: Path, root: Path, inside: Sequence[Path], labelled: bool
-) -> list[Case]:
+) -> list[CaseFiles]:
     entries = content[section]
     if not isinstance(entries, list):
         raise ValueError(f"{datalist}: {section} is a {type(entries).__name__}; accepted is a list of cases")
@@ -118,11 +118,11 @@ def _cases(
         if fold is not None and (not isinstance(fold, int) or isinstance(fold, bool)):
             raise ValueError(f"{where}: fold is {fold!r}; accepted is a whole number")
         for file in (*images, *([label] if label else ())):
-            if not file.endswith((".nii", ".nii.gz")):  # the file that a link leads to may have any name
+            if not file.endswith(NIFTI):  # the file that a link leads to may have any name
                 raise ValueError(f"{where}: {file!r} is listed; accepted are NIfTI files, .nii or .nii.gz")
         files = tuple(_place(file, where, root, inside) for file in images)
         name = fields.get("name") or _name([root / file for file in images])
-        cases.append(Case(str(name), files, _place(label, where, root, inside) if label else None, fold))
+        cases.append(CaseFiles(str(name), files, _place(label, where, root, inside) if label else None, fold))
     return cases
 
 
@@ -148,14 +148,14 @@ def _name(images: Sequence[Path]) -> str:
     return "".join(letters[0] for letters in common).rstrip("_-. ") or images[0].parent.name
 
 
-def _check_files(cases: Iterable[Case], datalist: Path) -> None:
+def _check_files(cases: Iterable[CaseFiles], datalist: Path) -> None:
     reasons = {file: irregular(file) for case in cases for file in case.files}
     missing = [f"{file} ({why})" for file, why in reasons.items() if why is not None]
     if missing:
         raise ValueError(f"{datalist}: lists files that are missing: {some(missing)}")
 
 
-def _check_distinct(cases: Sequence[Case], held_out: Sequence[Case], datalist: Path) -> None:
+def _check_distinct(cases: Sequence[CaseFiles], held_out: Sequence[CaseFiles], datalist: Path) -> None:
     """A case listed twice would count twice; one in training and validation would make the scores worthless.
 
     What labels an image is never an image of the list itself; of two images, as of two sequences, it may be one file.
@@ -185,7 +185,7 @@ def _check_distinct(cases: Sequence[Case], held_out: Sequence[Case], datalist: P
                 )
 
 
-def _split(cases: Sequence[Case], data: Data) -> tuple[list[Case], list[Case]]:
+def _split(cases: Sequence[CaseFiles], data: Data) -> tuple[list[CaseFiles], list[CaseFiles]]:
     """Cases of all other folds, and of the fold that validates."""
     chosen = data.fold or 0
     listed = [case for case in cases if case.fold is not None]
@@ -195,7 +195,7 @@ def _split(cases: Sequence[Case], data: Data) -> tuple[list[Case], list[Case]]:
             raise ValueError(
                 f"{data.datalist}: case {without.name!r} has no fold, others have; accepted is all or none"
             )
-        known = sorted({case.fold for case in listed})
+        known = sorted({case.fold for case in listed if case.fold is not None})
         if chosen not in known or len(known) < 2:
             raise ValueError(
                 f"fold is {chosen}; {data.datalist} has folds {known}, and one of two or more can validate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -17,10 +17,10 @@ from ..labels import Labels
 from ..names import say
 from ..preprocessing import Preprocessing
 from . import archives, cache, datalist, transforms
-from .datalist import Case
+from .datalist import CaseFiles
 from .images import BadCase, ReadCase
 from .options import Data
-from .stream import WINDOW, Draws, Schedule, load, random_state
+from .stream import WINDOW, BatchOrder, Draws, load, random_state
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Dataset:
     def __init__(
         self,
         data: Data,
-        cases: tuple[list[Case], list[Case]],
+        cases: tuple[list[CaseFiles], list[CaseFiles]],
         read: ReadCase,
         preprocessing: Preprocessing,
         roi: Sequence[int],
@@ -59,7 +59,7 @@ class Dataset:
         self._data = data
         self._seed = seed
         training, held_out = cases
-        labelled = () if labels is None else {value for values in labels.classes.values() for value in values}
+        labelled = () if labels is None else set(itertools.chain(*labels.groups.values()))
         self._draw = transforms.draw(data, roi, labels is not None)
         self._prepare = transforms.for_cropping(read, preprocessing, data, roi, labelled)
         recipe = {"preprocessing": asdict(preprocessing), "values": sorted(read.values or ())}
@@ -73,11 +73,11 @@ class Dataset:
         whole = transforms.for_validation(read, preprocessing)
         self._held_out = cache.kept(held_out, whole, where, data.cache_folder, recipe)
         self.validation = [ValidationCase(case.name, self._loader(place)) for place, case in enumerate(held_out)]
-        self._streams: list[Iterator] = []
+        self._streams: list[Generator[dict[str, torch.Tensor]]] = []
 
     @property
     def batches_per_epoch(self) -> int:
-        return self._schedule().batches_per_epoch
+        return self._order().batches_per_epoch
 
     def stream(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches number `start`, `start` + 1, …: ``{"image": float32 (B, C, *roi), "label": uint8 (B, 1, *roi)}``.
@@ -100,7 +100,7 @@ class Dataset:
 
     def fill(self, console: Console | None) -> None:
         """Preprocess the cases that are kept, on disk each on one rank."""
-        cases = range(len(self._cases))
+        cases: Sequence[int] = range(len(self._cases))
         if self._data.cache == "disk":
             cases = distributed.share(cases)
         error = None
@@ -113,28 +113,28 @@ class Dataset:
         if first is not None:
             raise BadCase(first)
 
-    def _schedule(self) -> Schedule:
+    def _order(self) -> BatchOrder:
         count = len(self._cases)
         if self._data.cache == "smart":
             count = min(count, self._data.smart_cases)
-        return Schedule(count, self._data.batch_size, self._seed, distributed.rank(), distributed.ranks())
+        return BatchOrder(count, self._data.batch_size, self._seed, distributed.rank(), distributed.ranks())
 
-    def _batches(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
-        batches = map(self._schedule().batch, itertools.count(start))
+    def _batches(self, start: int) -> Generator[dict[str, torch.Tensor]]:
+        batches = map(self._order().batch, itertools.count(start))
         draws = Draws(self._training, self._draw, self._seed)
         yield from load(draws, batches, self._data.workers, self._data.prefetch)
 
-    def _windows(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
-        schedule = self._schedule()
-        epoch = start // schedule.batches_per_epoch
+    def _windows(self, start: int) -> Generator[dict[str, torch.Tensor]]:
+        order = self._order()
+        epoch = start // order.batches_per_epoch
         window = cache.Rolling(
-            self._cases, self._prepare, schedule.cases, self._data.smart_replaced, epoch, max(self._data.workers, 1)
+            self._cases, self._prepare, order.cases, self._data.smart_replaced, epoch, max(self._data.workers, 1)
         )
         try:
             window.start()
             while True:
-                end = (epoch + 1) * schedule.batches_per_epoch
-                batches = map(schedule.batch, range(start, end))
+                end = (epoch + 1) * order.batches_per_epoch
+                batches = map(order.batch, range(start, end))
                 draws = Draws(window, self._draw, self._seed)
                 # The workers of an epoch are forked from what this process holds in it.
                 yield from load(draws, batches, self._data.workers, self._data.prefetch)
@@ -147,15 +147,16 @@ class Dataset:
         return lambda: cache.visit(self._held_out, place)
 
 
-def _check_labelled(cases: tuple[list[Case], list[Case]], labels: Labels, data: Data) -> None:
+def _check_labelled(cases: tuple[list[CaseFiles], list[CaseFiles]], labels: Labels, data: Data) -> None:
     """Raise `ValueError` if no case to train on, or none to validate on, has a voxel of a class.
 
     As a rule it reads one label of each; one that cannot be read is for those to report who use it.
     """
-    classes = sorted(set(itertools.chain(*labels.classes.values())))
+    classes = sorted(set(itertools.chain(*labels.groups.values())))
     for group, purpose in zip(cases, ("train", "validate"), strict=True):
         found: set[float] = set()
         for case in group:
+            assert case.label is not None  # the datalist was read for labels
             try:
                 values, _ = read_nifti(case.label, data.largest)
             except BadCase:
@@ -165,7 +166,7 @@ def _check_labelled(cases: tuple[list[Case], list[Case]], labels: Labels, data: 
             found.update(np.unique(values).tolist())
         else:
             if group:
-                names = ", ".join(f"{name} {values}" for name, values in labels.classes.items())
+                names = ", ".join(f"{name} {values}" for name, values in labels.groups.items())
                 held = ", ".join(f"{value:g}" for value in sorted(found)[:10])
                 raise ValueError(
                     f"labels.classes: none of the {len(group)} cases to {purpose} on has a voxel of {names}: their "
@@ -198,12 +199,12 @@ def open_dataset(
     """
     if len(roi) != 3 or any(extent < 1 for extent in roi):
         raise ValueError(f"roi is {tuple(roi)}; accepted are three extents in voxels")
-    classes = set() if labels is None else set(itertools.chain(*labels.classes.values()))
+    classes = set() if labels is None else set(itertools.chain(*labels.groups.values()))
     if classes & set(data.background):
         raise ValueError(f"background is {data.background}; accepted are values of no class")
     values = None if labels is None else {0, *data.background, *classes}
     if archives.is_archive(data.datalist):
-        tell = partial(say, console) if console else str
+        tell = partial(say, console) if console else lambda text: None
         data = replace(data, datalist=distributed.first(partial(archives.datalist_in, data.datalist, tell)))
     cases = datalist.read(data, labels is not None, channels)
     if labels is not None:

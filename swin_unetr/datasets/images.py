@@ -9,17 +9,15 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
-from nibabel.affines import apply_affine, voxel_sizes
 
+from ..imaging.grids import Grid, check_same
 from ..imaging.nifti import BadCase, as_float32, read_nifti
 from ..names import some
-from .datalist import Case
-
-AGREEMENT = 1e-3  # mm; files keep float32 geometry
+from .datalist import CaseFiles
 
 
 class ReadCase(Transform):
-    """`Case` to ``{"image": float32 (C, *S), "label": uint8 (1, *S)}``, MetaTensors on one grid; or without label.
+    """`CaseFiles` to ``{"image": float32 (C, *S), "label": uint8 (1, *S)}``, MetaTensors on one grid, or to the image.
 
     Args:
         values: label values that may occur; None reads no labels.
@@ -36,52 +34,46 @@ class ReadCase(Transform):
         self.channels = channels
         self.largest = largest
 
-    def __call__(self, case: Case) -> dict[str, MetaTensor]:
-        parts, affine = [], None
+    def __call__(self, case: CaseFiles) -> dict[str, MetaTensor]:
+        parts: list[np.ndarray] = []
+        grids: list[Grid] = []
         for path in case.images:
             values, place = read_nifti(path, self.largest)
             values = as_float32(values, path)
             parts.append(np.moveaxis(values, -1, 0) if values.ndim == 4 else values[None])  # (C, X, Y, Z)
-            if affine is None:
-                affine = place
-            _check_same_grid(parts[-1].shape[1:], place, path, parts[0].shape[1:], affine, case.images[0])
+            grids.append(Grid(path, parts[-1].shape[1:], place))
+            check_same(grids[-1], grids[0])
         image = np.concatenate(parts)  # (C, X, Y, Z)
         if self.channels is not None and len(image) != self.channels:
             raise BadCase(f"{case.images[0]}: has {len(image)} channels; the network takes {self.channels}")
-        read = {"image": _tensor(image, affine)}
+        grid = grids[0]
+        read = {"image": _tensor(image, grid.affine)}
         if self.values is not None:
+            assert case.label is not None  # datalists that are read for labels have one for each case
             label, place = read_nifti(case.label, self.largest)
-            _check_same_grid(label.shape, place, case.label, image.shape[1:], affine, case.images[0])
+            check_same(Grid(case.label, label.shape, place), grid)
             # One affine for both, whose own agree up to rounding, keeps them on one grid when they are resampled.
-            read["label"] = _tensor(self._values(label, case.label)[None], affine)  # (1, X, Y, Z)
+            read["label"] = _tensor(_checked(label, case.label, self.values)[None], grid.affine)  # (1, X, Y, Z)
         return read
 
-    def _values(self, label: np.ndarray, path: Path) -> np.ndarray:
-        """`label` as uint8."""
-        with np.errstate(invalid="ignore"):
-            small = label.astype(np.uint8)
-        other = small != label  # no whole numbers from 0 to 255
-        # Scalars of NumPy say what they are in full: of a float32 just below 2, 1.9999999.
-        strange = list(np.unique(label[other]))
-        whole = small[~other] if strange else small
-        counts = torch.bincount(torch.from_numpy(whole.reshape(-1)), minlength=256)
-        strange += [value for value in counts.nonzero().flatten().tolist() if value not in self.values]
-        if strange:
-            raise BadCase(
-                f"{path}: has label values {some(strange, 5)}; accepted are those of classes and of background, "
-                f"{sorted(self.values)}"
-            )
-        return small
+
+def _checked(label: np.ndarray, path: Path, values: Collection[int]) -> np.ndarray:
+    """`label` as uint8, if it has no other values than `values`."""
+    with np.errstate(invalid="ignore"):
+        small = label.astype(np.uint8)
+    other = small != label  # no whole numbers from 0 to 255
+    # Scalars of NumPy say what they are in full: of a float32 just below 2, 1.9999999.
+    strange = list(np.unique(label[other]))
+    whole = small[~other] if strange else small
+    counts = torch.bincount(torch.from_numpy(whole.reshape(-1)), minlength=256)
+    strange += [value for value in counts.nonzero().flatten().tolist() if value not in values]
+    if strange:
+        raise BadCase(
+            f"{path}: has label values {some(strange, 5)}; accepted are those of classes and of background, "
+            f"{sorted(values)}"
+        )
+    return small
 
 
 def _tensor(values: np.ndarray, affine: np.ndarray) -> MetaTensor:
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(values)), affine=torch.from_numpy(affine))
-
-
-def _check_same_grid(shape, affine, path: Path, reference, reference_affine, reference_path: Path) -> None:
-    if tuple(shape) != tuple(reference):
-        raise BadCase(f"{path}: has {tuple(shape)} voxels, {reference_path} {tuple(reference)}; accepted is one grid")
-    corners = np.array(np.meshgrid(*[(0, extent - 1) for extent in shape])).reshape(3, -1).T  # (8, 3)
-    apart = np.abs(apply_affine(affine, corners) - apply_affine(reference_affine, corners)).max()
-    if apart > max(AGREEMENT, 1e-2 * voxel_sizes(reference_affine).min()):
-        raise BadCase(f"{path}: lies {apart:.3g} mm apart from {reference_path} at a corner; accepted is one grid")

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.data import Dataset
 from monai.transforms import Compose
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
@@ -26,7 +27,7 @@ def random_state(seed: int, purpose: int, number: int = 0) -> np.random.RandomSt
 
 
 @dataclass(frozen=True)
-class Schedule:
+class BatchOrder:
     """Which case each place of each batch holds.
 
     An epoch is one pass over `cases`, in an order of its own; a last batch that is not full begins the order again. The
@@ -65,7 +66,7 @@ class Draws(TorchDataset):
     An error is returned, not raised: across processes an exception loses what it was.
     """
 
-    def __init__(self, cases: TorchDataset, draw: Compose, seed: int) -> None:
+    def __init__(self, cases: Dataset, draw: Compose, seed: int) -> None:
         self.cases = cases
         self.draw = draw
         self.seed = seed

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -38,7 +39,7 @@ FILES = {
 
 
 @dataclass
-class Options:
+class DemoOptions:
     """Pretrain and train a small Swin UNETR on one chest CT, segment another patient's, and time it beside MONAI's.
 
     About 5 minutes on 2 cores. An interrupted demo goes on where it was.
@@ -70,7 +71,7 @@ class Options:
                 raise ValueError(f"{name} is {value}; accepted is a number ≥ 1")
 
 
-def run(options: Options, console: Console | None = None) -> int:
+def run(options: DemoOptions, console: Console | None = None) -> int:
     """Run the demo; returns the exit status: 0, or 1 if a check of the doctor failed.
 
     Raises:
@@ -82,18 +83,18 @@ def run(options: Options, console: Console | None = None) -> int:
     return 0 if results["doctor_passed"] else 1
 
 
-def demonstrate(options: Options, console: Console) -> dict[str, object]:
+def demonstrate(options: DemoOptions, console: Console) -> dict[str, Any]:
     """Run the demo, write `FILES` into its folder and return what ``results.json`` holds."""
     with lock.owned(options.out, "demo"):
         return _demonstrate(options, console)
 
 
-def _demonstrate(options: Options, console: Console) -> dict[str, object]:
+def _demonstrate(options: DemoOptions, console: Console) -> dict[str, Any]:
     with distributed.job(options.device) as device:
         pass  # it can be used
     training = _training(options)
     backend = choose_backend(training.architecture.feature_size, device, options.backend)
-    results: dict[str, object] = {
+    results: dict[str, Any] = {
         "settings": report.settings(training, options.pretraining_steps, device, backend),
     }
     report.heading(console, "Doctor")
@@ -115,7 +116,7 @@ def _demonstrate(options: Options, console: Console) -> dict[str, object]:
         unseen = load_patient(1)
         results |= _segment(training, unseen, options, console)
         report.organ_table(console, results)
-        prediction = np.asarray(nibabel.load(paths["prediction"]).dataobj)
+        prediction = _voxels(paths["prediction"])
         overlay(unseen, prediction, results["dice"], paths["overlay"], "Trained on patient 2, segments patient 1")
 
         report.heading(console, "Beside MONAI")
@@ -155,7 +156,7 @@ def choose_backend(feature_size: int, device: torch.device, forced: str | None =
     return forced
 
 
-def _common(options: Options, out: str) -> list[str]:
+def _common(options: DemoOptions, out: str) -> list[str]:
     device = [] if options.device is None else [f"--device={options.device}"]
     return [
         f"--data.datalist={write_datalist(options.out / 'datalist.json')}",
@@ -168,13 +169,13 @@ def _common(options: Options, out: str) -> list[str]:
     ]
 
 
-def _training(options: Options) -> train.Options:
+def _training(options: DemoOptions) -> train.TrainOptions:
     steps = [] if options.steps is None else [f"--schedule.steps={options.steps}"]
     initial = f"--initial={options.out / 'pretraining' / 'best.pt'}"
-    return cli.parse(train.Options, "train", ["--preset=demo", *_common(options, "training"), initial, *steps])
+    return cli.parse(train.TrainOptions, "train", ["--preset=demo", *_common(options, "training"), initial, *steps])
 
 
-def _pretraining(options: Options) -> pretrain.Options:
+def _pretraining(options: DemoOptions) -> pretrain.PretrainOptions:
     """On the crops of the training, as they are prepared there."""
     of_training = _training(options)
     more = [
@@ -184,7 +185,7 @@ def _pretraining(options: Options) -> pretrain.Options:
         "--optimization.learning_rate=1e-3",
         f"--optimization.precision={of_training.optimization.precision}",
     ]
-    parsed = cli.parse(pretrain.Options, "pretrain", [*_common(options, "pretraining"), *more])
+    parsed = cli.parse(pretrain.PretrainOptions, "pretrain", [*_common(options, "pretraining"), *more])
     parsed.architecture, parsed.preprocessing = of_training.architecture, of_training.preprocessing
     parsed.roi, parsed.data = of_training.roi, of_training.data
     parsed.__post_init__()
@@ -208,9 +209,9 @@ def _summary(out: Path) -> dict[str, float]:
     }
 
 
-def _segment(training: train.Options, unseen: Patient, options: Options, console: Console) -> dict[str, object]:
+def _segment(training: train.TrainOptions, unseen: Patient, options: DemoOptions, console: Console) -> dict[str, Any]:
     """Predict and evaluate; what is known of the result."""
-    asked = predict.Options(
+    asked = predict.PredictOptions(
         checkpoint=[training.out / "best.pt"],
         input=[folder() / "patient1_ct.nii.gz"],
         out=options.out / "prediction",
@@ -222,10 +223,9 @@ def _segment(training: train.Options, unseen: Patient, options: Options, console
     labels = options.out / "labels"
     labels.mkdir(exist_ok=True)
     shutil.copyfile(folder() / "patient1_labels.nii.gz", labels / "patient1_ct.nii.gz")  # by its prediction's name
-    classes = {name: list(values) for name, values in training.labels.classes.items()}
-    judged = evaluate.Options(asked.out, labels, options.out / "evaluation", classes=classes)
+    judged = evaluate.EvaluateOptions(asked.out, labels, options.out / "evaluation", classes={**training.labels.groups})
     _must(evaluate.run(judged, console))
-    found = np.asarray(nibabel.load(asked.out / "patient1_ct.nii.gz").dataobj)
+    found = _voxels(asked.out / "patient1_ct.nii.gz")
     return {
         "labels": LABEL_NOTE,
         "dice": _dice(found, unseen),
@@ -235,7 +235,12 @@ def _segment(training: train.Options, unseen: Patient, options: Options, console
     }
 
 
+def _voxels(path: Path) -> np.ndarray:
+    """What a label map holds ``(X, Y, Z)``."""
+    return np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj)
+
+
 def _dice(found: np.ndarray, patient: Patient) -> dict[str, float]:
     classes: Mapping[str, list[int]] = {name: [value] for value, name in enumerate(CLASSES) if value}
-    judged = scores(found, patient.labels, classes, patient.spacing, tolerance=2.0)
+    judged = scores(found, patient.labels, classes, patient.spacing.tolist(), tolerance=2.0)
     return {name: score.dice for name, score in judged.items()}

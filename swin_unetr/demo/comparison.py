@@ -7,15 +7,16 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
-from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from monai.transforms import ResizeWithPadOrCrop, ScaleIntensityRange
+from monai.utils import convert_to_tensor
 from torch import nn
 
-from .. import train
+from .. import sliding, train
 from .data import Patient
 
 TOLERANCE = 1e-4
@@ -44,7 +45,7 @@ class Timing:
 def compare(
     model: nn.Module,
     patient: Patient,
-    options: train.Options,
+    options: train.TrainOptions,
     rounds: int,
     on_run: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
@@ -59,7 +60,8 @@ def compare(
         on_run: called after each of the `timed_runs(rounds)` runs.
     """
     device = next(model.parameters()).device
-    monai = MonaiSwinUNETR(**asdict(options.architecture)).to(device, memory_format=torch.channels_last_3d)
+    monai = MonaiSwinUNETR(**asdict(options.architecture)).to(device)
+    monai.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # PyTorch's stubs lack memory_format
     monai.load_state_dict(model.state_dict())
     pair = (copy.deepcopy(model), monai)
     low, high = options.preprocessing.window
@@ -68,7 +70,7 @@ def compare(
     label = torch.from_numpy(patient.labels[None]).to(device)
     size = options.data.batch_size * options.data.crops_per_volume
     batch = (
-        ResizeWithPadOrCrop(options.roi)(volume).as_tensor().expand(size, -1, -1, -1, -1).contiguous()
+        convert_to_tensor(ResizeWithPadOrCrop(options.roi)(volume)).expand(size, -1, -1, -1, -1).contiguous()
         for volume in (image, label)
     )
     window, window_label = batch  # (B, 1, *roi)
@@ -76,12 +78,13 @@ def compare(
     prediction_difference = _prediction_difference(pair, window)
     step_difference = _gradient_difference(pair, window, window_label)
     steps = [_Step(m, options.optimization.learning_rate) for m in pair]
-    step = _interleaved([lambda s=s: s(window, window_label) for s in steps], device, rounds, on_run)
+    step = _interleaved([partial(s, window, window_label) for s in steps], device, rounds, on_run)
     overlap = options.validation.overlap
-    prediction = _interleaved(
-        [lambda m=m: _predict(m, image, options.roi, overlap) for m in pair], device, rounds, on_run
-    )
-    return [Timing("training step", *step, step_difference), Timing("prediction", *prediction, prediction_difference)]
+    prediction = _interleaved([partial(_predict, m, image, options.roi, overlap) for m in pair], device, rounds, on_run)
+    return [
+        Timing("training step", step[0], step[1], step_difference),
+        Timing("prediction", prediction[0], prediction[1], prediction_difference),
+    ]
 
 
 class _Step:
@@ -104,7 +107,7 @@ def _loss(model: nn.Module, image: torch.Tensor, label: torch.Tensor) -> torch.T
 @torch.inference_mode()
 def _predict(model: nn.Module, image: torch.Tensor, roi, overlap: float) -> torch.Tensor:
     """Logits ``(1, classes, X, Y, Z)`` of ``image (1, X, Y, Z)``."""
-    return sliding_window_inference(image[None], roi, 4, model.eval(), overlap, mode="gaussian")
+    return sliding.logits_of(image[None], model.eval(), roi, 4, overlap)
 
 
 def timed_runs(rounds: int) -> int:
@@ -132,7 +135,7 @@ def _interleaved(
     work: list[Callable[[], object]], device: torch.device, rounds: int, on_run: Callable[[], None]
 ) -> list[float]:
     """Median seconds of each of `work` over `rounds` rounds."""
-    seconds = [[] for _ in work]
+    seconds: list[list[float]] = [[] for _ in work]
     for r in range(rounds + 1):
         order = range(len(work)) if r % 2 else reversed(range(len(work)))
         for i in order:

@@ -22,7 +22,7 @@ from .comparison import TOLERANCE, Timing
 from .data import LABEL_NOTE
 
 
-def settings(options: train.Options, pretraining_steps: int, device: torch.device, backend: str) -> dict[str, str]:
+def settings(options: train.TrainOptions, pretraining_steps: int, device: torch.device, backend: str) -> dict[str, str]:
     """What a number needs beside the machine's facts: device, backend, sizes, date."""
     architecture, data = options.architecture, options.data
     size = data.batch_size * data.crops_per_volume

@@ -7,17 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from nibabel.affines import voxel_sizes
 
 from ..foreign import listed
+from ..imaging.grids import Grid, check_same
 from ..imaging.itk import read_itk
 from ..imaging.nifti import read_any
-from ..imaging.volume import NIFTI
+from ..imaging.suffixes import LABEL_MAPS, NIFTI, case_name
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".seg.nrrd", ".mha", ".mhd")
-AGREEMENT = 1e-3  # mm; files keep float32 geometry
 LARGEST = 16.0  # GiB
 INT32 = np.iinfo(np.int32)
 MOST_CLASSES = 64
@@ -54,21 +52,15 @@ def find(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder} is no folder")
     found: dict[str, Path] = {}
     for path in listed(folder):
-        if path.name.startswith(".") or not path.name.endswith(SUFFIXES):
+        if path.name.startswith(".") or not path.name.endswith(LABEL_MAPS):
             continue
         name = case_name(path)
         if name in found:
             raise ValueError(f"{found[name]} and {path} are both case {name!r}")
         found[name] = path
     if not found:
-        raise ValueError(f"{folder} has no label maps; accepted are files that end in {', '.join(SUFFIXES)}")
+        raise ValueError(f"{folder} has no label maps; accepted are files that end in {', '.join(LABEL_MAPS)}")
     return found
-
-
-def case_name(path: Path) -> str:
-    """A file's name without its suffix, of two parts where it has one."""
-    suffix = max((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), key=len, default="")
-    return path.name.removesuffix(suffix)
 
 
 def pair(predictions: Mapping[str, Path], labels: Iterable[str]) -> dict[str, Path]:
@@ -136,18 +128,7 @@ def check_values(path: Path, values: np.ndarray, most: int, hint: str = "") -> s
 
 def check_same_grid(prediction: LabelMap, label: LabelMap) -> None:
     """Raise `ValueError` unless both have the same voxels at the same places."""
-    if prediction.values.shape != label.values.shape:
-        raise ValueError(f"prediction has {prediction.values.shape} voxels, label {label.values.shape}")
-    farthest = np.abs(_corners(prediction) - _corners(label)).max()
-    if farthest > max(AGREEMENT, 1e-2 * min(label.spacing)):
-        raise ValueError(f"prediction and label lie {farthest:.3g} mm apart at a corner; accepted is one geometry")
-
-
-def _corners(of: LabelMap) -> np.ndarray:
-    """Where the corners lie: ``(8, 3)`` in mm."""
-    extents = (*of.values.shape, 1)[:3]
-    corners = np.array(np.meshgrid(*[(0, extent - 1) for extent in extents])).reshape(3, -1).T  # (8, 3)
-    return nibabel.affines.apply_affine(of.affine, corners)
+    check_same(*(Grid(name, of.values.shape, of.affine) for name, of in (("prediction", prediction), ("label", label))))
 
 
 def _read_itk(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray]:

@@ -155,7 +155,7 @@ def _cell(estimate: statistics.Estimate, unit: str, sign: str = "") -> str:
 
 def _plain(value: object) -> object:
     """`value` as JSON knows it: NaN is null, paths are text, dataclasses are objects."""
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

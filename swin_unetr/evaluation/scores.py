@@ -86,18 +86,21 @@ def _score(found: np.ndarray, expected: np.ndarray, spacing: Sequence[float], to
         diagonal = math.dist([0] * found.ndim, [extent * n for extent, n in zip(spacing, found.shape, strict=True)])
         return Score(0.0, 0.0, diagonal, *volumes)
     box = _bounding_box(found | expected)
-    pair = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (found, expected)]  # (1, 1, *S')
+    # Each (1, 1, *S').
+    ours, truth = (torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (found, expected))
     with warnings.catch_warnings():
         # MONAI 1.6 warns of an argument that its own metrics pass.
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
-        dice = compute_dice(*pair)
-        nsd = compute_surface_dice(*pair, [tolerance], include_background=True, spacing=spacing, use_subvoxels=True)
-        hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
+        dice = compute_dice(ours, truth)
+        nsd = compute_surface_dice(
+            ours, truth, [tolerance], include_background=True, spacing=spacing, use_subvoxels=True
+        )
+        hd95 = compute_hausdorff_distance(ours, truth, include_background=True, percentile=95, spacing=spacing)
     return Score(dice.item(), nsd.item(), hd95.item(), *volumes)
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
     """The smallest box that holds all of `mask`: distance transforms of the rest would only take time."""
     axes = range(mask.ndim)
-    lines = [mask.any(axis=tuple(a for a in axes if a != axis)).nonzero()[0] for axis in axes]
+    lines = [np.flatnonzero(mask.any(axis=tuple(a for a in axes if a != axis))) for axis in axes]
     return tuple(slice(line[0], line[-1] + 1) for line in lines)

@@ -19,7 +19,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from ..files import replacing
-from ..trained import Trained
+from ..labels import HOLDS_ABOVE
+from ..segmenter import Segmenter
 from . import bundle_texts
 from .formats import Run
 
@@ -66,22 +67,22 @@ class Bundle:
     def output(self) -> str:
         return self.options.name
 
-    def write(self, trained: Trained, folder: Path) -> None:
-        _refuse_code(trained.description)
+    def write(self, segmenter: Segmenter, folder: Path) -> None:
+        _refuse_code(segmenter.description.plain())
         root = folder / self.output
         for name in ("configs", "models", "docs"):
             (root / name).mkdir(parents=True)
         with replacing(root / "models/model.pt") as file:  # given a path, PyTorch ends the process on a full disk
-            torch.save(dict(trained.state), file)
-        _write_json(root / "configs/inference.json", self._inference(trained))
-        _write_json(root / "configs/metadata.json", self._metadata(trained))
-        labels = zip(trained.labels.written(), trained.labels.names, strict=True)
+            torch.save(dict(segmenter.state), file)
+        _write_json(root / "configs/inference.json", self._inference(segmenter))
+        _write_json(root / "configs/metadata.json", self._metadata(segmenter))
+        labels = zip(segmenter.description.labels.written(), segmenter.description.labels.names, strict=True)
         values = {
             "name": self.options.name,
             "network": self._target,
             "own_network": OWN_NETWORK,
             "labels": "\n".join(f"| {value} | {name} |" for value, name in [(0, "background"), *labels]),
-            "roi": " × ".join(map(str, trained.roi)),
+            "roi": " × ".join(map(str, segmenter.description.roi)),
         }
         readme = bundle_texts.README + (bundle_texts.PORTABLE if self.portable else bundle_texts.LEGACY)
         (root / "docs/README.md").write_text(readme.format(**values), encoding="utf-8")
@@ -100,7 +101,7 @@ class Bundle:
     def _target(self) -> str:
         return MONAI_NETWORK if self.portable else OWN_NETWORK
 
-    def _inference(self, trained: Trained) -> dict[str, Any]:
+    def _inference(self, segmenter: Segmenter) -> dict[str, Any]:
         """``configs/inference.json``."""
         return {
             "imports": ["$import glob"],
@@ -109,19 +110,19 @@ class Bundle:
             "output_dir": "$@bundle_root + '/predictions'",
             "datalist": "$[{'image': path} for path in sorted(glob.glob(@dataset_dir + '/*.nii.gz'))]",
             "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
-            "network_def": {"_target_": self._target, **trained.description["architecture"]},
+            "network_def": {"_target_": self._target, **segmenter.description.plain()["architecture"]},
             "network": "$@network_def.to(@device)",
-            "preprocessing": _compose(_preprocessing(trained)),
+            "preprocessing": _compose(_preprocessing(segmenter)),
             "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
             "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
             "inferer": {
                 "_target_": "SlidingWindowInferer",
-                "roi_size": list(trained.roi),
+                "roi_size": list(segmenter.description.roi),
                 "sw_batch_size": self.options.windows,
                 "overlap": self.options.overlap,
                 "mode": "gaussian",
             },
-            "postprocessing": _compose(_postprocessing(trained)),
+            "postprocessing": _compose(_postprocessing(segmenter)),
             "handlers": [
                 {
                     "_target_": "CheckpointLoader",
@@ -142,11 +143,11 @@ class Bundle:
             "run": ["$@evaluator.run()"],
         }
 
-    def _metadata(self, trained: Trained) -> dict[str, Any]:
+    def _metadata(self, segmenter: Segmenter) -> dict[str, Any]:
         """``configs/metadata.json``."""
-        labels, channels = trained.labels, trained.architecture.in_channels
+        labels, channels = segmenter.description.labels, segmenter.description.architecture.in_channels
         classes = {str(value): name for value, name in zip(labels.written(), labels.names, strict=True)}
-        tensor = {"type": "image", "modality": self.options.modality, "spatial_shape": list(trained.roi)}
+        tensor = {"type": "image", "modality": self.options.modality, "spatial_shape": list(segmenter.description.roi)}
         packages = ["nibabel", "pytorch-ignite", "einops"] + ([] if self.portable else ["swin-kernels"])
         return {
             "schema": SCHEMA,
@@ -173,7 +174,7 @@ class Bundle:
                         "format": "hounsfield" if self.options.modality == "CT" else "magnitude",
                         "num_channels": channels,
                         "dtype": "float32",
-                        "value_range": [0, 1] if trained.preprocessing.intensity == "window" else [],
+                        "value_range": [0, 1] if segmenter.description.preprocessing.intensity == "window" else [],
                         "is_patch_data": True,
                         "channel_def": {str(i): f"image {i}" if channels > 1 else "image" for i in range(channels)},
                     }
@@ -224,9 +225,9 @@ def _compose(transforms: list[dict[str, Any]]) -> dict[str, Any]:
     return {"_target_": "Compose", "transforms": transforms}
 
 
-def _preprocessing(trained: Trained) -> list[dict[str, Any]]:
+def _preprocessing(segmenter: Segmenter) -> list[dict[str, Any]]:
     """What `Preprocessing` does, as MONAI's configurations write it."""
-    how = trained.preprocessing
+    how = segmenter.description.preprocessing
     steps: list[dict[str, Any]] = [{"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True}]
     if how.orientation is not None:
         steps.append({"_target_": "Orientationd", "keys": "image", "axcodes": how.orientation, "labels": None})
@@ -241,18 +242,20 @@ def _preprocessing(trained: Trained) -> list[dict[str, Any]]:
     return steps
 
 
-def _postprocessing(trained: Trained) -> list[dict[str, Any]]:
+def _postprocessing(segmenter: Segmenter) -> list[dict[str, Any]]:
     """From logits to a label map in the image's own geometry, as `Labels` decides it."""
-    labels = trained.labels
+    labels = segmenter.description.labels
     activation = {"sigmoid" if labels.overlapping else "softmax": True}
     steps: list[dict[str, Any]] = [{"_target_": "Activationsd", "keys": "pred", **activation}]
-    if trained.preprocessing.geometry(["image"]):
+    if segmenter.description.preprocessing.geometry(["image"]):
         back = {"transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False, "to_tensor": True}
         steps.append({"_target_": "Invertd", "keys": "pred", **back})
     if labels.overlapping:
         # Of the classes that hold in a voxel, the last: they are listed from the outermost in.
-        last = "$lambda held: (held * torch.arange(1, len(held) + 1).view(-1, 1, 1, 1).to(held)).amax(0, keepdim=True)"
-        steps.append({"_target_": "AsDiscreted", "keys": "pred", "threshold": 0.5})
+        last = (
+            f"$lambda p: ((p > {HOLDS_ABOVE}) * torch.arange(1, len(p) + 1).view(-1, 1, 1, 1).to(p))"
+            ".amax(0, keepdim=True)"
+        )
         steps.append({"_target_": "Lambdad", "keys": "pred", "func": last})
     else:
         steps.append({"_target_": "AsDiscreted", "keys": "pred", "argmax": True})

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from ..trained import Trained
+from ..segmenter import Segmenter
 
 TOLERANCE = 1e-4
 """Largest difference from the eager logits, as a part of the largest of them."""
@@ -27,11 +27,16 @@ class Format(Protocol):
         portable: whether what it writes runs without this package.
     """
 
-    output: str
-    packages: tuple[str, ...]
-    portable: bool
+    @property
+    def output(self) -> str: ...
 
-    def write(self, trained: Trained, folder: Path) -> None:
+    @property
+    def packages(self) -> tuple[str, ...]: ...
+
+    @property
+    def portable(self) -> bool: ...
+
+    def write(self, segmenter: Segmenter, folder: Path) -> None:
         """Write `output` into `folder`."""
 
     def load(self, folder: Path) -> Run:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..files import replacing
-from ..trained import Trained
+from ..segmenter import Segmenter
 from .formats import Inputs, Run
 from .plain import plain_network
 
@@ -27,17 +27,17 @@ class Program:
     output: str = "model.pt2"
     packages: tuple[str, ...] = ()
 
-    def write(self, trained: Trained, folder: Path) -> None:
+    def write(self, segmenter: Segmenter, folder: Path) -> None:
         example = self.inputs.example()
         with torch.no_grad(), _quiet():
             if self.portable:
-                with plain_network(trained, example) as network:
+                with plain_network(segmenter, example) as network:
                     program = torch.export.export(network, (example,), dynamic_shapes=_dynamic(self.inputs))
             else:
                 # Not strict, the tracer puts classes of its own in place of the modules', and blocks that look at the
                 # class of a norm before they fuse it do not.
                 program = torch.export.export(
-                    trained.network(), (example,), dynamic_shapes=_dynamic(self.inputs), strict=True
+                    segmenter.network, (example,), dynamic_shapes=_dynamic(self.inputs), strict=True
                 )
             content = io.BytesIO()
             torch.export.save(program, content)
@@ -58,9 +58,9 @@ class Onnx:
     packages: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime")
     portable: bool = True
 
-    def write(self, trained: Trained, folder: Path) -> None:
+    def write(self, segmenter: Segmenter, folder: Path) -> None:
         example = self.inputs.example()
-        with plain_network(trained, example) as network, _quiet():
+        with plain_network(segmenter, example) as network, _quiet():
             torch.onnx.export(
                 network,
                 (example,),
@@ -90,9 +90,9 @@ class TorchScript:
     packages: tuple[str, ...] = ()
     portable: bool = True
 
-    def write(self, trained: Trained, folder: Path) -> None:
+    def write(self, segmenter: Segmenter, folder: Path) -> None:
         example = self.inputs.example()
-        with plain_network(trained, example) as network, _quiet():
+        with plain_network(segmenter, example) as network, _quiet():
             content = io.BytesIO()
             torch.jit.save(torch.jit.trace(network, example, check_trace=False), content)
         _write(content, folder / self.output)

@@ -11,21 +11,21 @@ from monai.networks.nets import SwinUNETR, swin_unetr
 
 from swin_kernels.modules import PatchMergingLegacy
 
-from ..trained import Trained
+from ..segmenter import Segmenter
 
 
 @contextmanager
-def plain_network(trained: Trained, example: torch.Tensor) -> Iterator[nn.Module]:
-    """MONAI's network with the weights of `trained`, to be traced within the context on `example`, and no gradients.
+def plain_network(segmenter: Segmenter, example: torch.Tensor) -> Iterator[nn.Module]:
+    """MONAI's network with the weights of `segmenter`, to be traced within the context on `example`, and no gradients.
 
     MONAI masks shifted windows by up to 27 assignments a stage on the device of the input. A trace would remember them
     one by one, and the device. Within the context the masks come from constants: half the operators, on any device.
     """
-    arguments = dict(trained.architecture.__dict__)
-    if trained.architecture.downsample == "merging_legacy":
+    arguments = dict(segmenter.description.architecture.__dict__)
+    if segmenter.description.architecture.downsample == "merging_legacy":
         arguments["downsample"] = PatchMergingLegacy
     network = SwinUNETR(**arguments).eval()
-    network.load_state_dict(trained.state)
+    network.load_state_dict(segmenter.state)
     regions: dict[tuple, torch.Tensor] = {}
 
     def mask(dims, window_size, shift_size, device) -> torch.Tensor:

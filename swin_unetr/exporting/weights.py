@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save
 
-from ..pretrained import load_pretrained
-from ..trained import Trained
+from ..loading import load_pretrained
+from ..segmenter import Description, Segmenter
 from .formats import Run
 
 
@@ -22,15 +22,15 @@ class Safetensors:
     packages: tuple[str, ...] = ()
     portable: bool = True
 
-    def write(self, trained: Trained, folder: Path) -> None:
-        header = {name: json.dumps(value) for name, value in trained.description.items()}
-        content = save(dict(trained.state), metadata={"format": "pt", **header})
+    def write(self, segmenter: Segmenter, folder: Path) -> None:
+        header = {name: json.dumps(value) for name, value in segmenter.description.plain().items()}
+        content = save(dict(segmenter.state), metadata={"format": "pt", **header})
         (folder / self.output).write_bytes(content)
 
     def load(self, folder: Path) -> Run:
         path = folder / self.output
         with safe_open(path, framework="pt") as file:
             description = {name: json.loads(text) for name, text in file.metadata().items() if name != "format"}
-        network = Trained.of(description, {}, averaged=False).architecture.build()
+        network = Description.of(description).architecture.build()
         load_pretrained(network, path, verbose=False)
         return network.eval()

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pydicom
@@ -56,6 +56,20 @@ LONGEST_LABEL = 80
 """Letters of a series' name that its header gives: a file's name has room for 255 bytes."""
 
 
+class Place(NamedTuple):
+    """Where a slice lies, in LPS as DICOM has it.
+
+    Attributes:
+        axes: directions of rows and of columns.
+        position: of the first pixel's centre, in mm.
+        spacing: mm from row to row, and from column to column.
+    """
+
+    axes: tuple[float, ...]
+    position: tuple[float, ...]
+    spacing: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Slice:
     """A file and what it says of itself: numbers, or None where it says nothing.
@@ -86,9 +100,26 @@ class Slice:
     intercept: float
 
     @property
-    def normal(self) -> np.ndarray:
-        """Of the slice's plane: ``(3,)``."""
-        return np.cross(self.axes[:3], self.axes[3:])
+    def place(self) -> Place:
+        """Where it lies.
+
+        Raises:
+            BadCase: it does not say so.
+        """
+        if self.axes is None or self.position is None or self.spacing is None:
+            said = {
+                "ImageOrientationPatient": self.axes,
+                "ImagePositionPatient": self.position,
+                "PixelSpacing": self.spacing,
+            }
+            missing = ", ".join(tag for tag, value in said.items() if value is None)
+            raise BadCase(f"{self.path}: has no {missing}; accepted are slices with a place in space")
+        return Place(self.axes, self.position, self.spacing)
+
+
+def _normal(axes: Sequence[float]) -> np.ndarray:
+    """Of the plane of a slice with these `Slice.axes`: ``(3,)``."""
+    return np.cross(axes[:3], axes[3:])
 
 
 @dataclass(frozen=True)
@@ -325,7 +356,7 @@ def _difference(one: Slice, siblings: Sequence[Slice]) -> str:
     if not all(_close(one.echo_time, other.echo_time, rtol=WRITTEN) for other in siblings):
         return "echo" + "".join(f"{time:g}" for time in one.echo_time or ())
     if one.axes is not None and not all(_close(one.axes, other.axes, atol=PARALLEL) for other in siblings):
-        return ("sagittal", "coronal", "axial")[int(np.abs(one.normal).argmax())]
+        return ("sagittal", "coronal", "axial")[int(np.abs(_normal(one.axes)).argmax())]
     return f"{one.columns}x{one.rows}"
 
 
@@ -340,7 +371,7 @@ def names(found: Sequence[Series]) -> list[str]:
         folders = [os.path.abspath(other.folder) for other in alike[one.label]]
         start = os.path.commonpath(folders)
         wanted.append("_".join([*Path(os.path.abspath(one.folder)).relative_to(start).parts, one.label]))
-    shared, taken, chosen = Counter(wanted), Counter(), []
+    shared, taken, chosen = Counter(wanted), Counter[str](), list[str]()
     for one, name in zip(found, wanted, strict=True):
         taken[name] += 1
         chosen.append(shorten(name if shared[name] == 1 else f"{name}_{one.difference}_{taken[name]}"))
@@ -360,16 +391,16 @@ def read(series: Series, largest: float) -> tuple[np.ndarray, np.ndarray]:
         raise series.damaged
     first = series.slices[0]
     where = f"{series.folder}, series {series.label}"
+    places: list[Place] = []
     for one in series.slices:
         if one.frames > 1:
             raise BadCase(f"{one.path}: has {one.frames} frames; accepted is one a file: convert it to NIfTI first")
-        place = {"ImageOrientationPatient": one.axes, "ImagePositionPatient": one.position, "PixelSpacing": one.spacing}
-        if missing := [tag for tag, value in place.items() if value is None]:
-            raise BadCase(f"{one.path}: has no {', '.join(missing)}; accepted are slices with a place in space")
+        places.append(one.place)
         if one.samples != 1:
             raise BadCase(f"{one.path}: is a colour image; accepted is one sample a pixel")
-    normal = first.normal
-    slices = sorted(series.slices, key=lambda one: float(np.dot(one.position, normal)))
+    axes, _, spacing = places[0]
+    normal = _normal(axes)
+    slices = sorted(series.slices, key=lambda one: float(np.dot(one.place.position, normal)))
     step = _step(slices, normal, where)
     rows, columns = first.rows, first.columns
     if (size := rows * columns * len(slices) * 4) > largest * GIB:
@@ -380,12 +411,12 @@ def read(series: Series, largest: float) -> tuple[np.ndarray, np.ndarray]:
         with np.errstate(over="ignore"):  # what is infinite then is refused with the other voxels that are
             values[:, :, index] = (stored * one.slope + one.intercept).T
     # PixelSpacing is from row to row, then from column to column; a row runs along the first axis.
-    between_rows, between_columns = first.spacing
+    between_rows, between_columns = spacing
     affine = np.eye(4)
-    affine[:3, 0] = np.multiply(first.axes[:3], between_columns)
-    affine[:3, 1] = np.multiply(first.axes[3:], between_rows)
+    affine[:3, 0] = np.multiply(axes[:3], between_columns)
+    affine[:3, 1] = np.multiply(axes[3:], between_rows)
     affine[:3, 2] = step
-    affine[:3, 3] = slices[0].position
+    affine[:3, 3] = slices[0].place.position
     return values[None], TO_RAS @ affine
 
 
@@ -393,7 +424,7 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
     """From one slice to the next ``(3,)`` in mm."""
     if len(slices) < 2:
         raise BadCase(f"{where}: has 1 slice; accepted is a volume of 2 or more")
-    along = np.array([float(np.dot(one.position, normal)) for one in slices])
+    along = np.array([float(np.dot(one.place.position, normal)) for one in slices])
     gaps = np.diff(along)
     usual = float(np.median(gaps))
     if (gaps < 1e-3).any():
@@ -412,11 +443,11 @@ def _step(slices: list[Slice], normal: np.ndarray, where: str) -> np.ndarray:
             f"{where}: slices are {reason} between {along[index]:.2f} and {along[index + 1]:.2f} mm: "
             f"{gaps[index]:.3g} mm apart where the others are {usual:.3g} mm; accepted are evenly spaced slices"
         )
-    positions = np.array([one.position for one in slices])  # (n, 3)
+    positions = np.array([one.place.position for one in slices])  # (n, 3)
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     off = positions - positions[0] - np.arange(len(slices))[:, None] * step  # (n, 3)
     beside = np.linalg.norm(off - np.outer(off @ normal, normal), axis=1)  # (n,)
-    if beside.max() > min(slices[0].spacing):
+    if beside.max() > min(slices[0].place.spacing):
         index = int(beside.argmax())
         raise BadCase(
             f"{where}: {slices[index].path.name} lies {beside[index]:.3g} mm beside the line of the other slices; "

@@ -43,7 +43,9 @@ def read_itk(
         check_stored(path, count, header.files)  # a byte each, or more
         kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())  # such as "vector of 16-bit signed integer"
         if "complex" not in kind:
-            headers.check_data(header, count * int(re.search(r"(\d+)-bit", kind)[1]) // 8)
+            if (bits := re.search(r"(\d+)-bit", kind)) is None:
+                raise ValueError(f"has voxels of type {kind}; accepted are real numbers")
+            headers.check_data(header, count * int(bits[1]) // 8)
         image = reader.Execute()
         values = sitk.GetArrayFromImage(image)  # ([Z, ]Y, X[, C])
     if values.dtype.kind not in "iuf":

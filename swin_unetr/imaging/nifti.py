@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import nibabel
 import numpy as np
@@ -80,14 +80,14 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
     return values, affine, image.header
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> io.BufferedIOBase:
     """What is in a file, gzip or not: by how it begins, as the file that a link names may have any name."""
     with path.open("rb") as file:
         compressed = file.read(len(GZIP)) == GZIP
     return gzip.open(path) if compressed else path.open("rb")
 
 
-def _implied(stream: IO[bytes]) -> tuple[type[nibabel.Nifti1Image], nibabel.Nifti1Header, int]:
+def _implied(stream: io.BufferedIOBase) -> tuple[type[nibabel.Nifti1Image], nibabel.Nifti1Header, int]:
     """Which kind of NIfTI begins in `stream`, its header as it is written, and how many bytes that implies; leaves
     `stream` at its start."""
     head = stream.read(LONGEST_HEADER)

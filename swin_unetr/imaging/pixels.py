@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
@@ -85,7 +86,7 @@ def _checked(file: BinaryIO) -> tuple[pydicom.FileDataset, UID]:
     size = os.fstat(file.fileno()).st_size
     data = pydicom.dcmread(file, defer_size=DEFERRED, force=True)
     syntax = data.file_meta.get("TransferSyntaxUID")
-    inside = data.values()
+    inside: Iterable[pydicom.DataElement | RawDataElement] = data.values()
     if syntax == DeflatedExplicitVRLittleEndian:  # places of elements are those after inflation
         file.seek(0)
         data, inside = pydicom.dcmread(file, force=True), ()
@@ -120,21 +121,21 @@ def _decoded(data: pydicom.Dataset, syntax: UID, rows: int, columns: int, elemen
             "no more than twice that"
         )
     whole = element == "PixelData"
-    stored = get_decoder(syntax).as_array(
-        values if syntax == RLELossless else values[: size + size % 2],
-        rows=rows,
-        columns=columns,
-        number_of_frames=1,
-        samples_per_pixel=1,
-        photometric_interpretation="MONOCHROME2",  # MONOCHROME1 tells how to show values, not what they are
-        bits_allocated=bits,
-        bits_stored=int(data.BitsStored) if whole else bits,
-        pixel_representation=int(data.PixelRepresentation) if whole else 0,
-        pixel_keyword=element,
-        pixel_vr=data[element].VR,
-        correct_unused_bits=False,
-        decoding_plugin="pydicom" if syntax == RLELossless else "",
-    )[0]
+    options: dict[str, Any] = {
+        "rows": rows,
+        "columns": columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",  # MONOCHROME1 tells how to show values, not what they are
+        "bits_allocated": bits,
+        "bits_stored": int(data.BitsStored) if whole else bits,
+        "pixel_representation": int(data.PixelRepresentation) if whole else 0,
+        "pixel_keyword": element,
+        "pixel_vr": data[element].VR,
+        "correct_unused_bits": False,
+        "decoding_plugin": "pydicom" if syntax == RLELossless else "",
+    }
+    stored = get_decoder(syntax).as_array(values if syntax == RLELossless else values[: size + size % 2], **options)[0]
     return _without_unused_bits(stored, data) if whole and bits > 1 else stored
 
 
@@ -184,7 +185,8 @@ def _frame_header(frame: bytes) -> tuple[int, int, int]:
         if frame[place] != 0xFF:
             break
         if frame[place + 1] in FRAME_HEADERS:
-            return frame[place + 4], *(int.from_bytes(frame[place + at : place + at + 2], "big") for at in (5, 7))
+            rows, columns = (int.from_bytes(frame[place + at : place + at + 2], "big") for at in (5, 7))
+            return frame[place + 4], rows, columns
         # A marker may begin with more than one 255.
         place += 1 if frame[place + 1] == 0xFF else 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
     raise ValueError("its compressed pixels have no header")

@@ -18,10 +18,8 @@ from ..names import some
 from . import dicom
 from .itk import read_itk, write_itk
 from .nifti import BadCase, as_float32, check_grid, read_with_header
+from .suffixes import IMAGES, NIFTI, case_name, suffix
 
-NIFTI = (".nii.gz", ".nii")
-ITK = (".nrrd", ".mha", ".mhd")
-SUFFIXES = (*NIFTI, *ITK)
 DATA = (".raw", ".zraw")
 """Of files that hold the values of a MetaImage."""
 
@@ -102,7 +100,7 @@ def find(
         else:
             others = [f"{file.name} ({why})" for file, why in left_out if file.is_relative_to(path)]
             raise ValueError(
-                f"input: {path} holds neither DICOM files nor files that end in {', '.join(SUFFIXES)}"
+                f"input: {path} holds neither DICOM files nor files that end in {', '.join(IMAGES)}"
                 + (f": {some(others)}" if others else "")
             )
     for one, name in zip(series, dicom.names(series), strict=True):
@@ -120,18 +118,17 @@ def find(
 def _volumes(folder: Path, skip: Callable[[Path, str], None]) -> list[Path]:
     """The images in `folder` itself, if it has any; what else is in it is left out."""
     entries = [path for path in listed(folder) if not path.name.startswith(".")]
-    volumes = [path for path in entries if path.name.endswith(SUFFIXES)]
+    volumes = [path for path in entries if path.name.endswith(IMAGES)]
     for path in entries if volumes else ():
-        if not path.name.endswith((*SUFFIXES, *DATA)):
-            skip(path, "is a folder" if os.path.isdir(path) else f"ends in none of {', '.join(SUFFIXES)}")
+        if not path.name.endswith((*IMAGES, *DATA)):
+            skip(path, "is a folder" if os.path.isdir(path) else f"ends in none of {', '.join(IMAGES)}")
     return volumes
 
 
 def _file(path: Path, largest: float) -> Source:
-    suffix = next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
-    if suffix is None:
-        raise ValueError(f"input: {path} ends in none of {', '.join(SUFFIXES)}; of DICOM, name the folder")
-    return Source(path.name.removesuffix(suffix), path, lambda: read(path, largest))
+    if not suffix(path):
+        raise ValueError(f"input: {path} ends in none of {', '.join(IMAGES)}; of DICOM, name the folder")
+    return Source(case_name(path, IMAGES), path, lambda: read(path, largest))
 
 
 def _read_series(series: dicom.Series, largest: float) -> Volume:
@@ -146,7 +143,7 @@ def read(path: Path, largest: float) -> Volume:
     Raises:
         BadCase: the file is damaged, too large, has NaN or infinite voxels, or is no volume; the message names it.
     """
-    header, notes = None, []
+    header, notes = None, list[str]()
     if path.name.endswith(NIFTI):
         values, affine, header = read_with_header(path, largest)
         values = values[..., None] if values.ndim == 3 else values  # (X, Y, Z, C)
@@ -160,10 +157,7 @@ def read(path: Path, largest: float) -> Volume:
 
 def output_suffix(source: Source) -> str:
     """Of a label map for `source`: its own, and NIfTI for DICOM."""
-    return next(
-        (suffix for suffix in SUFFIXES if source.path.name.endswith(suffix) and not os.path.isdir(source.path)),
-        ".nii.gz",
-    )
+    return NIFTI[0] if os.path.isdir(source.path) else suffix(source.path) or NIFTI[0]
 
 
 def write(values: np.ndarray, volume: Volume, path: Path) -> None:
@@ -172,19 +166,19 @@ def write(values: np.ndarray, volume: Volume, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    suffix = next(suffix for suffix in SUFFIXES if path.name.endswith(suffix))
+    kind = suffix(path)
     # A name of its own length: one made of `path` could be longer than the system allows.
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{digest}.part{'.mha' if suffix == '.mhd' else suffix}")
+    temporary = path.with_name(f".{digest}.part{'.mha' if kind == '.mhd' else kind}")
     try:
-        if suffix in NIFTI:
+        if kind in NIFTI:
             header = _in_millimetres() if volume.header is None else volume.header.copy()
             header.set_data_dtype(values.dtype)
             header.set_slope_inter(1, 0)
             header["cal_min"] = header["cal_max"] = 0  # how to show the image, not its labels
-            kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+            image = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
             affine = volume.affine if volume.header is None else None  # a header that has one keeps both of its forms
-            nibabel.save(kind(values, affine, header), temporary)
+            nibabel.save(image(values, affine, header), temporary)
         else:
             write_itk(values, volume.affine, temporary)
         os.replace(temporary, path)

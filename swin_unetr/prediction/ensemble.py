@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 
 from ..labels import Labels
 from ..preprocessing import Preprocessing
-from ..trained import Trained
+from ..segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,22 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
         ValueError: a checkpoint is missing, damaged, of pretraining or of a network for other images than volumes, or
             two do not agree in classes, preprocessing, roi or channels.
     """
-    networks, files, agreed = [], {}, {}
+    networks: list[nn.Module] = []
+    files: dict[str, str] = {}
+    agreed: dict[str, Any] = {}
     for path in paths:
         try:
-            trained = Trained.read(path)
+            segmenter = Segmenter.read(path)
         except (FileNotFoundError, IsADirectoryError) as error:
             raise ValueError(f"checkpoint: {path} does not exist or is no file") from error
-        if trained.architecture.spatial_dims != 3:
+        description = segmenter.description
+        if description.architecture.spatial_dims != 3:
             raise ValueError(f"checkpoint: {path} is of a network for 2-D images; accepted are those for volumes")
         facts = {
-            "labels": trained.labels,
-            "preprocessing": trained.preprocessing,
-            "roi": trained.roi,
-            "channels": trained.architecture.in_channels,
+            "labels": description.labels,
+            "preprocessing": description.preprocessing,
+            "roi": description.roi,
+            "channels": description.architecture.in_channels,
         }
         for name, value in facts.items():
             if agreed.setdefault(name, value) != value:
@@ -60,8 +64,8 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
                     f"checkpoint: {path} has {name} {value}, {paths[0]} has {agreed[name]}; accepted are checkpoints "
                     "that agree"
                 )
-        networks.append(trained.network().to(device).requires_grad_(False))
-        files[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        networks.append(segmenter.network.to(device).requires_grad_(False))
+        files[str(path)] = segmenter.sha256
     return Ensemble(tuple(networks), files=files, **agreed)
 
 
@@ -81,8 +85,5 @@ class Mirrored(nn.Module):
 
     def forward(self, window: torch.Tensor) -> torch.Tensor:
         """Logits ``(B, channels, *roi)`` of ``window (B, C, *roi)``."""
-        total = None
-        for flip in self.flips:
-            logits = self.network(window.flip(flip)).flip(flip)
-            total = logits if total is None else total + logits
-        return total / len(self.flips)
+        logits = (self.network(window.flip(flip)).flip(flip) for flip in self.flips)
+        return reduce(torch.add, logits) / len(self.flips)

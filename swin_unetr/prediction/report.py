@@ -30,7 +30,7 @@ NOTICE = "Research software, not a medical device: not for diagnosis or treatmen
 
 
 @dataclass(frozen=True)
-class Case:
+class SegmentedCase:
     """A segmented image, ready for the report.
 
     Attributes:
@@ -115,7 +115,7 @@ def _colours(options: Labels) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(options.classes))]
 
 
-def tables(cases: Sequence[Case]) -> dict[str, bytes]:
+def tables(cases: Sequence[SegmentedCase]) -> dict[str, bytes]:
     """volumes.csv, one line a case and class, and volumes.json, which has sources and warnings too, by name."""
     text = io.StringIO(newline="")
     table = csv.writer(text)
@@ -179,7 +179,7 @@ summary { cursor: pointer; font-weight: 600; font-size: 18px; } details table { 
 
 
 def page(
-    cases: Sequence[Case],
+    cases: Sequence[SegmentedCase],
     failed: Mapping[str, str],
     how: Mapping[str, str],
     options: Labels,
@@ -212,7 +212,7 @@ def page(
     return "\n".join(parts).encode(**TEXT)
 
 
-def _case(case: Case, options: Labels) -> str:
+def _case(case: SegmentedCase, options: Labels) -> str:
     about = (
         f"{markup(case.source)} → {markup(case.output)} · {' × '.join(map(str, case.shape))} voxels of "
         f"{' × '.join(f'{extent:.3g}' for extent in case.spacing)} mm · {case.seconds:.1f} s"

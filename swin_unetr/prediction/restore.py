@@ -53,8 +53,8 @@ def axes_between(
         place = np.clip(between[along, 3] + column[along] * np.arange(extent), 0, grid[along] - 1)
         low = np.clip(np.floor(place).astype(np.int64), 0, max(grid[along] - 2, 0))
         high = np.minimum(low + 1, grid[along] - 1)
-        rows = map(torch.from_numpy, (low, high, (place - low).astype(np.float32)))
-        found.append(Axis(along, *rows, shorter=extent < grid[along]))
+        weight = torch.from_numpy((place - low).astype(np.float32))
+        found.append(Axis(along, torch.from_numpy(low), torch.from_numpy(high), weight, extent < grid[along]))
     return found
 
 
@@ -71,7 +71,7 @@ class Restored:
         self.entropy = np.zeros(shape, np.float32) if entropy else None
         self._options = labels
         self._axes = axes or []
-        self._sliced = next((i for i, axis in enumerate(self._axes) if axis.along == 0), None)
+        self._sliced = next((i for i, axis in enumerate(self._axes) if axis.along == 0), 0)
         self._others = [axis for axis in self._axes if axis.along != 0]
         self._last: torch.Tensor | None = None  # the row before the slab
 
@@ -116,12 +116,10 @@ class Restored:
 
     def _keep(self, where, probabilities: torch.Tensor) -> None:
         """Decide on a part of the image, of ``probabilities (channels, *S)``."""
-        overlapping = self._options.overlapping
-        # On a CPU `argmax` takes four times as long as `max`.
-        decided = (probabilities > 0.5).float()[None] if overlapping else probabilities.max(0).indices[None, None]
+        decided = self._options.decide_by_probabilities(probabilities[None])
         self.labels[where] = self._options.label_map(decided)[0, 0].cpu().numpy()
         if self.entropy is not None:
-            self.entropy[where] = entropy(probabilities, overlapping).cpu().numpy()
+            self.entropy[where] = entropy(probabilities, self._options.overlapping).cpu().numpy()
 
 
 def _interpolate(values: torch.Tensor, axis: Axis) -> torch.Tensor:

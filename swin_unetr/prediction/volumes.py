@@ -52,8 +52,8 @@ def _values(options: Labels) -> dict[str, tuple[int, ...]]:
     if not options.overlapping:
         return {name: (value,) for name, value in written.items()}
     return {
-        name: tuple(written[other] for other, inner in options.classes.items() if set(inner) <= set(values))
-        for name, values in options.classes.items()
+        name: tuple(written[other] for other, inner in options.groups.items() if set(inner) <= set(values))
+        for name, values in options.groups.items()
     }
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from monai.inferers import sliding_window_inference
 
+from .. import sliding
 from ..files import GIB
 
 FLOAT32 = 4  # bytes
@@ -102,9 +102,7 @@ def slabs(
 
 
 def _slide(part, network, roi, how: Windows, device: torch.device) -> torch.Tensor:
-    return sliding_window_inference(
-        part, roi, how.batch, network, how.overlap, mode="gaussian", sw_device=part.device, device=device
-    )
+    return sliding.logits_of(part, network, roi, how.batch, how.overlap, device)
 
 
 def _free(device: torch.device) -> int:

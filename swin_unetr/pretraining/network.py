@@ -15,6 +15,7 @@ from monai.networks.layers.factories import Norm
 
 from swin_kernels.cpu_bfloat16 import in_float32
 
+from ..model import SwinTransformer
 from .options import check_extents
 from .views import QUARTER_TURNS
 
@@ -42,7 +43,7 @@ class PretrainingNetwork(nn.Module):
     convolutions. The encoder is called ``swinViT`` as in `SwinUNETR`, so a state dict of this network loads into one.
     """
 
-    def __init__(self, encoder: nn.Module, in_channels: int, spatial_dims: int = 3, embedding: int = 512) -> None:
+    def __init__(self, encoder: SwinTransformer, in_channels: int, spatial_dims: int = 3, embedding: int = 512) -> None:
         """
         Args:
             encoder: the ``swinViT`` of a `swin_unetr.SwinUNETR`.

@@ -36,9 +36,10 @@ def step_losses(
     """
     views = two_views(crops, tasks, random)
     answers = Answers(*network(views.image))
+    first, second = answers.embedding.chunk(2)
     parts = {
         "rotation": losses.rotation(answers.turns, views.turns),
-        "contrast": losses.contrast(*answers.embedding.chunk(2), tasks.temperature),
+        "contrast": losses.contrast(first, second, tasks.temperature),
         "reconstruction": _distance(answers, views, tasks),
     }
     return {"loss": weighted(parts, tasks), **parts}

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import files
 
@@ -69,13 +70,13 @@ class Log:
         self._scalars.close()
 
 
-def read(out: Path) -> list[dict[str, object]]:
+def read(out: Path) -> list[dict[str, Any]]:
     """The lines in a run's folder, oldest first; what is none, cut off by a crash or damaged, is left out."""
     path = out / LINES
     return [line for text in path.read_bytes().splitlines() if (line := _line(text))] if path.exists() else []
 
 
-def _line(text: bytes) -> dict[str, object] | None:
+def _line(text: bytes) -> dict[str, Any] | None:
     """A line as `Log.write` writes them; None for anything else."""
     try:
         line = json.loads(text)
@@ -88,7 +89,7 @@ def _line(text: bytes) -> dict[str, object] | None:
 def _keep(path: Path, step: int, validates: bool) -> None:
     """Drop what is no line, and the lines of what is still to be done after the checkpoint of `step`."""
 
-    def done(line: Mapping[str, object]) -> bool:
+    def done(line: Mapping[str, Any]) -> bool:
         return line["step"] < step or (line["step"] == step != 0 and not (validates and line["event"] == "validation"))
 
     kept = [line for line in read(path.parent) if done(line)]

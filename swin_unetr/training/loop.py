@@ -6,16 +6,18 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn as nn
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -119,8 +121,7 @@ class Loop:
             line = stack.enter_context(ProgressLine(self.console, self.position.step, self.steps))
             stream = stack.enter_context(closing(self._stream()))
             self.network.train()
-            if isinstance(self.network, DistributedDataParallel):
-                stream = self._settle(stream)
+            batches = self._settle(stream) if isinstance(self.network, DistributedDataParallel) else stream
             asked = False
             while not asked:
                 if self._validates:
@@ -132,7 +133,7 @@ class Loop:
                     saved = self.position.step
                 if self.finished:
                     return True
-                asked = self._step(stream, interruption, log, line)
+                asked = self._step(batches, interruption, log, line)
             # A validation that is due is left to the run that goes on, which begins with it.
             if saved < self.position.step:
                 self.save()
@@ -149,7 +150,7 @@ class Loop:
 
     # --- a step ---
 
-    def _stream(self) -> Iterator[dict[str, torch.Tensor]]:
+    def _stream(self) -> Generator[dict[str, torch.Tensor]]:
         yield from self.batches.stream(self.position.step * self.optimization.accumulation)
 
     def _next(self, stream: Iterator) -> dict[str, torch.Tensor]:
@@ -205,7 +206,7 @@ class Loop:
             self._raise_not_finite(parts, norm, finite)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         skipped = not math.isfinite(norm)
         if not skipped:
             self.scheduler.step()
@@ -244,7 +245,7 @@ class Loop:
     def _synchronized(self, last: bool) -> Iterator[None]:
         """Gradients are averaged over ranks in the backward of a step's `last` batch alone."""
         if self.sharded:
-            self.network.set_requires_gradient_sync(last)
+            cast(FSDPModule, self.network).set_requires_gradient_sync(last)
             yield
         elif isinstance(self.network, DistributedDataParallel) and not last:
             with self.network.no_sync():
@@ -261,7 +262,7 @@ class Loop:
         """Clip the gradients; returns the norm they had, the same on every rank."""
         clip = math.inf if self.optimization.clip is None else self.optimization.clip
         norm = nn.utils.clip_grad_norm_(self.task.network.parameters(), clip)
-        return (norm.full_tensor() if self.sharded else norm).item()
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _raise_not_finite(self, parts: Mapping[str, float], norm: float, finite_here: bool) -> None:
         says = ", ".join(f"{name} {value:g}" for name, value in parts.items())
@@ -298,7 +299,8 @@ class Loop:
                 self._save_best()
             return True
         value = figures[self.task.figure]
-        if better := self._is_better(value):
+        best = self._best()
+        if better := self._is_better(value, best):
             self.position.best, self.position.stale = {"step": self.position.step, self.task.figure: value}, 0
             self._save_best()
         else:
@@ -306,7 +308,7 @@ class Loop:
         seconds = time.perf_counter() - started
         line.say(
             f"step {self.position.step}  {self.task.figure} {value:.4f}"
-            + ("  best so far" if better else f"  best {self.position.best[self.task.figure]:.4f}")
+            + ("  best so far" if better else f"  best {best:.4f}")
             + f"  validated in {seconds:.1f} s"
         )
         if log is not None:
@@ -321,10 +323,13 @@ class Loop:
         state.copy_weights(network, self.whole)
         return self.whole
 
-    def _is_better(self, value: float) -> bool:
+    def _best(self) -> float:
+        """The figure of the best validation; NaN before the first."""
+        return math.nan if self.position.best is None else self.position.best[self.task.figure]
+
+    def _is_better(self, value: float, best: float) -> bool:
         if self.position.best is None:
             return True
-        best = self.position.best[self.task.figure]
         if math.isnan(best):
             return not math.isnan(value)
         return value > best if self.task.higher_is_better else value < best

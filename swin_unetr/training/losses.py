@@ -6,13 +6,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from monai.losses import DiceLoss, FocalLoss
+from torch.nn.modules.loss import _Loss
 
 from .options import Loss
 
 
-def parts(loss: Loss, overlapping: bool) -> dict[str, nn.Module]:
+def parts(loss: Loss, overlapping: bool) -> dict[str, _Loss]:
     """Losses by name, to be added; each of logits ``(B, channels, *S)`` and `Labels.target`, as float."""
-    parts: dict[str, nn.Module] = {
+    parts: dict[str, _Loss] = {
         "dice": DiceLoss(
             include_background=loss.include_background or overlapping,
             sigmoid=overlapping,
@@ -28,7 +29,7 @@ def parts(loss: Loss, overlapping: bool) -> dict[str, nn.Module]:
     return parts
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(_Loss):
     """Of logits ``(B, channels, *S)`` and indices ``(B, 1, *S)``, which come as floats."""
 
     def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .. import lazily
-
-nn = lazily.Module("torch.nn")
-losses = lazily.Module("swin_unetr.training.losses")
-
 DECODERS = ("decoder2", "decoder3", "decoder4", "decoder5")
 """Blocks of `SwinUNETR` whose outputs have 1/2, 1/4, 1/8 and 1/16 of the image's extents."""
 MOST_STEPS = 10**9
@@ -132,10 +127,6 @@ class Loss:
             raise ValueError(f"gamma is {self.gamma}; accepted is a number ≥ 0")
         if not 0 <= self.deep_supervision <= len(DECODERS):
             raise ValueError(f"deep_supervision is {self.deep_supervision}; accepted are 0 to {len(DECODERS)}")
-
-    def parts(self, overlapping: bool) -> dict[str, nn.Module]:
-        """Losses by name, to be added; each of logits ``(B, channels, *S)`` and `Labels.target`, as float."""
-        return losses.parts(self, overlapping)
 
 
 @dataclass(frozen=True)

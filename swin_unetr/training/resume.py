@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import checkpoints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CHECKPOINTS = "checkpoints"
 FREE = frozenset(
@@ -101,7 +104,7 @@ def _lacks(content: Mapping[str, Any], kind: str) -> str:
 def differences(
     then: Mapping[str, Any],
     now: Mapping[str, Any],
-    free: Collection[str] = FREE,
+    free: Set[str] = FREE,
     says: str = "{name} was {then} and is {now}",
 ) -> list[str]:
     """What of two configurations differs, `free` options aside, each as `says`."""
@@ -136,7 +139,7 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def plain(options: object) -> dict[str, Any]:
+def plain(options: DataclassInstance) -> dict[str, Any]:
     """A dataclass of options as nested dictionaries of plain values; paths are text, tuples lists."""
     return _plain(asdict(options))
 

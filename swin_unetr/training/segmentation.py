@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn as nn
-from monai.inferers import sliding_window_inference
 from monai.losses import DeepSupervisionLoss
 from monai.metrics import DiceMetric
 
-from .. import distributed
+from .. import distributed, sliding
 from ..architecture import Architecture
 from ..labels import Labels
 from ..preprocessing import Preprocessing
+from ..segmenter import Description
+from . import losses
 from .deep_supervision import DeeplySupervised
 from .options import Loss, Validation
 
 
-class Case(Protocol):
+class LabelledCase(Protocol):
     """A case to validate on.
 
     Attributes:
         name: of the case.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def load(self) -> Mapping[str, torch.Tensor]:
         """``image (C, *S)`` and label values ``label (1, *S)``, preprocessed."""
@@ -50,7 +51,7 @@ class Segmentation:
         roi: Sequence[int],
         loss: Loss,
         validation: Validation,
-        cases: Sequence[Case],
+        cases: Sequence[LabelledCase],
     ) -> None:
         """
         Args:
@@ -61,7 +62,7 @@ class Segmentation:
         self.roi, self.validation, self.cases = tuple(roi), validation, cases
         self.core = architecture.build()
         self.network = DeeplySupervised(self.core, loss.deep_supervision) if loss.deep_supervision else self.core
-        self._parts = {name: DeepSupervisionLoss(part) for name, part in loss.parts(labels.overlapping).items()}
+        self._parts = {name: DeepSupervisionLoss(part) for name, part in losses.parts(loss, labels.overlapping).items()}
 
     def losses(
         self, network: nn.Module, batch: Mapping[str, torch.Tensor], random: np.random.Generator
@@ -100,27 +101,20 @@ class Segmentation:
             )
         return {"dice": dice} | classes
 
-    def _dice(self, core: nn.Module, case: Case) -> list[float]:
+    def _dice(self, core: nn.Module, case: LabelledCase) -> list[float]:
         """Of each class in one case; NaN where the case has none of it."""
         device = next(core.parameters()).device
         loaded = {name: value.to(device)[None] for name, value in case.load().items()}  # (1, C, *S), (1, 1, *S)
-        logits = sliding_window_inference(
-            loaded["image"], self.roi, self.validation.windows, core, self.validation.overlap, mode="gaussian"
+        logits = sliding.logits_of(
+            loaded["image"], core, self.roi, self.validation.windows, self.validation.overlap
         )  # (1, channels, *S)
         channels = None if self.labels.overlapping else self.labels.channels
         metric = DiceMetric(include_background=self.labels.overlapping, reduction="none", num_classes=channels)
-        return metric(self.labels.decide(logits), self.labels.target(loaded["label"]))[0].tolist()
+        dice = metric(self.labels.decide(logits), self.labels.target(loaded["label"]))  # (1, classes)
+        return torch.as_tensor(dice[0]).tolist()
 
     def content(self) -> dict[str, object]:
-        return {
-            "architecture": asdict(self.architecture),
-            "roi": list(self.roi),
-            "preprocessing": asdict(self.preprocessing),
-            "labels": {
-                "classes": {name: list(values) for name, values in self.labels.classes.items()},
-                "overlapping": self.labels.overlapping,
-            },
-        }
+        return Description(self.architecture, self.labels, self.preprocessing, self.roi).plain()
 
 
 def _mean(values) -> float:

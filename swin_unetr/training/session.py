@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import Field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import monai
 import torch
@@ -23,8 +24,8 @@ import swin_kernels
 from .. import checkpoints, distributed, files, lock
 from ..datasets.identity import digest
 from ..interruption import Interruption, status
+from ..loading import load_pretrained
 from ..names import say
-from ..pretrained import load_pretrained
 from . import resume, state
 from .loop import BEST, Loop
 from .options import Optimization, Schedule
@@ -33,29 +34,35 @@ from .task import Batches, Task
 CONFIG = "config.yaml"
 
 
-class Options(Protocol):
-    """What the options of every command that trains have."""
+class RunOptions(Protocol):
+    """What the options of every command that trains have; a dataclass."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     out: Path
     optimization: Optimization
     schedule: Schedule
     initial: Path | None
-    resume: str
     seed: int
     device: str | None
 
+    @property
+    def resume(self) -> str: ...
 
-class Dataset(Batches, Protocol):
+
+class ClosableBatches(Batches, Protocol):
     """Batches that hold processes or memory until they are closed."""
 
     def close(self) -> None: ...
 
 
+D = TypeVar("D", bound=ClosableBatches)
+
+
 def run(
     command: str,
-    options: Options,
-    open_dataset: Callable[[Console], Dataset],
-    make_task: Callable[[Dataset], Task],
+    options: RunOptions,
+    open_dataset: Callable[[Console], D],
+    make_task: Callable[[D], Task],
     console: Console | None = None,
     identify: Callable[[Callable[[str], None]], dict[str, dict[str, str]]] = lambda say: {},
 ) -> int:
@@ -173,7 +180,7 @@ def _differences(rank: int, first: tuple, other: tuple) -> list[str]:
 
 def _prepare(
     command: str,
-    options: Options,
+    options: RunOptions,
     config: dict[str, Any],
     data: dict[str, dict[str, str]],
     initial: str | None,
@@ -202,14 +209,12 @@ def _record(out: Path, config: dict[str, Any]) -> str:
 
     It may be the user's own, from which these options come: of another form, with comments.
     """
-    for number in itertools.count():
-        name = f"{Path(CONFIG).stem}-{number}.yaml" if number else CONFIG
-        if not os.path.lexists(out / name):
-            with files.replacing(out / name) as file:
-                file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
-            return name
-        if _says(out / name, config):
-            return name
+    names = itertools.chain([CONFIG], (f"{Path(CONFIG).stem}-{number}.yaml" for number in itertools.count(1)))
+    name = next(name for name in names if not os.path.lexists(out / name) or _says(out / name, config))
+    if not os.path.lexists(out / name):
+        with files.replacing(out / name) as file:
+            file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+    return name
 
 
 def _says(path: Path, config: dict[str, Any]) -> bool:
@@ -235,8 +240,10 @@ def _lost_best(path: Path, loop: Loop) -> str:
 
 def _changes_of_schedule(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What of the length of the training differs."""
-    parts = ({"schedule": {name: c["schedule"].get(name) for name in ("steps", "epochs")}} for c in (then, now))
-    return resume.differences(*parts, free=frozenset())
+    before, after = (
+        {"schedule": {name: config["schedule"].get(name) for name in ("steps", "epochs")}} for config in (then, now)
+    )
+    return resume.differences(before, after, free=frozenset())
 
 
 def _initial(task: Task, path: Path | None, content: str | None, console: Console) -> dict[str, Any] | None:

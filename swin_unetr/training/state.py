@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 
 def weights(network: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict on rank 0, on the CPU; to be called on all ranks. Names are those without FSDP."""
-    return dict(get_model_state_dict(network, options=_ON_FIRST_RANK))
+    found = get_model_state_dict(network, options=_ON_FIRST_RANK)
+    return dict(cast(dict[str, torch.Tensor], found))  # nested only where PyTorch is asked to
 
 
 def set_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -67,7 +68,7 @@ def set_core_and_heads(
 ) -> None:
     """Load what `core_and_heads` gave, which every rank has whole."""
     prefix = _prefix(network, core)
-    set_weights(network, {f"{prefix}{name}": value for name, value in of_core.items()} | of_heads)
+    set_weights(network, {f"{prefix}{name}": value for name, value in of_core.items()} | dict(of_heads))
 
 
 def _prefix(network: nn.Module, core: nn.Module) -> str:
@@ -94,10 +95,15 @@ def set_optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, st
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of Python's, NumPy's and PyTorch's generators of this process."""
     version, words, gauss = random.getstate()
-    _, key, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
     return {
         "python": [version, torch.tensor(words), gauss],
-        "numpy": [torch.from_numpy(key.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            int(numpy["state"]["pos"]),
+            int(numpy["has_gauss"]),
+            float(numpy["gauss"]),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }

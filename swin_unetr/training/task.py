@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,10 +23,14 @@ class Task(Protocol):
     """
 
     kind: str
-    network: nn.Module
-    core: nn.Module
     figure: str
     higher_is_better: bool
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    @property
+    def core(self) -> nn.Module: ...
 
     def losses(
         self, network: nn.Module, batch: Mapping[str, torch.Tensor], random: np.random.Generator
@@ -39,14 +43,14 @@ class Task(Protocol):
             random: depends on seed, step and rank alone.
         """
 
-    def scores(self, core: nn.Module) -> object:
+    def scores(self, core: nn.Module) -> Any:
         """This rank's part of a validation; small, since it goes through pickle. May be broken off at any place.
 
         Args:
             core: like `core`, with the weights to judge; a call of it involves no other rank.
         """
 
-    def figures(self, scores: Sequence[object]) -> dict[str, float]:
+    def figures(self, scores: Sequence[Any]) -> dict[str, float]:
         """Figures by name of the `scores` of all ranks, in their order; {} if there was nothing to validate on."""
 
     def content(self) -> dict[str, object]:
@@ -60,7 +64,8 @@ class Batches(Protocol):
         batches_per_epoch: batches of this rank in one pass over the cases.
     """
 
-    batches_per_epoch: int
+    @property
+    def batches_per_epoch(self) -> int: ...
 
     def stream(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
         """Batches number `start`, `start` + 1, … without end; a batch depends on seed, number and rank alone."""

@@ -15,8 +15,8 @@ import yaml
 from swin_unetr import cli, predict, pretrain, train
 from swin_unetr.architecture import Architecture
 from swin_unetr.datasets import Data
-from swin_unetr.evaluate import Options as Evaluate
-from swin_unetr.export import Options as Export
+from swin_unetr.evaluate import EvaluateOptions
+from swin_unetr.export import ExportOptions
 from swin_unetr.labels import Labels
 from swin_unetr.training import resume
 
@@ -64,11 +64,11 @@ def _configurations() -> dict[str, dict[str, Any]]:
     """Good options of every command, in plain values."""
     data, labels = Data(Path("list.json")), Labels({"liver": [1], "spleen": [2, 3]})
     options = {
-        "train": train.Options(data, labels, Path("out"), Architecture(out_channels=3, feature_size=12)),
-        "pretrain": pretrain.Options(data, Path("out")),
-        "predict": predict.Options([Path("best.pt")], [Path("image.nii.gz")]),
-        "evaluate": Evaluate(Path("predictions"), Path("labels"), classes={"liver": [1, 2]}),
-        "export": Export(Path("best.pt"), Path("out")),
+        "train": train.TrainOptions(data, labels, Path("out"), Architecture(out_channels=3, feature_size=12)),
+        "pretrain": pretrain.PretrainOptions(data, Path("out")),
+        "predict": predict.PredictOptions([Path("best.pt")], [Path("image.nii.gz")]),
+        "evaluate": EvaluateOptions(Path("predictions"), Path("labels"), classes={"liver": [1, 2]}),
+        "export": ExportOptions(Path("best.pt"), Path("out")),
     }
     return {command: resume.plain(of) for command, of in options.items()}
 

@@ -27,7 +27,7 @@ from pydicom.uid import (
 )
 
 from swin_unetr import imaging
-from swin_unetr.datasets.datalist import Case
+from swin_unetr.datasets.datalist import CaseFiles
 from swin_unetr.datasets.images import ReadCase
 from swin_unetr.evaluation import label_maps
 
@@ -156,15 +156,15 @@ def _read_labels(path: Path, draw: Draw) -> str:
 
 def _read_case(path: Path, draw: Draw) -> str:
     """As `train` does; of NIfTI files alone."""
-    if not path.name.endswith(imaging.volume.NIFTI):
+    if not path.name.endswith(imaging.suffixes.NIFTI):
         return _read_labels(path, draw)
     as_label = draw.chance(0.3)
     if as_label:
         image = path.with_name("image.nii")
         nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE, np.int16), np.diag([1.0, 2.0, 3.0, 1.0])), image)
-        case = Case("case", (image,), path)
+        case = CaseFiles("case", (image,), path)
     else:
-        case = Case("case", (path,))
+        case = CaseFiles("case", (path,))
     try:
         read = ReadCase(range(256) if as_label else None, None, LARGEST)(case)
     except imaging.BadCase:

@@ -21,7 +21,7 @@ import swin_unetr
 from swin_unetr import checkpoints, cli, imaging, train
 from swin_unetr.training import log
 
-from ..stack import toy_job
+from ..swin_unetr import toy_job
 from .mutation import Draw, Fault, one_of
 
 LIMIT = 180.0
@@ -83,7 +83,7 @@ def _train(out: Path) -> int:
 
     def parse(kind, command, argv):
         print(BEGINS, flush=True)
-        return toy_job.Options(Path(argv[-1]))
+        return toy_job.ToyOptions(Path(argv[-1]))
 
     def run(options):
         status = toy_job.run(options)
@@ -131,7 +131,7 @@ def _left(out: Path) -> dict[str, object]:
     return {
         "the last checkpoint": checkpoints.checksum({**content, "config": None}),
         "damaged checkpoints": [str(error) for error in damaged],
-        "best.pt": checkpoints.checksum({**checkpoints.read(out / "best.pt"), "config": None}),
+        "best.pt": checkpoints.checksum({**checkpoints.read(out / "best.pt").content, "config": None}),
         "log": json.dumps(lines),
     }
 
