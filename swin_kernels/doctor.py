@@ -47,6 +47,7 @@ class Check:
         speedup: time of the reference over time of this backend, forward + backward; None where it was not timed or
             the check failed.
         exact: whether the operator copies, so that not a bit may differ.
+        taken: whether the backend took any of the examples.
     """
 
     operator: str
@@ -57,6 +58,7 @@ class Check:
     declined: tuple[str, ...] = ()
     speedup: float | None = None
     exact: bool = False
+    taken: bool = True
 
     @property
     def passed(self) -> bool:
@@ -126,7 +128,7 @@ def _examine(name: str, device: str, quick: bool) -> Backend:
             if name == REFERENCE and dtype == torch.float64:  # what the others are held to
                 continue
             check = check_operator(operator, name, device, dtype, examples)
-            if check is not None:
+            if check.taken:
                 checks.append(check if name == REFERENCE else _timed(check, operator, name, device))
     if checks:
         return Backend(name, device, checks=tuple(checks))
@@ -175,8 +177,8 @@ def evaluate(
 
 def check_operator(
     operator: Operator, name: str, device: str, dtype: torch.dtype, examples: Sequence[Example]
-) -> Check | None:
-    """Hold backend `name` to the reference in float64, on those of `examples` that it takes; None if it takes none."""
+) -> Check:
+    """Hold backend `name` to the reference in float64, on those of `examples` that it takes."""
     worst, failure, declined, taken = 0.0, "", [], False
     accepted = 0.0 if operator.exact else ACCEPTED[dtype]
     for example in examples:
@@ -197,10 +199,8 @@ def check_operator(
             worst = max(worst, error)
             if not error <= accepted:
                 failure = failure or f"{example.name}: {what}: error {error:.1e}"
-    if not taken:
-        return None
     reasons = tuple(dict.fromkeys(declined))
-    return Check(operator.name, dtype, worst, accepted, failure, reasons, exact=operator.exact)
+    return Check(operator.name, dtype, worst, accepted, failure, reasons, exact=operator.exact, taken=taken)
 
 
 def _errors(results: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -9,9 +9,11 @@ from functools import partial
 
 import torch
 
-from swin_kernels import use_backend, warmup, window_partition, window_reverse
-from swin_kernels.backends import decline_reason
+from swin_kernels import doctor, use_backend, warmup, window_partition, window_reverse
+from swin_kernels.backends import REFERENCE, decline_reason, order
 from swin_kernels.backends.cuda import preference
+from swin_kernels.ops import OPERATORS, Operator
+from swin_kernels.ops._operator import Example
 from swin_kernels.ops.window_attention import WindowAttentionCall
 
 from . import attention, decoder, faults
@@ -65,7 +67,7 @@ def written(shape: Shape) -> dict:
 
 def backends_of(simulated: bool) -> tuple[str, ...]:
     """What ours can run on."""
-    return ("cpu",) if simulated else ("cuda", "triton")
+    return ("cpu",) if simulated else tuple(name for name in order("cuda") if name != REFERENCE)
 
 
 # Smoke: every kernel once, forward and backward
@@ -77,11 +79,10 @@ def smoke_tasks(simulated: bool) -> list[Task]:
     for backend in backends_of(simulated):
         for dtype in ("float32",) if simulated else DTYPES:
             row = Row("probe", f"smoke, window_attention, {dtype}", "12³ tokens, 5³ windows", backend)
-            found.append(
-                Task("operators.smoke_attention", {"backend": backend, "dtype": dtype, "simulated": simulated}, row, 4)
-            )
-        row = Row("probe", "smoke, window_partition", "12³ tokens, 5³ windows", backend)
-        found.append(Task("operators.smoke_partition", {"backend": backend, "simulated": simulated}, row, 2))
+            arguments = {"backend": backend, "dtype": dtype, "simulated": simulated}
+            found.append(Task("operators.smoke_attention", arguments, row, 4))
+            row = Row("probe", f"smoke, every operator, {dtype}", "its examples", backend)
+            found.append(Task("operators.smoke_examples", arguments, row, 6))
     return found
 
 
@@ -131,28 +132,32 @@ def _all(reporter: Reporter) -> str | None:
     return ", ".join(reporter.started_kernels) or None
 
 
-def smoke_partition(reporter: Reporter, row: dict, backend: str, simulated: bool) -> None:
-    """Partition and reverse, which copy: exactly what the reference gives."""
+def smoke_examples(reporter: Reporter, row: dict, backend: str, dtype: str, simulated: bool) -> None:
+    """Every operator of the registry on its examples, forward and backward, held to the reference in float64."""
     device = device_of(simulated)
     about = Row(**row)
-    x = torch.randn(2, *TINY.tokens, 24, generator=torch.Generator().manual_seed(0)).to(device.name)
-    truth = window_partition(x, TINY.window, TINY.shift, backend="reference")
-    where = TINY.window, TINY.shift
-    moves = {
-        "window_partition": lambda: torch.equal(window_partition(x, *where, backend=backend), truth),
-        "window_reverse": lambda: torch.equal(window_reverse(truth, *where, TINY.tokens, backend=backend), x),
-    }
-    for name, move in moves.items():
-        mine = replace(about, measure=f"smoke, {name}")
-        if not reporter.wants(mine):
-            continue
-        equal = guarded(reporter, device, mine, "check", move)
-        if equal is None:
-            continue
-        if not equal or faults.planted(f"{mine.label} | check") == "wrong":
-            reporter.row(replace(mine, status="wrong: not what the reference gives", kernel=_all(reporter)))
-        else:
-            reporter.row(mine)
+    for operator in OPERATORS.values():
+        if operator.exact and dtype != "float32":
+            continue  # a copy is a copy
+        for example in operator.examples[:1] if simulated else operator.examples:
+            mine = replace(about, measure=f"smoke, {operator.name}, {dtype}", shape=example.name)
+            if reporter.wants(mine):
+                _check_example(reporter, device, mine, operator, example, backend, DTYPES[dtype])
+
+
+def _check_example(reporter, device, row: Row, operator: Operator, example: Example, backend: str, dtype) -> None:
+    found = guarded(
+        reporter, device, row, "check", partial(doctor.check_operator, operator, backend, device.name, dtype, [example])
+    )
+    if found is None:
+        return
+    if not found.taken:
+        reporter.row(replace(row, status=f"skipped: {found.declined[0]}"))
+        return
+    error = found.error + (1.0 if faults.planted(f"{row.label} | check") == "wrong" else 0.0)
+    sound = found.passed and error <= found.accepted
+    status = "ok" if sound else f"wrong: {found.failure or f'error {error:.1e}'}"
+    reporter.row(replace(row, status=status, error=error, kernel=None if sound else _all(reporter)))
 
 
 # Warming up

@@ -20,13 +20,14 @@ from swin_kernels import (
 )
 from swin_kernels.backends import decline_reason
 from swin_kernels.ops.convolution import ConvolutionCall
+from tests.ops import test_contract as contract
 from tests.ops import test_convolution as convolutions
 from tests.ops import test_instance_norm_act, test_layer_norm
 from tests.ops.cases import Case, cases, check_forward_backward, gradients, make_inputs, run
 
 pytestmark = pytest.mark.gpu
 
-BACKENDS = ("cuda", "triton")
+BACKENDS = tuple(name for name in backends.order("cuda") if name != backends.REFERENCE)
 HEAD_DIMS = {"cuda": (8, 16, 32, 64), "triton": range(1, 129)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -53,6 +54,12 @@ def backend(request) -> str:
     with use_backend(request.param):
         yield request.param
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "example"), contract.ROWS, ids=str)
+def test_contract_of_every_operator(backend, name, example, dtype):
+    contract.check_contract(*contract.example_of(name, example), backend, dtype, "cuda")
 
 
 def fitting(backend: str, case: Case) -> Case:
