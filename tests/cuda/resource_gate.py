@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ class Resources:
         imad: integers on the float32 units, and moves in that guise.
         other: further integers, predicates, conversions, moves, branches.
         beside: executed for a window outside the loops over scores; loops that bring rows are counted once.
+        loops: of any kind; not in the table, which need not have kernels without one.
     """
 
     kernel: str
@@ -64,6 +65,7 @@ class Resources:
     other: int = 0
     all: int = 0
     beside: int = 0
+    loops: int = field(default=0, metadata={"stored": False})
 
     @property
     def key(self) -> tuple:
@@ -210,6 +212,7 @@ def resources(library: Path = LIBRARY) -> list[Resources]:
                 static_shared=used["SHARED"],
                 stack=used["STACK"],
                 spills=sass.count(instructions, "LDL|STL"),
+                loops=len(sass.loops(instructions)),
                 **executed(kernel, instructions),
             )
         )
@@ -321,8 +324,14 @@ def store(found: list, path: Path) -> None:
     with path.open("w", newline="") as file:
         file.write(f"# nvcc {nvcc_version()}; written by: python -m tests.cuda.resource_gate\n")
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(found[0]))
-        writer.writerows(map(astuple, found))
+        names = [f.name for f in stored_fields(type(found[0]))]
+        writer.writerow(names)
+        writer.writerows([getattr(one, name) for name in names] for one in found)
+
+
+def stored_fields(kind: type) -> list[Field]:
+    """The columns of a table of `kind`."""
+    return [f for f in fields(kind) if f.metadata.get("stored", True)]
 
 
 def load(path: Path, kind: type) -> tuple[str, dict[tuple, object]]:
@@ -330,7 +339,7 @@ def load(path: Path, kind: type) -> tuple[str, dict[tuple, object]]:
     with path.open() as file:
         version = file.readline().split()[2].rstrip(";")
         rows = [
-            kind(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(kind)})
+            kind(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in stored_fields(kind)})
             for row in csv.DictReader(file)
         ]
     return version, {row.key: row for row in rows}

@@ -49,7 +49,8 @@ def test_nothing_spills(found):
 
 def test_every_kernel_is_in_the_table(found):
     table = committed(resource_gate.RESOURCES, resource_gate.Resources, found)
-    assert set(found) == set(table), ACCEPT
+    assert set(table) <= set(found), ACCEPT
+    assert set(table) >= {key for key, one in found.items() if one.loops}, ACCEPT
 
 
 def test_instruction_mix(found):

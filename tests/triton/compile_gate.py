@@ -16,13 +16,14 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from swin_kernels.backends import BACKENDS
 from swin_kernels.backends.triton import (
     bias,
     convolution,
@@ -33,6 +34,7 @@ from swin_kernels.backends.triton import (
 )
 from swin_kernels.backends.triton.tiles import Key, Tile, choose
 from swin_kernels.backends.triton.windows import Windows
+from swin_kernels.ops import OPERATORS
 
 from .. import sass
 
@@ -55,6 +57,17 @@ MODULES = {
     **dict.fromkeys(("normalize_rows", "differentiate_rows"), layer_norm),
     **dict.fromkeys(("convolve", "convolve_few"), convolution),
 }
+"""The module of each kernel whose arguments and constants depend on the `Subject`: `compile_subject`."""
+
+SPECIMENS: dict[str, dict[str, str | int]] = {}
+"""Of every other kernel, the types of its arguments and the values of its constants, as its module's ``SPECIMENS`` say:
+``{"scale": {"x": "*bf16", "count": "i32", "BLOCK": 1024}}``."""
+
+for _operator in OPERATORS.values():
+    _module = BACKENDS["triton"].kernel(_operator.call_type.kernel)
+    for _kernel, _arguments in getattr(_module, "SPECIMENS", {}).items():
+        MODULES[_kernel], SPECIMENS[_kernel] = _module, _arguments
+
 NORMS = (instance_norm_act, layer_norm)
 
 
@@ -112,7 +125,10 @@ def subjects() -> list[Subject]:
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of a `Subject` needs and does; `exp` to `all` per 1,000 scores, 0 without a score loop."""
+    """What the machine code of a `Subject` needs and does; `exp` to `all` per 1,000 scores, 0 without a score loop.
+
+    `loops` of any kind are counted; the table need not have kernels without one.
+    """
 
     kernel: str
     architecture: int
@@ -127,6 +143,7 @@ class Report:
     shared: int
     global_: int
     all: int
+    loops: int = field(default=0, metadata={"stored": False})
 
     @property
     def key(self) -> tuple:
@@ -136,6 +153,8 @@ class Report:
 def compile_subject(subject: Subject):
     """The kernel compiled by Triton for an architecture that need not be present."""
     kernel = getattr(MODULES[subject.kernel], subject.kernel)
+    if subject.kernel in SPECIMENS:
+        return _compile(kernel, SPECIMENS[subject.kernel], subject.architecture)
     tile = subject.tile
     elements = dict.fromkeys(
         ("grad_out", "qkv", "pad_qkv", "out", "grad_qkv", "volume", "windows"), f"*{subject.dtype}"
@@ -211,8 +230,23 @@ def compile_subject(subject: Subject):
     return triton.compile(source, target=GPUTarget("cuda", subject.architecture, 32), options=options)
 
 
+def _compile(kernel, arguments: dict[str, str | int], architecture: int):
+    """`kernel` with these types of its arguments and values of its constants; pointers as PyTorch's allocator gives."""
+    constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
+    signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+
+
 def _tile_in_words(subject: Subject) -> str:
     module = MODULES[subject.kernel]
+    if subject.kernel in SPECIMENS:
+        return " ".join(
+            f"{name} {value}" for name, value in SPECIMENS[subject.kernel].items() if not isinstance(value, str)
+        )
     if module in NORMS:
         constants = _norm_constants(subject)
         return f"{constants['ROWS']}x{constants['CHANNELS']} warps {module.WARPS}"
@@ -286,6 +320,7 @@ def report(subject: Subject) -> Report:
         registers=resources["REG"],
         shared_bytes=compiled.metadata.shared,
         spills=sass.count(instructions, "LDL|STL"),
+        loops=len(sass.loops(instructions)),
         **{kind: round(count * scale) for kind, count in counts.items()},
         all=round(len(loop) * scale),
     )
@@ -300,9 +335,15 @@ def reports(chosen: Iterable[Subject]) -> list[Report]:
 def store(found: list[Report], path: Path = TABLE) -> None:
     with path.open("w", newline="") as file:
         file.write(f"# Triton {triton.__version__}; written by: python -m tests.triton.compile_gate\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(Report)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(one) for one in found)
+        names = [f.name for f in _stored()]
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([getattr(one, name) for name in names] for one in found)
+
+
+def _stored() -> list[Field]:
+    """The columns of the table."""
+    return [f for f in fields(Report) if f.metadata.get("stored", True)]
 
 
 def load(path: Path = TABLE) -> tuple[str, dict[tuple, Report]]:
@@ -310,7 +351,7 @@ def load(path: Path = TABLE) -> tuple[str, dict[tuple, Report]]:
     with path.open() as file:
         version = file.readline().split()[2].rstrip(";")
         rows = [
-            Report(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in fields(Report)})
+            Report(**{f.name: row[f.name] if f.type == "str" else int(row[f.name]) for f in _stored()})
             for row in csv.DictReader(file)
         ]
     return version, {row.key: row for row in rows}
