@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,16 @@ def test_a_kernel_with_other_parameters_is_refused(monkeypatch):
 def test_register_refuses(backend, message):
     with pytest.raises((TypeError, ValueError), match=message):
         backends.register(backend or backends.BACKENDS["cpu"])
+
+
+def test_contributing_names_files_that_exist():
+    """With an operator that has a kernel on every backend in place of ``<op>``."""
+    walks = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"\*\*`([^`]+)`\*\*", walks)
+    assert len(named) > 12
+    for path in named:
+        found = path.replace("<op>", "convolution").replace("<backend>", "cpu")
+        assert (ROOT / found).is_file(), path
 
 
 FLOORS = {
