@@ -62,8 +62,8 @@ def read(sass: str) -> list[Instruction]:
 def loops(instructions: list[Instruction]) -> list[range]:
     """Every loop, by the instructions from its first to the branch that goes back to it.
 
-    Code that was put behind the end of the kernel goes back to where it came from too: that is no loop. Nor is the branch
-    to itself that every kernel ends with.
+    Code that was put behind the end of the kernel goes back to where it came from too: that is no loop. Nor is the
+    branch to itself that every kernel ends with.
     """
     backward = (
         range(i.target, end + 1) for end, i in enumerate(instructions) if i.target is not None and i.target < end
