@@ -104,11 +104,6 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def gather(value: T) -> list[T]:
     """`value` of every rank, in their order, on every rank. For small things: it goes through pickle."""
     if not dist.is_initialized():
