@@ -18,9 +18,9 @@ else:
 
 LARGEST_FEATURE_SIZE = 1536
 LARGEST = {"in_channels": 1024, "out_channels": 1024, "window_size": 64}
-"""Beyond these nothing fits into a machine's memory."""
+"""Larger networks fit into no machine's memory."""
 MOST_BLOCKS = 64
-"""Of a stage."""
+"""Most blocks of a stage."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Architecture:
         spatial_dims: 2 or 3.
         use_v2: a residual convolution block before each stage (SwinUNETR-V2).
         downsample: order of the patch merging; merging_legacy is what weights trained with MONAI < 1.5 need.
-        use_checkpoint: compute activations again in the backward, for less memory.
+        use_checkpoint: recompute activations in the backward pass, to save memory.
         drop_rate: dropout of tokens.
         attn_drop_rate: dropout of attention weights.
         dropout_path_rate: stochastic depth.
@@ -99,7 +99,7 @@ class Architecture:
         if state is None:
             network = model.SwinUNETR(**self.__dict__)
         else:
-            with torch.device("meta"):  # nothing is drawn and nothing copied
+            with torch.device("meta"):  # no weights are drawn or copied
                 network = model.SwinUNETR(**self.__dict__)
             kinds = {name: value.dtype for name, value in network.state_dict().items()}
             given = {n: v.to(kinds.get(n)) if v.is_floating_point() else v for n, v in state.items()}

@@ -26,7 +26,7 @@ _NAME = re.compile(r"^step-(\d+)\.pt$")
 
 
 class Damaged(ValueError):
-    """A file is no checkpoint, or not what was written.
+    """A file is not a checkpoint, or its content is not what was written.
 
     Attributes:
         path: of the file.
@@ -46,8 +46,8 @@ class Saved:
     """What is in a file of `torch.save`.
 
     Attributes:
-        content: tensors, on the CPU, and plain values. In a checkpoint of ours there is no checksum any more: it was
-            right.
+        content: tensors, on the CPU, and plain values; in a checkpoint of ours without the checksum, which was
+            verified.
         sha256: of the file, in hexadecimal.
     """
 
@@ -66,15 +66,15 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
         content: tensors and plain values by name; `FORMAT` and the checksum are added.
 
     Raises:
-        NotSaved: the disk is full, say. The file that was at `path` is as it was.
-        TypeError: `content` holds something else than tensors and plain values.
+        NotSaved: writing failed, for example because the disk is full. The file that was at `path` is as it was.
+        TypeError: `content` holds anything but tensors and plain values.
     """
     whole = {"format": FORMAT, **content}
     whole["checksum"] = checksum(whole)
     try:
         with files.replacing(path) as file:
             torch.save(whole, file)
-    # RuntimeError: of torch's zip writer; of a failed write `replacing` says why.
+    # torch's zip writer raises RuntimeError; `replacing` says why a write failed.
     except (OSError, RuntimeError) as error:
         raise NotSaved(
             f"{path}: cannot be written: {_first_line(error)}; what was there before is untouched"
@@ -84,14 +84,14 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 def load(path: Path) -> Saved:
     """What `torch.save` wrote into a file, a checkpoint of ours or not; no code in it runs.
 
-    The file is read once: what is checked, what is loaded and what `Saved.sha256` is of are the same bytes.
+    The file is read once: the bytes that are checked, loaded and hashed are the same.
 
     Raises:
-        Damaged: whatever is wrong with the file, a checksum of ours that differs included.
-        FileNotFoundError, PermissionError: there is no such file, or none that may be read.
+        Damaged: the file cannot be loaded, or the checksum of a checkpoint of ours differs.
+        FileNotFoundError, PermissionError: the file does not exist or may not be read.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise Damaged(path, "cannot be read: it is no regular file")  # a pipe would be waited for
+        raise Damaged(path, "cannot be read: it is not a regular file")  # reading a pipe would block
     try:
         data = Path(path).read_bytes()
         _check_members(data)
@@ -101,10 +101,10 @@ def load(path: Path) -> Saved:
     except pickle.UnpicklingError as error:
         raise Damaged(
             path,
-            "does not load with weights_only=True, that is, without running code from it: it is no file of torch.save, "
-            "is damaged, or holds more than tensors",
+            "does not load with weights_only=True, that is, without running code from it: it was not written by "
+            "torch.save, is damaged, or holds more than tensors",
         ) from error
-    # A damaged file is a program for the unpickler, which fails in whatever way the damage has it fail.
+    # A damaged file is a program for the unpickler, which may fail in any way.
     except Exception as error:
         raise Damaged(path, f"cannot be read: {_first_line(error)}") from error
     if is_ours(content):
@@ -119,7 +119,7 @@ def _check_members(data: bytes) -> None:
         ValueError: one differs.
     """
     if not zipfile.is_zipfile(io.BytesIO(data)):
-        return  # of PyTorch before 1.6
+        return  # written by PyTorch before 1.6
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         for member in file.infolist():
             if member.CRC:  # 0 where torch.serialization.set_crc32_options(False) left them out
@@ -132,18 +132,18 @@ def read(path: Path) -> Saved:
     """The checkpoint of ours in a file.
 
     Raises:
-        Damaged: the file is truncated, altered, holds code, or is no checkpoint of ours.
-        FileNotFoundError, PermissionError: there is no such file, or none that may be read.
+        Damaged: the file is truncated, altered, holds code, or is not a checkpoint of ours.
+        FileNotFoundError, PermissionError: the file does not exist or may not be read.
     """
     saved = load(path)
     if not is_ours(saved.content):
         found = saved.content.get("format") if isinstance(saved.content, dict) else type(saved.content).__name__
-        raise Damaged(path, f"is no checkpoint of swin-unetr: format is {found!r}; accepted is {FORMAT!r}")
+        raise Damaged(path, f"is not a checkpoint of swin-unetr: format is {found!r}; accepted is {FORMAT!r}")
     return saved
 
 
 def is_ours(content: object) -> TypeGuard[Mapping[str, Any]]:
-    """Whether `content` of a file says that it is a checkpoint of this format."""
+    """Whether the `content` of a file claims to be a checkpoint of this format."""
     return isinstance(content, Mapping) and str(content.get("format")) == FORMAT
 
 
@@ -157,12 +157,12 @@ def _verified(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The `content` of the file `path` without its checksum.
 
     Raises:
-        Damaged: the checksum is of another content.
+        Damaged: the checksum does not match the content.
     """
     rest = {name: value for name, value in content.items() if name != "checksum"}
     try:
         whole = content.get("checksum") == checksum(rest)
-    # Of what is no tensor or plain value, or holds itself.
+    # For what is neither tensor nor plain value, or contains itself.
     except Exception as error:
         raise Damaged(path, f"its content is not what was written: {_first_line(error)}") from error
     if not whole:
@@ -224,7 +224,7 @@ def checksum(value: Any) -> str:
     """SHA-256, in hexadecimal, of tensors and plain values.
 
     Raises:
-        TypeError: a value is of another kind.
+        TypeError: a value is of any other type.
     """
     digest = hashlib.sha256()
     _feed(digest, value, "content")
@@ -255,6 +255,6 @@ def _feed(digest, value: Any, where: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """What `error` says, without torch's stack of C++ calls; what it is where it says nothing."""
+    """The message of `error` without torch's C++ stack; its type where it has no message."""
     says = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return says.strip().partition("\n")[0] or type(error).__name__

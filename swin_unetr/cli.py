@@ -1,7 +1,7 @@
 """The command `swin-unetr`: each command is a module of this package with `run` and a dataclass of options.
 
 Exit status: 0 done; 1 done, but something failed that the output names; 2 bad options or input; 75 interrupted by
-SIGTERM, SIGUSR1 or SIGHUP, to be started again; 130 interrupted from the keyboard. A training has saved by then.
+SIGTERM, SIGUSR1 or SIGHUP, to be restarted; 130 interrupted from the keyboard. A training has saved by then.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def _run(argv: Sequence[str] | None) -> int:
     if command not in COMMANDS:
         print(f"swin-unetr: no command {command!r}; accepted are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    # What a command needs takes seconds to import; the list of commands should not.
+    # What a command needs takes seconds to import; listing the commands should not.
     with interruption.exiting():
         module = importlib.import_module(f"swin_unetr.{command}")
     try:
         return module.run(parse(options_of(command), command, rest))
-    # What a user gave was wrong, and the message says what: the way through our code would not help.
+    # The user's input was wrong, and the message says how: a traceback would not help.
     except (ValueError, OSError) as error:
         print(f"swin-unetr {command}: {error}", file=sys.stderr)
         return 2
@@ -68,12 +68,12 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def options_of(command: str) -> type:
-    """The dataclass of a command's options, which has its name: `TrainOptions` of "train"."""
+    """The dataclass of a command's options, named after it: `TrainOptions` for "train"."""
     return getattr(importlib.import_module(f"swin_unetr.{command}"), f"{command.capitalize()}Options")
 
 
 def parse(kind: type, command: str, argv: Sequence[str]):
-    """`kind`, a dataclass of options, as `argv` and the YAML files named there say; the last word counts.
+    """`kind`, a dataclass of options, from `argv` and the YAML files named there; what comes last counts.
 
     Raises:
         ValueError: an option is unknown, its value not accepted, or one of several values is in `argv` twice.
@@ -137,7 +137,7 @@ def _expand(argv: Sequence[str], command: str, offered: Collection[str]) -> list
 
 
 def _is_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """Whether there was too little memory, of which PyTorch has no type of its own on a CPU."""
+    """Whether memory ran out, for which PyTorch has no exception type on a CPU."""
     return isinstance(error, MemoryError) or any(
         text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory")
     )

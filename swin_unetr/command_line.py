@@ -1,4 +1,4 @@
-"""Words of a command line, as people type them, into a dataclass of options; errors say what an option accepts."""
+"""From a command line, as people type it, to a dataclass of options; errors say what an option accepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEVERAL = (
 
 
 def _path(text: object) -> Path:
-    """`pathlib` makes the current folder of an empty text, which is no name that anybody meant."""
+    """`pathlib` would turn an empty string into the current folder, which nobody means."""
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(f"Got value: {text!r}")
     return Path(text)
@@ -34,7 +34,7 @@ register_type(Path, deserializer=_path, type_check=lambda value, kind: isinstanc
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are one `ValueError` without the usage: which option, what came, what is accepted.
+    """A parser whose errors are a `ValueError` without the usage: which option, its value, what is accepted.
 
     Args:
         kind: dataclass of the options.
@@ -59,7 +59,7 @@ class Parser(ArgumentParser):
         raise ValueError(message.strip()) from ex
 
     def refuse(self, name: str) -> NoReturn:
-        """Raise that there is no option `name`, with those that may be meant."""
+        """Raise an error that there is no option `name`, with those that may be meant."""
         known = [*self.types, *(action.dest for action in self._actions)]
         meant = nearest(name, known)
         hint = f": did you mean {' or '.join(f'--{option}' for option in meant)}?" if meant else ""
@@ -75,8 +75,8 @@ class Parser(ArgumentParser):
         """`argv` with each option and its words as one, as the parser reads them: ``--roi 64 64 64`` as a list.
 
         Raises:
-            ValueError: there is no such option, it has no value, or one of several values is there twice: to some the
-                last would count, to others all.
+            ValueError: there is no such option, it has no value, or an option of several values is given twice: some
+                would expect the last to count, others all of them.
         """
         typed: list[str] = []
         several: set[str] = set()
@@ -101,14 +101,14 @@ class Parser(ArgumentParser):
         return typed
 
     def _takes(self, name: str) -> bool:
-        """Whether there is an option `name` that is none of the dataclass's own: a group, --config, a class's name."""
+        """Whether there is an option `name` that is not a field of the dataclass: a group, --config, a class's name."""
         mapping = next((option for option in self.types if name.startswith(f"{option}.")), None)
         return any(f"--{name}" in action.option_strings for action in self._actions) or (
             mapping is not None and _origin(self.types[mapping]) is Mapping
         )
 
     def _text(self, name: str, given: Sequence[str]) -> str:
-        """The words `given` to an option as the one that the parser reads."""
+        """The words `given` to an option, as the single word that the parser reads."""
         kind = self.types[name]
         if not given:
             if kind is bool:
@@ -137,7 +137,7 @@ def leaves(kind: type, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def made(kind: type, parsed: Namespace, prefix: str = ""):
-    """The dataclass `kind` of what a parser gave.
+    """The dataclass `kind` from what a parser returned.
 
     Raises:
         ValueError: an option's value is not accepted; the message names the option.
@@ -146,7 +146,7 @@ def made(kind: type, parsed: Namespace, prefix: str = ""):
     given = {}
     for field in fields(kind):
         if field.init:
-            if field.name not in parsed:  # a list, say, in the place of a section
+            if field.name not in parsed:  # for example, a list in place of a section
                 raise ValueError(f"{prefix.removesuffix('.') or 'config'} is incomplete; accepted are options by name")
             name, hint, value = f"{prefix}{field.name}", hints[field.name], parsed[field.name]
             section = is_dataclass(hint)
@@ -160,13 +160,13 @@ def made(kind: type, parsed: Namespace, prefix: str = ""):
     except ValueError as error:
         says = str(error)
         named = re.match(r"\w+", says)
-        # A message that begins with the option becomes one that begins with its whole name.
+        # If the message begins with the option, make it begin with the option's full name.
         where = prefix if named and named[0] in given else f"{prefix.removesuffix('.')}: "
         raise ValueError(f"{where}{says}" if prefix else says) from error
 
 
 def nearest(name: str, known: Collection[str]) -> list[str]:
-    """Of the options `known` those that `name` may be meant for: of its last part, or spelled much like it."""
+    """The options in `known` that may be meant by `name`: with the same last part, or spelled much like it."""
     name = name.replace("-", "_")
     tail = name.rpartition(".")[2]
     same = [option for option in known if option.rpartition(".")[2] == tail]
@@ -214,7 +214,7 @@ def _is_optional(kind: Any) -> bool:
 
 
 def _origin(kind: Any) -> type | None:
-    """`Sequence` or `Mapping` for what holds several values."""
+    """`Sequence` or `Mapping` for a type of several values, else None."""
     origin = get_origin(_some(kind))
     if not isinstance(origin, type):
         return None
@@ -230,7 +230,7 @@ def _is_written_out(text: str) -> bool:
 
 
 def _list(given: Sequence[str], item: Any) -> str:
-    """Words as a list of `item`: paths are words, other values may be separated by commas, too."""
+    """Words as a list of `item`: each path is a word; other values may also be separated by commas."""
     if item is Path:
         return json.dumps(list(given))
     if item is str and any("[" in word for word in given):

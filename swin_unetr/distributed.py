@@ -1,6 +1,6 @@
-"""The processes of one job: who they are, what they tell each other, how work and network are shared among them.
+"""The processes of one job: their ranks, what they exchange, and how work and network are shared among them.
 
-Started by ``torchrun``, each process has a rank; without it there is one, of rank 0, and everything here does nothing.
+Under ``torchrun`` each process has a rank; without it there is one process, of rank 0, and nothing to exchange.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=int(os.environ.get("SWIN_UNETR_TIMEOUT_MINUTES", "30")))
-"""How long a rank waits for the others before it gives up: the slowest validation of one case has to fit."""
+"""How long a rank waits for the others before it gives up: longer than the slowest validation of a case."""
 
 
 class RankLost(RuntimeError):
-    """Another rank of the job died or does not answer, so that this one cannot go on."""
+    """Another rank of the job died or does not answer, so that this one cannot continue."""
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def job(device: str | None = None) -> Iterator[torch.device]:
     """Join the job that ``torchrun`` started, if it did; yields this rank's device.
 
     Args:
-        device: "cpu", "cuda" or "cuda:N"; None is CUDA where there is one. A rank of several on CUDA takes the device
-            of its local rank.
+        device: "cpu", "cuda" or "cuda:N"; None chooses CUDA if available. With several ranks on CUDA, each takes the
+            device of its local rank.
 
     Raises:
         ValueError: the device cannot be used here.
@@ -57,7 +57,7 @@ def job(device: str | None = None) -> Iterator[torch.device]:
         says = re.sub(r"^\[.*?\] *", "", str(error).strip()).splitlines()[0].partition(". ")[0]
         raise RankLost(f"rank {rank()} of {ranks} lost another rank, whose own output says why ({says})") from error
     finally:
-        # Networks in reference cycles hold the group, whose threads must end before the interpreter does.
+        # Networks in reference cycles keep the group alive, whose threads must end before the interpreter does.
         gc.collect()
         dist.destroy_process_group()
 
@@ -65,8 +65,8 @@ def job(device: str | None = None) -> Iterator[torch.device]:
 def _store() -> dist.Store:
     """Where the ranks of this attempt find each other.
 
-    ``torchrun`` starts ranks again with the store of the attempt that failed: without a name of its own an attempt
-    could meet the addresses of the dead.
+    ``torchrun`` restarts ranks with the store of the attempt that failed: without a prefix of its own, an attempt could
+    read the addresses of dead processes.
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -74,7 +74,7 @@ def _store() -> dist.Store:
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    """Whether `error` is about ranks that do not answer; gloo's have no type of their own."""
+    """Whether `error` is about ranks that do not answer; gloo has no exception type of its own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
@@ -104,13 +104,8 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def gather(value: T) -> list[T]:
-    """`value` of every rank, in their order, on every rank. For small things: it goes through pickle."""
+    """The `value` of every rank, in order, on every rank. Meant for small objects: they are pickled."""
     if not dist.is_initialized():
         return [value]
     values: list = [None] * ranks()
@@ -128,7 +123,7 @@ def broadcast(value: T) -> T:
 
 
 def first(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, the only one that calls it; on every rank.
+    """Call `function` on rank 0 alone, and return its result on every rank.
 
     Raises:
         OSError, ValueError: `function` raised it on rank 0; then every rank does.
@@ -146,7 +141,7 @@ def first(function: Callable[[], T]) -> T:
 
 
 def sums(values: Iterable[float], device: torch.device) -> list[float]:
-    """Sums over all ranks, each of as many `values`, in float64."""
+    """Sums over all ranks in float64; every rank passes equally many `values`."""
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -154,7 +149,7 @@ def sums(values: Iterable[float], device: torch.device) -> list[float]:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` holds on some rank: what all have to agree on before a collective call."""
+    """Whether `flag` is true on any rank."""
     if not dist.is_initialized():
         return flag
     value = torch.tensor(int(flag), device=device)
@@ -191,7 +186,7 @@ def parallel(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # FSDP2 shards no other.
+    # FSDP2 shards no other format.
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # PyTorch's stubs lack memory_format
     mesh = init_device_mesh(device.type, (ranks(),))
     for unit in network.children() if units is None else units:

@@ -26,19 +26,19 @@ FORMAT = "swin-unetr evaluation 1"
 class EvaluateOptions:
     """Score predicted label maps against labels.
 
-    Writes scores.csv (one line a case and class), evaluation.json (everything), scores.png, and comparison.png where
-    there is another run. A case that cannot be scored is reported and the others go on.
+    Writes scores.csv (one line per case and class), evaluation.json (everything), scores.png, and, if another run is
+    given, comparison.png. A case that cannot be scored is reported and the others continue.
 
     Args:
         predictions: folder of predicted label maps (NIfTI, NRRD, MetaImage).
         labels: folder of labels; a prediction belongs to the label of the same name, or of that name before "_...".
         out: folder for the results; those of an earlier evaluation in it are overwritten.
         classes: label values by class name, such as {liver: [1, 2], cancer: 2}; classes may overlap. By default every
-            value above 0 that the labels have is a class, unless they have more than a label map would.
-        tolerance: mm up to which surfaces agree, for NSD.
-        resamples: draws of the bootstrap.
-        confidence: of the intervals.
-        seed: of the draws.
+            value above 0 in the labels is a class, unless there are more than a label map would have.
+        tolerance: distance in mm up to which surfaces agree, for NSD.
+        resamples: number of bootstrap samples.
+        confidence: level of the intervals.
+        seed: for the bootstrap.
         compare: evaluation.json of another run on the same labels; differences are this run minus that.
         largest: GiB that one label map may take uncompressed.
     """
@@ -62,7 +62,7 @@ class EvaluateOptions:
         if self.classes is not None and not (self.classes and all(self.classes.values())):
             raise ValueError(f"classes is {self.classes}; accepted is at least one class, each with a label value")
         if not self.largest > 0:
-            raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
+            raise ValueError(f"largest is {self.largest}; accepted is a size in GiB above 0")
         if self.classes is not None and statistics.MEAN in self.classes:
             raise ValueError(f"classes has {statistics.MEAN!r}, the name of the mean over classes; accepted is another")
 
@@ -71,9 +71,9 @@ def run(options: EvaluateOptions, console: Console | None = None) -> int:
     """Evaluate; returns the exit status: 0, or 1 if a case has no prediction or could not be scored.
 
     Raises:
-        ValueError: no case can be scored, `options.compare` is no evaluation of the same labels, or `options.out`
+        ValueError: no case can be scored, `options.compare` is not an evaluation of the same labels, or `options.out`
             cannot be written to or is in use.
-        OSError: the disk is full, say; results of an earlier evaluation are as they were.
+        OSError: writing failed, for example because the disk is full; results of an earlier evaluation are unchanged.
     """
     console = console or Console()
     how = statistics.Bootstrap(options.resamples, options.confidence, options.seed)
@@ -86,7 +86,7 @@ def _run(options: EvaluateOptions, other: Mapping | None, how: statistics.Bootst
     found = _score_cases(options, console)
     results = {"format": FORMAT, "options": asdict(options), **found}
     results["summary"] = {metric: statistics.summary(by_case(found["scores"], metric), how) for metric in METRICS}
-    report.write(results, options.out)  # before a comparison that may be refused
+    report.write(results, options.out)  # before the comparison, which may be refused
     if other is not None:
         results["comparison"] = _compare(results, other, options, how)
         report.write(results, options.out)
@@ -95,7 +95,7 @@ def _run(options: EvaluateOptions, other: Mapping | None, how: statistics.Bootst
 
 
 def _score_cases(options: EvaluateOptions, console: Console) -> dict[str, Any]:
-    """Scores of every case, and which cases have none."""
+    """The scores of all cases, and the cases without scores."""
     labels, predictions = label_maps.find(options.labels), label_maps.find(options.predictions)
     pairs = label_maps.pair(predictions, labels)
     if not pairs:
@@ -142,10 +142,10 @@ def _score_cases(options: EvaluateOptions, console: Console) -> dict[str, Any]:
 
 
 def _values_of(labels: Sequence[Path], largest: float) -> dict[str, list[int]]:
-    """A class for each value above 0 in the files `labels`; a file that cannot be read is the scoring's to report.
+    """A class for each value above 0 in the files `labels`; scoring reports files that cannot be read.
 
     Raises:
-        ValueError: there is none, or a file has so many that it is an image.
+        ValueError: there is no such value, or a file has so many that it must be an image.
     """
     values: set[int] = set()
     unread: list[str] = []
@@ -164,9 +164,9 @@ def _values_of(labels: Sequence[Path], largest: float) -> dict[str, list[int]]:
 
 
 def _read_other(path: Path) -> dict[str, object]:
-    """The evaluation in a file, its scores as `Score`."""
+    """The evaluation in a file, with its scores as `Score`."""
     try:
-        with reading(path, says="is no evaluation"):
+        with reading(path, says="is not an evaluation"):
             other = json.loads(path.read_text(encoding="utf-8"))
             if other["format"] != FORMAT:
                 raise ValueError(f"format is {other['format']!r}; accepted is {FORMAT!r}")

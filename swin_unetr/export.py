@@ -35,10 +35,10 @@ class ExportOptions:
     """Write a trained network for other runtimes.
 
     Writes into `out` what `formats` names, and export.json: SHA-256 of every file, versions, and the error. Each file
-    is loaded again and compared with the network on two images; one that does not agree is not left there.
+    is loaded again and compared with the network on two images; one that does not agree is removed.
 
     Args:
-        checkpoint: best.pt or a checkpoint of a training; its averaged weights where it has some.
+        checkpoint: best.pt or another checkpoint of a training; averaged weights are used if it has any.
         out: folder for the files.
         formats: pt2 (torch.export), onnx, torchscript, safetensors (weights alone) and bundle (for MONAI).
         shape: voxels of an image on each axis, multiples of 32; by default the window of the training.
@@ -117,7 +117,7 @@ def _export_all(
             try:
                 result = _export(form, segmenter, images, expected, options.out)
                 record.write(options.out, exported | {name: {**result, "network": source}})
-            # Exporters and runtimes raise what they like; the other formats can go on.
+            # Exporters and runtimes raise what they like; the other formats can continue.
             except Exception as error:
                 failed[name] = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
                 continue

@@ -1,4 +1,4 @@
-"""Files that are whole at any time: written beside their place, flushed to disk, and renamed into it."""
+"""Files that are complete at any time: written under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ GIB = 2**30
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` once the context ends without an error.
+    """A file to write to, which replaces `path` when the context ends without an error.
 
-    It has the modes that the umask gives, whoever reads it. What a process that was killed leaves behind is for
-    `remove_leftovers`.
+    Its mode follows the umask. `remove_leftovers` deletes what a killed process leaves behind.
 
     Raises:
-        OSError: the disk is full, say; it names `path`. The file that was at `path` is as it was.
+        OSError: writing failed, for example because the disk is full; the error names `path`, and the file that was
+            there is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Raw(io.FileIO):
-    """A file that remembers why it could not be written: PyTorch's writer of zip files says something else then.
+    """A file that remembers why a write failed: PyTorch's zip writer reports something else.
 
     Attributes:
-        failed: the first error; None where there is none.
+        failed: the first error, or None.
     """
 
     failed: OSError | None = None
@@ -62,10 +62,11 @@ class _Raw(io.FileIO):
 
 
 def replace(contents: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: none takes its place before all of them are written.
+    """Write files that belong together: none is put in place before all of them are written.
 
     Raises:
-        OSError: the disk is full, say; it names the file. All are as they were then.
+        OSError: writing failed, for example because the disk is full; the error names the file, and all files are
+            unchanged.
     """
     with ExitStack() as until_written:
         for path, content in contents.items():
@@ -76,10 +77,10 @@ def replace(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def naming(path: Path, instead_of: Container[str | None] | None = None) -> Iterator[None]:
-    """An `OSError` of the system within this context names `path`: of a write it names no file at all.
+    """Make an `OSError` raised within this context name `path`: one raised by a write names no file.
 
     Args:
-        instead_of: names in the place of which it does, None for no name; by default any.
+        instead_of: the file names that are replaced by `path`, with None for a missing one; by default all.
     """
     try:
         yield
@@ -91,8 +92,8 @@ def naming(path: Path, instead_of: Container[str | None] | None = None) -> Itera
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what processes that were killed while `replacing` left in `folder`; nobody may be writing there."""
-    # Without ".part": names that earlier versions gave to checkpoints they were writing.
+    """Delete what processes killed while `replacing` left in `folder`; no process may be writing there."""
+    # Those without ".part" are names that earlier versions gave to checkpoints being written.
     for pattern in (".*.part", ".step-*.pt.*", ".best.pt.*"):
         for path in folder.glob(pattern):
             if path.is_file():

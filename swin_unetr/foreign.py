@@ -1,4 +1,4 @@
-"""Files that others wrote: one door to what parses them, and walks that survive what a folder holds."""
+"""Files from elsewhere: one wrapper around all parsers, and directory walks that survive whatever a folder holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LONGEST_REASON = 300
-"""Letters of a parser's message that are passed on: some repeat the file."""
+"""Characters of a parser's message that are passed on: some messages repeat the file."""
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -25,14 +25,14 @@ class BadFile(ValueError):
 
 @contextmanager
 def reading(path: Path, kind: type[BadFile] = BadFile, says: str = "cannot be read") -> Iterator[None]:
-    """Around whatever reads the file `path`: that it cannot be read becomes one kind of error, which names it.
+    """Wraps whatever reads the file `path`, so that every failure becomes one kind of error, which names the file.
 
-    A parser may fail over a damaged file in any way, so no list of its exceptions is ever complete. What is no regular
-    file is not read: a FIFO would wait for ever.
+    A parser may fail over a damaged file in any way, so no list of its exceptions is ever complete. Only regular files
+    are read: reading a FIFO would block forever.
 
     Raises:
-        BadFile: `kind`, in place of anything but `MemoryError` and what is no fault of the file (`KeyboardInterrupt`);
-            a `BadFile` from inside is passed on as it is.
+        BadFile: `kind`, in place of every other error except `MemoryError`; a `BadFile` from inside is passed on as it
+            is.
     """
     if (why := irregular(path)) is not None:
         raise kind(f"{path}: {says}: {why}")
@@ -45,16 +45,16 @@ def reading(path: Path, kind: type[BadFile] = BadFile, says: str = "cannot be re
 
 
 def irregular(path: Path) -> str | None:
-    """Why `path`, all links followed, is no regular file; None if it is one."""
+    """Why `path`, with links followed, is not a regular file; None if it is one."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+    except (OSError, ValueError) as error:  # ValueError: the name contains a null character
         return reason(error)
     return None if stat.S_ISREG(mode) else f"is {KINDS.get(stat.S_IFMT(mode), 'no file')}; accepted are regular files"
 
 
 def reason(error: BaseException) -> str:
-    """What `error` says, in one line."""
+    """The message of `error`, on one line."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -64,7 +64,7 @@ def reason(error: BaseException) -> str:
 
 
 def origin(error: BaseException) -> BaseException:
-    """What is behind `error`, where MONAI's transforms raised it: they say no more than which of them it was."""
+    """The cause of `error` where one of MONAI's transforms raised it, whose own message only names the transform."""
     while isinstance(error, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -85,8 +85,8 @@ def listed(folder: Path) -> list[Path]:
 def walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
     """The files in `folder` and below it, by name, each with why it cannot be opened: None for a regular file.
 
-    Folders that cannot be listed come with their reason too, and so do links to folders, which are not followed: they
-    may lead anywhere, and around in circles.
+    Folders that cannot be listed are included with the reason, and so are links to folders, which are not followed:
+    they may lead anywhere, even in circles.
     """
     found: list[tuple[Path, str | None]] = []
 

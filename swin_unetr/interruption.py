@@ -1,4 +1,4 @@
-"""Being asked to stop: by a scheduler (SIGTERM, SIGUSR1), from the keyboard (SIGINT), by a terminal that goes away
+"""Requests to stop: from a scheduler (SIGTERM, SIGUSR1), the keyboard (SIGINT), or a terminal that is closed
 (SIGHUP)."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Closing a terminal, Ctrl-C under torchrun and many wrappers send a signal twice 
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked to stop. As a `KeyboardInterrupt` it passes by all that deals with errors."""
+    """A signal asked to stop. As a `KeyboardInterrupt` it passes through all handlers of errors."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -36,9 +36,9 @@ def status(number: int) -> int:
 
 @contextmanager
 def exiting() -> Iterator[None]:
-    """Within this context, in which nothing can be lost, a signal ends the process.
+    """Within this context a signal ends the process: there is nothing to lose yet.
 
-    For imports: some libraries pass over whatever is raised in them.
+    Meant for imports: some libraries swallow whatever is raised while they are imported.
     """
     with _handling(lambda number, frame: os._exit(status(number))):
         yield
@@ -46,7 +46,7 @@ def exiting() -> Iterator[None]:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Within this context a signal raises `Interrupted`; one that repeats it at once does nothing."""
+    """Within this context a signal raises `Interrupted`; an immediate repetition is ignored."""
     last = -PATIENCE
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -60,10 +60,10 @@ def raising() -> Iterator[None]:
 
 
 class Interruption:
-    """Within this context a signal to stop does nothing but set `asked`, and break off what is `breaking`.
+    """Within this context a signal to stop only sets `asked`, and interrupts what runs under `breaking`.
 
     Attributes:
-        asked: the first signal that came; None before.
+        asked: the first signal that arrived; None until then.
     """
 
     def __init__(self) -> None:
@@ -84,9 +84,10 @@ class Interruption:
 
     @contextmanager
     def breaking(self, at_once: bool) -> Iterator[None]:
-        """Within this context a signal raises `Interrupted`: `at_once`, or where it is not left in `PATIENCE` seconds.
+        """Within this context a signal raises `Interrupted`: `at_once`, or if the context is not left within `PATIENCE`
+        seconds.
 
-        To be caught around it; then `hold` comes first.
+        Catch it around the context, and call `hold` first.
         """
         self._breaks = (lambda: self.asked is not None) if at_once else self._is_late
         try:
@@ -96,7 +97,7 @@ class Interruption:
             self._breaks = _never
 
     def hold(self) -> None:
-        """From here on nothing is broken off."""
+        """From here on nothing is interrupted."""
         self._breaks = _never
         if _is_main_thread():
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -111,10 +112,10 @@ class Interruption:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked is None:
             self.asked, self._since = number, time.monotonic()
-            # Again and again: an exception in a destructor, say, is lost.
+            # Repeatedly: an exception raised in a destructor, for example, is lost.
             signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1.0)
         elif number == signal.SIGINT and self._is_late():
-            raise KeyboardInterrupt  # a second Ctrl-C, which does not want to wait for a checkpoint
+            raise KeyboardInterrupt  # a second Ctrl-C: the user does not want to wait for a checkpoint
         self._break()
 
     def _insist(self, number: int, frame: FrameType | None) -> None:
@@ -131,7 +132,8 @@ def _is_main_thread() -> bool:
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None], signals: tuple[int, ...] = SIGNALS) -> Iterator[None]:
-    """`handler` for `signals`, those aside that are ignored (by nohup, say); only the main thread can have any."""
+    """Handle `signals` by `handler`, except those that are ignored (under nohup, for example). Does nothing outside the
+    main thread."""
     before = {}
     if _is_main_thread():
         before = {number: signal.getsignal(number) for number in signals}

@@ -12,11 +12,11 @@ if lazily.MYPY:
 else:
     torch = lazily.Module("torch")
 HOLDS_ABOVE = 0.5
-"""The probability above which an overlapping class holds: that of the logit 0."""
+"""The probability above which an overlapping class is present: that of the logit 0."""
 
 
 def by_name(classes: Mapping[str, Sequence[int] | int]) -> dict[str, list[int]]:
-    """Label values by class name; of a class that has one, it may stand alone.
+    """Label values by class name, each as a list; a single value may be given without one.
 
     Raises:
         ValueError: a class has no name.
@@ -63,14 +63,14 @@ class Labels:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the classes, in the order of their channels."""
+        """Names of the classes, in the order of their channels."""
         return tuple(self.classes)
 
     def target(self, label: torch.Tensor) -> torch.Tensor:
         """What a loss or metric compares the output's channels with.
 
         Args:
-            label: label values ``(B, 1, *S)``; those of no class are background.
+            label: label values ``(B, 1, *S)``; values that belong to no class are background.
 
         Returns:
             For softmax the index of the channel, int64 ``(B, 1, *S)``; for overlapping classes a mask each, float32
@@ -88,24 +88,25 @@ class Labels:
         return index
 
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
-        """The channels that hold, of ``logits (B, channels, *S)``: as `target` gives them."""
+        """Which classes are present, from ``logits (B, channels, *S)``, in the form that `target` returns."""
         return self._decide(logits, 0.0)
 
     def decide_by_probabilities(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """As `decide`, of what `probabilities` makes of logits."""
+        """As `decide`, from what `probabilities` returns."""
         return self._decide(probabilities, HOLDS_ABOVE)
 
     def _decide(self, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-        """The one rule: of overlapping classes each above `threshold`, of others the highest."""
+        """The one rule: each overlapping class whose score is above `threshold`; otherwise the class of the highest
+        score."""
         # On a CPU `argmax` takes four times as long as `max`.
         return (scores > threshold).float() if self.overlapping else scores.max(dim=1, keepdim=True).indices
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of each channel, in float32: ``(B, channels, *S)``."""
+        """Probability of each channel, in float32: ``(B, channels, *S)``."""
         return logits.float().sigmoid() if self.overlapping else logits.float().softmax(dim=1)
 
     def label_map(self, decided: torch.Tensor) -> torch.Tensor:
-        """Label values uint8 ``(B, 1, *S)`` of what was decided; where classes overlap, the innermost one's."""
+        """Label values uint8 ``(B, 1, *S)`` for what was decided; where classes overlap, that of the innermost."""
         if not self.overlapping:
             return torch.tensor([0, *self.written()], dtype=torch.uint8, device=decided.device)[decided]
         label = torch.zeros_like(decided[:, :1], dtype=torch.uint8)
@@ -114,10 +115,10 @@ class Labels:
         return label
 
     def written(self) -> tuple[int, ...]:
-        """The value that stands for each class in a label map: the first that no later class has.
+        """The value that represents each class in a label map: the first that no later class has.
 
         Raises:
-            ValueError: a class has none, so that a label map could not tell it from the classes inside of it.
+            ValueError: a class has no such value, so a label map could not distinguish it from the classes inside it.
         """
         groups = list(self.groups.items())
         chosen = []

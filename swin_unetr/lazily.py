@@ -1,6 +1,6 @@
-"""What takes seconds to import, imported by its first use: a command's options and their help should not wait for it.
+"""Modules that take seconds to import, imported on first use: a command's options and help should not wait for them.
 
-Blocks under ``typing.TYPE_CHECKING`` would not do: the parser of options runs them to know the types. Those under
+Blocks under ``typing.TYPE_CHECKING`` would not do: the parser of options executes them to resolve types. Those under
 `MYPY`, which only mypy takes for true, tell the type checker what a `Module` stands for.
 """
 
@@ -15,13 +15,13 @@ MYPY = False
 
 
 class Module:
-    """Stands for a module until an attribute of it is asked for."""
+    """Stands for a module, which is imported when one of its attributes is accessed."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        # What looks at every name of a module to know its kind, as a parser does, is no use of this one.
+        # Code that inspects every name in a namespace, as a parser does, does not use this module.
         if attribute.startswith("_"):
             raise AttributeError(f"{self._name} is not imported yet; it has no {attribute}")
         return getattr(importlib.import_module(self._name), attribute)

@@ -1,6 +1,6 @@
 """`load_pretrained`: published and home-made Swin UNETR weights, whatever their layout.
 
-Layouts met in the wild, all brought to the one of `SwinUNETR`'s state dict:
+Layouts found in the wild, all of which are converted to that of `SwinUNETR`'s state dict:
 
 - ``module.layers1.0…mlp.fc1…``: the encoder of MONAI's self-supervised ``model_swinvit.pt``, below
   ``state_dict``; what `SwinUNETR.load_from` reads.
@@ -8,7 +8,7 @@ Layouts met in the wild, all brought to the one of `SwinUNETR`'s state dict:
   below ``model``; what MONAI's `filter_swinunetr` reads.
 - ``swinViT.…``, ``swin_vit.…`` and the decoder's own names: a whole model, or a pretraining model with
   its heads; ``module.`` and ``_orig_mod.`` before any of them from data parallel and compiled models.
-- a checkpoint of ``swin-unetr train`` or ``pretrain``, whose averaged weights are taken where there are some.
+- a checkpoint of ``swin-unetr train`` or ``pretrain``, of which the averaged weights are taken if it has any.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _RENAMES = tuple(
 _BEFORE_MERGING_CHANGE = re.compile(r"\.mlp\.fc[12]\.|^(module\.)?encoder\.layers\d\.0\.0\.")
 
 _MERGING_CLASSES = {kind.__name__: name for name, kind in MERGING_MODES.items()}
-"""What classes of these names, ours and MONAI's, are called as `downsample`."""
+"""The `downsample` argument for classes of these names, ours and MONAI's."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class LoadReport:
         loaded: entries of the model's state dict that were copied.
         missing: entries of the model that the weights lack; they keep their values.
         unexpected: entries of the weights that the model lacks.
-        mismatched: entries that both have in different shapes, not copied: name to the shapes of the
-            weights and of the model.
-        downsample: the order of patch merging that the weights were made for: what a checkpoint of ours says, or
+        mismatched: entries that both have with different shapes, which were not copied: name to the shapes in the
+            weights and in the model.
+        downsample: the order of patch merging that the weights were made for: as a checkpoint of ours says, or
             ``"merging_legacy"`` where the layout shows that they are older than MONAI 1.5.0, whose ``"merging"``
-            gathers in another order; None if nothing tells.
+            gathers in another order; None if it is unknown.
     """
 
     source: str
@@ -94,14 +94,14 @@ def load_pretrained(
 ) -> LoadReport:
     """Load weights into a Swin UNETR or its encoder, ours or MONAI's, from any known layout.
 
-    Entries are matched by name after both sides were brought to one layout, and copied where the shapes
-    agree. Nothing is copied if this raises.
+    Entries are matched by name after both sides are converted to one layout, and copied where the shapes agree. Nothing
+    is copied if this raises.
 
     Args:
-        model: the model; wrapped by data parallel or `torch.compile` or not.
-        path_or_state: a ``.safetensors`` file; a file written by `torch.save`, read with ``weights_only=True``; or
-            what it holds: a state dict, or one below the key ``state_dict`` or ``model``; or a checkpoint of
-            ``swin-unetr train`` or ``pretrain``, of which the averaged weights are taken if it has some.
+        model: the model, which may be wrapped by data parallel or `torch.compile`.
+        path_or_state: a ``.safetensors`` file; a file written by `torch.save`, read with ``weights_only=True``; or the
+            content of such a file: a state dict, or one under the key ``state_dict`` or ``model``, or a checkpoint of
+            ``swin-unetr train`` or ``pretrain``, of which the averaged weights are taken if it has any.
         verbose: print the report.
 
     Returns:
@@ -109,10 +109,10 @@ def load_pretrained(
 
     Raises:
         TypeError: `path_or_state` is neither a path nor a mapping.
-        FileNotFoundError, PermissionError: there is no such file, or none that may be read.
-        ValueError: the file is damaged or needs more than tensors to load, nothing matched, two entries mean the
-            same parameter, an entry is no dense tensor of finite real numbers, more shapes disagree than agree (another
-            ``feature_size``, say), or the model refuses an entry.
+        FileNotFoundError, PermissionError: the file does not exist or may not be read.
+        ValueError: the file is damaged or needs more than tensors to load, nothing matched, two entries mean the same
+            parameter, an entry is not a dense tensor of finite real numbers, more shapes disagree than agree (because
+            of another ``feature_size``, for example), or the model refuses an entry.
     """
     content: object
     if isinstance(path_or_state, Mapping):
@@ -197,7 +197,7 @@ def _copy(model: nn.Module, values: Mapping[str, torch.Tensor], source: str) -> 
     before = {name: value.clone() for name, value in model.state_dict().items() if name in values}
     try:
         model.load_state_dict(values, strict=False)
-    except RuntimeError as error:  # at its end, after what can be copied has been
+    except RuntimeError as error:  # raised at the end, when what can be copied has been
         model.load_state_dict(before, strict=False)
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
         raise ValueError(f"load_pretrained: {source} does not fit the model: {reasons}") from error
@@ -217,9 +217,9 @@ def _read(path: str | os.PathLike[str]) -> object:
             return load_file(path)
         except (FileNotFoundError, PermissionError, MemoryError):
             raise
-        # A header that is no JSON, a data type that PyTorch lacks, a folder: each fails in its own way.
+        # A header that is not JSON, a data type that PyTorch lacks, a folder: each fails in its own way.
         except Exception as error:
-            raise ValueError(f"load_pretrained: {path} is no safetensors file: {error}") from error
+            raise ValueError(f"load_pretrained: {path} is not a safetensors file: {error}") from error
     try:
         return checkpoints.load(path).content
     except checkpoints.Damaged as error:
@@ -227,7 +227,7 @@ def _read(path: str | os.PathLike[str]) -> object:
 
 
 def _unwrap(content: object, source: str) -> Mapping[str, object]:
-    """The state dict inside a checkpoint, which is that of `source`."""
+    """The state dict inside the checkpoint `content`, which came from `source`."""
     outer: list[object] = []
     while isinstance(content, Mapping):
         if any(content is one for one in outer):
@@ -246,17 +246,17 @@ def _kind(value: torch.Tensor) -> str:
 
 
 def _canonical(key: str) -> str:
-    """`key` as `SwinUNETR` names it; unknown names stay."""
+    """`key` as `SwinUNETR` names it; unknown names are kept."""
     for pattern, replacement in _RENAMES:
         key = pattern.sub(replacement, key)
     return key
 
 
 def _other_merging(model: nn.Module, loaded: Mapping[str, torch.Tensor], downsample: str) -> str:
-    """The class that merges patches in `model` if it got weights from `loaded` and has another order, else ""."""
+    """The class that merges patches in `model` in another order, if it got weights from `loaded`; else ""."""
     for name, module in model.named_modules():
         weight = loaded.get(f"{name}.reduction.weight")
-        # 2C outputs of 8C inputs: 3D. In 2D all orders are one.
+        # 8C inputs to 2C outputs is 3D. In 2D all orders are the same.
         if weight is not None and weight.shape[1] == 4 * weight.shape[0]:
             names = (kind.__name__ for kind in type(module).__mro__)
             if next((_MERGING_CLASSES[name] for name in names if name in _MERGING_CLASSES), None) != downsample:
@@ -265,7 +265,7 @@ def _other_merging(model: nn.Module, loaded: Mapping[str, torch.Tensor], downsam
 
 
 def _summary(names: Sequence[str]) -> str:
-    """`names` counted by the part of the model they belong to."""
+    """`names`, counted by the part of the model they belong to."""
     parts = Counter(_canonical(name).split(".")[0] for name in names)
     return ", ".join(f"{part} ({count})" for part, count in parts.items()) or "none"
 

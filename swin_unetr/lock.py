@@ -1,5 +1,5 @@
-"""One owner for a folder of results: two trainings in it would delete each other's checkpoints, two predictions replace
-each other's tables."""
+"""One owner for a folder of results: two trainings in one folder would delete each other's checkpoints, two predictions
+would replace each other's tables."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NAME = ".lock"
 
 
 class InUse(ValueError):
-    """Another process has the folder."""
+    """Another process owns the folder."""
 
 
 class Unusable(ValueError):
-    """What is asked for as a folder of results can be none."""
+    """A path cannot serve as a folder of results."""
 
     def __init__(self, out: Path, why: str) -> None:
         super().__init__(out, why)
@@ -32,10 +32,10 @@ class Unusable(ValueError):
 
 
 def check(out: Path) -> None:
-    """Refuse what is plain to see that it can be no folder of results, and make nothing.
+    """Refuse a path that plainly cannot be a folder of results; nothing is created.
 
     Raises:
-        Unusable: `out`, or what is above it, is no folder, or nothing may be written there.
+        Unusable: `out`, or what is above it, is not a folder or is not writable.
     """
     for there in (out, *out.absolute().parents):
         try:
@@ -46,24 +46,26 @@ def check(out: Path) -> None:
             raise Unusable(out, error.strerror or str(error)) from error
         break
     if not os.path.isdir(there):
-        raise Unusable(out, f"{there} is no folder")
+        raise Unusable(out, f"{there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Unusable(out, f"{there} is not open for writing")
 
 
 @contextmanager
 def owned(out: Path, what: str = "training") -> Iterator[None]:
-    """Within this context no other process owns the folder `out`, which is made where there is none.
+    """Own the folder `out` within this context, to the exclusion of other processes; it is created if it does not
+    exist.
 
-    The system's lock on a file decides, which ends with its process however that ends; the file says whose it is. Where
-    a file system knows no locks, what the file says decides: a process of this host that is no more owns nothing.
+    A lock on a file decides, which the system releases when its process ends, however it ends; the file says whose lock
+    it is. Where the file system has no locks, the file itself decides: a process of this host that no longer runs owns
+    nothing.
 
     Args:
-        what: what is done there.
+        what: the kind of work, for messages.
 
     Raises:
         InUse: another process owns it; the message says which, on which host, since when.
-        Unusable: it is no folder, or cannot be written to.
+        Unusable: `out` is not a folder, or cannot be written to.
     """
     check(out)
     path = out / NAME
@@ -80,7 +82,7 @@ def owned(out: Path, what: str = "training") -> Iterator[None]:
 
 
 def _release(path: Path, descriptor: int) -> None:
-    with contextlib.suppress(FileNotFoundError):  # with the whole folder, by its user
+    with contextlib.suppress(FileNotFoundError):  # the user has deleted it with its folder
         path.unlink()
     os.close(descriptor)
 
@@ -116,7 +118,7 @@ def _me() -> dict[str, object]:
 
 
 def _owner(descriptor: int) -> dict[str, object]:
-    """What an owner wrote into the file; {} if nothing that can be read."""
+    """What the owner wrote into the file; {} if it cannot be read."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
@@ -130,12 +132,12 @@ def _is_alive(owner: dict[str, object]) -> bool:
     if not isinstance(pid, int) or pid <= 0:
         return False
     if owner.get("host") != socket.gethostname():
-        return True  # there is no telling from here
+        return True  # we cannot tell from here
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # it belongs to another user
         return True
     return pid != os.getpid()
 

@@ -202,7 +202,7 @@ class SwinUNETR(nn.Module):
             normalize: norm each feature map over its channels before the decoder.
             norm_layer: norm of the transformer, called with a number of channels.
             patch_norm: norm after the patch embedding.
-            use_checkpoint: compute blocks again in the backward: less memory, more time.
+            use_checkpoint: recompute blocks in the backward pass: less memory, more time.
             spatial_dims: 2 or 3.
             downsample: ``"merging"`` (MONAI ≥ 1.5), ``"mergingv2"``, ``"merging_legacy"`` (MONAI's
                 ``"merging"`` of 0.9 to 1.4: the order the published weights were trained with), or a

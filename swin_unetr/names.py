@@ -1,4 +1,4 @@
-"""Names that others chose, of files and classes: in names of files, in sentences, tables and pages, on the terminal."""
+"""Names that users chose, of files and classes: safe in file names, messages, tables, HTML and on the terminal."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
-"""How files are written: names of files need not be UTF-8, and must not cost what has been computed."""
+"""How files are written: file names need not be UTF-8, and must not cause the loss of what has been computed."""
 LONGEST = 200
-"""Bytes of a file's name before its suffix: systems have room for 255."""
+"""Longest file name before its suffix, in bytes: systems allow 255."""
 
 
 def cell(text: str) -> str:
-    """Of a table, which no spreadsheet takes for a formula."""
+    """A table cell that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def markup(text: object) -> str:
-    """Text in HTML, in attributes too."""
+    """Text for HTML, attributes included."""
     return html.escape(str(text), quote=True)
 
 
 def shown(text: object) -> str:
-    """Text that any terminal and font can show: what cannot be printed stands as an escape."""
+    """Text that any terminal and font can show: unprintable characters are escaped."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(text))
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print `text` as it is and as one line, however long: brackets in it are no markup, and no name is broken."""
+    """Print `text` verbatim and on one line, however long: brackets are not markup, and no name is broken."""
     console.print(shown(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def some(names: Sequence[object], most: int = 3) -> str:
-    """The first of `names`, and how many more there are."""
+    """The first few of `names`, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 

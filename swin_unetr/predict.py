@@ -1,4 +1,4 @@
-"""`swin-unetr predict`: segment images of any number, with volumes of the organs and a report."""
+"""`swin-unetr predict`: segment any number of images, with organ volumes and a report."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from .prediction.restore import Restored, axes_between
 from .prediction.windows import Windows, slabs
 
 WRITTEN = ("volumes.csv", "volumes.json", "report.html")
-"""What tells of all cases."""
+"""Files that cover all cases."""
 ENTROPY = "entropy"
-"""Folder of the entropy maps, inside of that of the results."""
+"""Folder of the entropy maps, inside the folder of results."""
 
 PIECE = 16
-"""Rows of the network's grid that are turned into labels at once: of few rows, what is made of them stays in caches."""
+"""Rows of the network's grid that are turned into labels at once: intermediate results of a few rows stay in caches."""
 
 
 @dataclass
@@ -51,19 +51,20 @@ class PredictOptions:
     """Segment images.
 
     Writes into `out` a label map of each image in the image's own geometry (of DICOM a NIfTI file), volumes.csv,
-    volumes.json and report.html. A case that cannot be segmented is reported and the others go on; an earlier label map
-    of it stays. Under torchrun the cases are shared among ranks.
+    volumes.json and report.html. A case that cannot be segmented is reported, the others continue, and an earlier label
+    map of it is kept. Under torchrun the cases are shared among ranks.
 
     Args:
-        checkpoint: of `swin-unetr train`; the mean of several decides.
+        checkpoint: from `swin-unetr train`; of several, the mean decides.
         input: files (NIfTI, NRRD, MetaImage), folders of them, or folders of DICOM series.
         out: folder for the results.
         windows: how a volume is cut, and how much memory is used.
-        mirror: axes of the network's volume that are mirrored too, the mean deciding: [0, 1, 2] takes 8 times as long.
-        entropy: write maps of the prediction's entropy into entropy/: 0 is certain, 1 is not knowing anything.
+        mirror: axes of the network's volume along which mirrored copies are segmented, too, and averaged: [0, 1, 2]
+            takes 8 times as long.
+        entropy: write maps of the prediction's entropy into entropy/: 0 is certain, 1 is completely uncertain.
         identify: begin the names of DICOM series, and so those of their results, with the accession number (accession)
-            or the patient's ID (patient); by default no results have data of patients but the names of their folders.
-        overwrite: replace results that are there.
+            or the patient's ID (patient); by default results contain no patient data except the names of folders.
+        overwrite: replace existing results.
         largest: GiB that one image may take as float32 in its file, and while it is resampled to the network's spacing.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
     """
@@ -88,7 +89,7 @@ class PredictOptions:
         if self.identify not in (None, *dicom.IDENTITIES):
             raise ValueError(f"identify is {self.identify!r}; accepted are {', '.join(dicom.IDENTITIES)} and null")
         if not self.largest > 0:
-            raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
+            raise ValueError(f"largest is {self.largest}; accepted is a size in GiB above 0")
 
 
 def run(options: PredictOptions, console: Console | None = None) -> int:
@@ -97,7 +98,8 @@ def run(options: PredictOptions, console: Console | None = None) -> int:
     Raises:
         ValueError: a checkpoint or an input does not fit, results are there already, or `options.out` cannot be written
             to or is in use.
-        OSError: the disk is full, say; tables and report of an earlier prediction are as they were.
+        OSError: writing failed, for example because the disk is full; tables and report of an earlier prediction are
+            unchanged.
     """
     with distributed.job(options.device) as device:
         if not distributed.is_first():
@@ -133,10 +135,11 @@ def _run(options: PredictOptions, device: torch.device, console: Console) -> int
 
 
 def _once(paths: Sequence[Path], tell: Callable[[str], None]) -> list[Path]:
-    """`paths` without those that lead where an earlier one does: an image is one case, however often it is named."""
+    """`paths` without those that lead to the same place as an earlier one: an image is one case, however often it is
+    named."""
     by_place: dict[str, Path] = {}
     for path in paths:
-        # Not `Path.resolve`, which raises where links lead around in a circle.
+        # Not `Path.resolve`, which raises for links that form a circle.
         first = by_place.setdefault(os.path.realpath(path), path)
         if first is not path:
             tell(f"input: {path} {'is there twice' if path == first else f'is the same as {first}'}; it is taken once")
@@ -146,8 +149,8 @@ def _once(paths: Sequence[Path], tell: Callable[[str], None]) -> list[Path]:
 def _prepare(
     options: PredictOptions, sources: Sequence[imaging.Source], outputs: Collection[Path], until_written: ExitStack
 ) -> None:
-    """Own the folder of the results by a context of `until_written`; they take the place of no image and, unasked, of
-    no earlier result."""
+    """Own the folder of the results by a context of `until_written`, and refuse results that would replace an image or,
+    unless asked to, an earlier result."""
     until_written.enter_context(lock.owned(options.out, "prediction"))
     files = [*outputs, *(options.out / name for name in WRITTEN)]
     if options.entropy:
@@ -171,7 +174,7 @@ def _cases(
     device: torch.device,
     console: Console,
 ) -> tuple[list[report.SegmentedCase], dict[str, str], list[int]]:
-    """Segment `sources`; what is done and why the others failed, by all ranks, and the signals that came meanwhile."""
+    """Segment `sources`; returns what is done, why the others failed, and the signals that arrived, of all ranks."""
     done: list[report.SegmentedCase] = []
     failed: dict[str, str] = {}
     signals: list[int] = []
@@ -181,11 +184,11 @@ def _cases(
         for source in progress.track(mine):
             try:
                 done.append(_case(source, outputs[source.name], ensemble, options, device))
-            # One damaged file of many must not end the others' work, and libraries fail in many ways over one.
+            # One damaged file of many must not end the work, and libraries fail in many ways over damaged files.
             except Exception as error:
                 why = origin(error)
                 failed[source.name] = str(why).strip() if isinstance(why, (ValueError, OSError)) else repr(why)
-            # What is done by then is in the tables and the report.
+            # What is done by then is included in the tables and the report.
             except Interrupted as error:
                 signals.append(error.number)
                 known = {case.name for case in done} | set(failed)
@@ -214,9 +217,9 @@ def _case(
     entropy = ""
     if found.entropy is not None:
         entropy = report.entropy_picture(found.entropy, found.labels, volume.affine)
-        # In a folder of its own: what lies beside a label map is taken for one by `evaluate`.
+        # In a separate folder: `evaluate` takes what lies beside label maps for label maps.
         _write_map(found.entropy, volume, options.out / ENTROPY / output.name)
-    # Last: a case that fails leaves the label map that was there.
+    # Last, so that a case that fails keeps the earlier label map.
     _write_map(found.labels, volume, output)
     return report.SegmentedCase(
         name=source.name,
@@ -252,9 +255,9 @@ def segment(
     """Label map of `volume` on its own grid, and its entropy if asked for.
 
     Args:
-        mirror: axes that are mirrored too.
-        say: is told what a reader of the result should know of how it was made.
-        largest: GiB that the image may take on the network's grid, and while it is resampled to that.
+        mirror: axes along which mirrored copies are segmented, too.
+        say: is called with what a reader of the result should know about how it was made.
+        largest: GiB that the image may take on the network's grid, and while it is resampled to it.
 
     Raises:
         ValueError: the volume has other channels than the networks, voxels of extents beyond any scanner, takes more
@@ -263,7 +266,7 @@ def segment(
     """
     if len(volume.values) != ensemble.channels:
         raise ValueError(f"the image has {len(volume.values)} channels; the network takes {ensemble.channels}")
-    # A copy: MONAI's transforms write into what they are given wherever they can, and `volume` is measured afterwards.
+    # A copy: MONAI's transforms may write into their input, and `volume` is measured afterwards.
     image = MetaTensor(torch.tensor(volume.values), affine=torch.tensor(volume.affine))
     preprocessing = ensemble.preprocessing
     preprocessing.check_grid(image, largest)
@@ -273,7 +276,7 @@ def segment(
     grid = tuple(prepared.shape[1:])
     affine = prepared.affine.numpy().astype(np.float64)
     axes = axes_between(volume.affine, volume.values.shape[1:], affine, grid)
-    classes = 4 * ensemble.labels.channels * math.prod(grid)  # bytes of all probabilities
+    classes = 4 * ensemble.labels.channels * math.prod(grid)  # bytes of the probabilities of all channels
     if axes is None and classes > largest * GIB:
         raise ValueError(
             f"the image's axes are not at right angles (a tilted gantry?), which takes {classes / GIB:.3g} GiB for "
@@ -288,7 +291,7 @@ def segment(
     inside = [slice(missing // 2, missing // 2 + extent) for missing, extent in zip(lack, grid, strict=True)]
     whole = []
     for first, logits in slabs(padded, networks, ensemble.labels.channels, ensemble.roi, windows, say):
-        rows = inside[0] if lack[0] else slice(None)  # of an axis that was padded there is one slab
+        rows = inside[0] if lack[0] else slice(None)  # an axis that was padded has a single slab
         if not all(_is_finite(of_one) for of_one in logits):
             raise ValueError("the network's output for this image is not finite (NaN or infinite)")
         pieces = zip(*(of_one[0, :, rows, inside[1], inside[2]].split(PIECE, dim=1) for of_one in logits), strict=True)
@@ -306,14 +309,14 @@ def segment(
 
 
 def _is_finite(logits: torch.Tensor) -> bool:
-    """Whether all are, in one pass: the least and the largest of what has a NaN are NaN."""
+    """Whether all values are finite, in one pass: minimum and maximum are NaN if any value is."""
     return all(math.isfinite(end) for end in torch.aminmax(logits))
 
 
 def _write(
     done, failed, left_out, ensemble: Ensemble, options: PredictOptions, device: torch.device
 ) -> tuple[str, ...]:
-    """Write tables and report, and return their names; of a run that did nothing, they replace no earlier ones."""
+    """Write tables and report, and return their names; a run that segmented nothing does not replace earlier ones."""
     if not done and any((options.out / name).exists() for name in WRITTEN):
         return ()
     prepared = (

@@ -1,4 +1,4 @@
-"""How an image becomes what the network sees: alike in training and prediction, so it travels with the weights."""
+"""How an image becomes what the network sees: the same in training and prediction, so it is saved with the weights."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ FLOAT64, FLOAT32 = 8, 4  # bytes
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an image, always alike, before anything random.
+    """What is done to every image, before anything random.
 
     Args:
         spacing: voxel extents in mm that images are resampled to; null leaves them.
         orientation: axes of the network's volume as in RAS: right, anterior, superior; null leaves them.
-        intensity: window maps `window` to 0..1 and cuts off what is beyond; zscore subtracts the mean and divides by
-            the standard deviation of the voxels that are not 0, each channel for itself.
+        intensity: window maps `window` to 0..1 and clips what is outside; zscore subtracts the mean and divides by
+            the standard deviation of the voxels that are not 0, for each channel separately.
         window: lowest and highest intensity, in the image's units (HU for CT).
-        crop_foreground: in training, cut away borders in which the image is not above its lowest intensity.
+        crop_foreground: in training, remove borders in which the image is not above its lowest intensity.
     """
 
     spacing: tuple[float, float, float] | None = (1.5, 1.5, 2.0)
@@ -71,21 +71,21 @@ class Preprocessing:
         return steps
 
     def check_grid(self, image: data.MetaTensor, largest: float) -> None:
-        """Raise `ValueError` if `geometry` cannot make its grid of ``image (C, *S)``: voxels have extents that it does
-        not accept either, or resampling takes more than `largest` GiB."""
+        """Raise `ValueError` if `geometry` cannot resample ``image (C, *S)``: the extents of its voxels are out of
+        range, or resampling takes more than `largest` GiB."""
         extents = " × ".join(f"{float(extent):.3g}" for extent in image.pixdim)
         if self.spacing is not None and not all(FINEST <= extent <= COARSEST for extent in image.pixdim):
             raise ValueError(
                 f"the image's voxels are of {extents} mm by its header; accepted are extents from {FINEST:g} to "
                 f"{COARSEST:g} mm"
             )
-        outline = data.MetaTensor(torch.zeros(()).expand(image.shape), affine=image.affine)  # of no memory
+        outline = data.MetaTensor(torch.zeros(()).expand(image.shape), affine=image.affine)  # takes no memory
         item: dict[Hashable, Any] = {"image": outline}
         for step in self.geometry(("image",)):
             before = item["image"].peek_pending_affine(), tuple(item["image"].peek_pending_shape())
             item = step(item, lazy=True)
         grid = tuple(int(extent) for extent in item["image"].peek_pending_shape())
-        # As MONAI does, which leaves an image that has the spacing already as it is.
+        # MONAI leaves an image that already has the spacing as it is.
         resampled = self.spacing is not None and not (
             before[1] == grid and torch.allclose(item["image"].peek_pending_affine(), before[0], atol=1e-3)
         )
@@ -106,6 +106,6 @@ class Preprocessing:
 
 
 def resampling(channels: int) -> int:
-    """Bytes that MONAI takes at most for a voxel of what it resamples to: for three coordinates, which are made from
-    four; for them and the channels; and for the channels as they are made and as they are kept."""
+    """The most bytes MONAI needs for each voxel that it resamples to: for three coordinates made from four; for these
+    and the channels; or for the channels as they are computed and as they are kept."""
     return max((4 + 3) * FLOAT64, (3 + channels) * FLOAT64, channels * (FLOAT64 + FLOAT32))

@@ -25,15 +25,15 @@ else:
     self_supervision = lazily.Module("swin_unetr.pretraining.self_supervision")
     session = lazily.Module("swin_unetr.training.session")
 MOST = 65536
-"""Beyond it no machine has the memory."""
+"""More fits into no machine's memory."""
 
 
 @dataclass
 class PretrainOptions:
-    """Train the encoder of a Swin UNETR to tell rotations, to recognise a crop's other view, and to fill cutouts.
+    """Train the encoder of a Swin UNETR to recognise rotations and a crop's other view, and to fill in cutouts.
 
-    Writes into `out`: best.pt (weights that `train --initial` starts from), checkpoints/ (to go on from), config.yaml,
-    log.jsonl and tensorboard/. The same command goes on where it was stopped. Under torchrun it trains on all ranks,
+    Writes into `out`: best.pt (weights that `train --initial` starts from), checkpoints/ (to resume from), config.yaml,
+    log.jsonl and tensorboard/. The same command continues where it was stopped. Under torchrun it trains on all ranks,
     and each view has the views of every rank as negatives.
 
     Args:
@@ -42,14 +42,14 @@ class PretrainOptions:
         architecture: the network whose encoder is trained; the one to fine-tune later.
         preprocessing: what is done to every image; it maps intensities to 0..1.
         roi: voxels of a crop, multiples of 32, equal along the plane of tasks.rotation_axes.
-        tasks: what each task counts, and how views are made.
-        embedding: length of the vectors that contrast compares.
-        validation_crops: of each case that is validated on.
-        optimization: how.
-        schedule: for how long; validation and checkpoints.
-        initial: weights to start from: of another pretraining, or published ones.
-        resume: auto goes on from the newest checkpoint in `out`; never refuses a folder that has some.
-        seed: of weights, crops, views and dropout.
+        tasks: the weight of each task, and how views are made.
+        embedding: length of the vectors that the contrastive task compares.
+        validation_crops: crops of each validation case.
+        optimization: how the network is optimised.
+        schedule: how long to train, and when to validate and save.
+        initial: weights to start from: from another pretraining, or published ones.
+        resume: auto continues from the newest checkpoint in `out`; never refuses a folder that has any.
+        seed: for weights, crops, views and dropout.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
     """
 
@@ -89,7 +89,7 @@ def run(options: PretrainOptions, console: Console | None = None) -> int:
 
     Raises:
         ValueError: data or options do not fit, or `options.out` holds another run, cannot be written to or is in use.
-        OSError: the disk is full, say.
+        OSError: writing failed, for example because the disk is full.
     """
     crops = options.data.batch_size * options.data.crops_per_volume * int(environ.get("WORLD_SIZE", "1"))
     if crops < 2:

@@ -18,7 +18,7 @@ from .preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class Description:
-    """What it takes to use weights.
+    """What is needed to use weights.
 
     Attributes:
         architecture: the network.
@@ -34,7 +34,7 @@ class Description:
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Description:
-        """From plain values as `plain` gives them, among others."""
+        """From a mapping that contains what `plain` returns."""
         architecture, labels, preprocessing = (_tuples(plain[k]) for k in ("architecture", "labels", "preprocessing"))
         return cls(
             architecture=Architecture(**architecture),
@@ -44,7 +44,7 @@ class Description:
         )
 
     def plain(self) -> dict[str, Any]:
-        """All of it in plain values, which files can hold."""
+        """The same as plain values, for files."""
         return {
             "architecture": asdict(self.architecture),
             "labels": {
@@ -58,13 +58,13 @@ class Description:
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A trained network, and what it takes to use it.
+    """A trained network, and what is needed to use it.
 
     Attributes:
-        description: its architecture without what serves training alone: dropout and recomputation.
+        description: its architecture is without what only training needs: dropout and recomputation.
         network: on fused kernels and the CPU, in evaluation mode.
         state: its state dict, contiguous.
-        averaged: whether its weights are the moving average of those that were trained.
+        averaged: whether its weights are the moving average.
         sha256: of the checkpoint's file, in hexadecimal.
     """
 
@@ -76,7 +76,7 @@ class Segmenter:
 
     @classmethod
     def read(cls, path: Path) -> Segmenter:
-        """What a checkpoint of `swin-unetr train` holds; the moving average of the weights where there is one.
+        """The network in a checkpoint of `swin-unetr train`, with averaged weights if it has any.
 
         Raises:
             ValueError: the file is damaged, of another command, does not describe its own weights, or has some that are
@@ -115,7 +115,7 @@ class Segmenter:
 
 
 def _for_use(description: Description) -> Description:
-    """`description` without what serves training alone."""
+    """`description` without what only training needs."""
     architecture = replace(
         description.architecture, use_checkpoint=False, drop_rate=0.0, attn_drop_rate=0.0, dropout_path_rate=0.0
     )
@@ -123,5 +123,5 @@ def _for_use(description: Description) -> Description:
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields` with tuples for the lists that files hold."""
+    """`fields` with tuples in place of the lists that files hold."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

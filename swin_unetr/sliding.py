@@ -1,4 +1,4 @@
-"""The sliding window over whole images, alike in prediction, validation and the demo."""
+"""The sliding window over whole images, the same for prediction, validation and the demo."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def logits_of(
     Args:
         roi: extents of a window.
         windows: how many go through the network at once.
-        overlap: of neighbouring windows, as a part of their extents.
+        overlap: overlap of neighbouring windows, as a fraction of their extents.
         device: where the windows are summed up; by default that of `image`.
     """
     found = sliding_window_inference(
         image, roi, windows, network, overlap, mode="gaussian", sw_device=image.device, device=device
     )
-    assert isinstance(found, torch.Tensor)  # MONAI takes networks of several outputs, too
+    assert isinstance(found, torch.Tensor)  # MONAI also accepts networks of several outputs
     return found

@@ -1,4 +1,4 @@
-"""Standard output and error that outlast whoever reads them: what a command computes must not depend on that."""
+"""Standard output and error that survive their reader: a command must not fail because nobody reads what it prints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, TextIO
 def lasting() -> Iterator[None]:
     """Within this context writing to `sys.stdout` and `sys.stderr` never fails.
 
-    The first time that one cannot be written to (its reader ended, the terminal was closed, the disk is full) the other
-    says so, and from there on it leads nowhere, for child processes too. Characters that its encoding does not have are
+    When one cannot be written to (its reader ended, the terminal was closed, the disk is full), the other says so,
+    once, and further output to it is discarded, that of child processes too. Characters that its encoding lacks are
     escaped.
     """
     _open_closed_descriptors()
@@ -33,16 +33,16 @@ def lasting() -> Iterator[None]:
 
 
 def _open_closed_descriptors() -> None:
-    """The first file that is opened must not become the standard output of libraries and child processes."""
+    """Otherwise the first file to be opened would become the standard output of libraries and child processes."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
 class _Lasting:
-    """`stream` until it cannot be written to, then nowhere; in all else like `stream`."""
+    """Writes to `stream` until that fails, then discards; otherwise behaves like `stream`."""
 
     def __init__(self, stream: TextIO, name: str, say: Callable[[str], None]) -> None:
         self._stream, self._name, self._say = stream, name, say
@@ -68,6 +68,6 @@ class _Lasting:
     def _lead_nowhere(self, error: OSError) -> None:
         nowhere = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
         with suppress(OSError, AttributeError):  # where it has no descriptor
-            os.dup2(nowhere.fileno(), self._stream.fileno())  # what the old stream still holds goes there, too
+            os.dup2(nowhere.fileno(), self._stream.fileno())  # what the old stream has buffered goes there, too
         self._stream = nowhere
         self._say(f"swin-unetr: {self._name} cannot be written to ({error.strerror or error}); going on without it")

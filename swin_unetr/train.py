@@ -29,23 +29,23 @@ else:
 class TrainOptions:
     """Train a segmentation network.
 
-    Writes into `out`: best.pt (weights for prediction), checkpoints/ (to go on from), config.yaml, log.jsonl and
-    tensorboard/. The same command goes on where it was stopped. Under torchrun it trains on all ranks.
+    Writes into `out`: best.pt (weights for prediction), checkpoints/ (to resume from), config.yaml, log.jsonl and
+    tensorboard/. The same command continues where it was stopped. Under torchrun it trains on all ranks.
 
     Args:
         data: cases and how crops are taken from them.
-        labels: what is segmented.
+        labels: the classes to segment.
         out: folder of this run.
         architecture: the network; its out_channels are the classes, and the background unless they overlap.
         preprocessing: what is done to every image, in prediction too.
         roi: voxels of a crop, multiples of 32.
         loss: what is minimised.
-        optimization: how.
-        schedule: for how long; validation and checkpoints.
+        optimization: how the network is optimised.
+        schedule: how long to train, and when to validate and save.
         validation: how whole cases are segmented to choose the best weights.
-        initial: weights to start from: of pretrain, of another training, or published ones.
-        resume: auto goes on from the newest checkpoint in `out`; never refuses a folder that has some.
-        seed: of weights, crops, augmentation and dropout.
+        initial: weights to start from: from pretrain, from another training, or published ones.
+        resume: auto continues from the newest checkpoint in `out`; never refuses a folder that has any.
+        seed: for weights, crops, augmentation and dropout.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
     """
 
@@ -88,7 +88,7 @@ def run(options: TrainOptions, console: Console | None = None) -> int:
 
     Raises:
         ValueError: data or options do not fit, or `options.out` holds another run, cannot be written to or is in use.
-        OSError: the disk is full, say.
+        OSError: writing failed, for example because the disk is full.
     """
     with interruption.exiting():
         lazily.load(session, segmentation)

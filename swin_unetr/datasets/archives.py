@@ -1,4 +1,4 @@
-"""Data sets in archives, which are not to be trusted: the Decathlon's .tar, compressed or not, and .zip."""
+"""Data sets in archives, which are not trusted: the Decathlon's .tar, compressed or not, and .zip."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MOST_OF_A_ZIP_DIRECTORY = 1 << 26  # bytes
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".zip")
 DATALIST = "dataset.json"
 RECORD = ".archive.json"
-"""File in an unpacked data set: which archive it is of."""
+"""File in an unpacked data set that says which archive it came from."""
 OF_THE_ARCHIVE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
-"""What fails in a new folder because of a member's name."""
+"""Errors in a new folder that are caused by a member's name."""
 
 
 class Refused(ValueError):
-    """An archive is damaged or does what no data set has to; the message names it and the member."""
+    """An archive is damaged or contains what no data set needs; the message names the archive and the member."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,14 @@ def is_archive(path: Path) -> bool:
 
 
 def datalist_in(archive: Path, say: Callable[[str], None] = lambda text: None) -> Path:
-    """The dataset.json in `archive`, which is unpacked beside it unless that was done before.
+    """The dataset.json in `archive`, which is unpacked beside it if that was not done before.
 
     Args:
-        say: is told that it is being unpacked, which may take minutes.
+        say: is called when unpacking begins, which may take minutes.
 
     Raises:
-        Refused: the archive cannot be unpacked, holds not one dataset.json, or is not the one that was unpacked before.
+        Refused: the archive cannot be unpacked, does not hold exactly one dataset.json, or is not the one that was
+            unpacked before.
         OSError: the folder of the archive cannot be written to, or the disk has no room.
     """
     folder = archive.with_name(f"{archive.name}.unpacked")
@@ -92,7 +93,7 @@ def datalist_in(archive: Path, say: Callable[[str], None] = lambda text: None) -
 def _unpack_whole(archive: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Make `folder` with all of `archive` and a record of it; while the lock is held."""
     new = folder.with_name(f".{folder.name}.new")
-    for left in (new, *folder.parent.glob(f".{new.name}.*")):  # by a process that was killed
+    for left in (new, *folder.parent.glob(f".{new.name}.*")):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     say(f"unpacking {archive} into {folder}, once")
     identity = _identity(archive)
@@ -108,11 +109,11 @@ def _identity(archive: Path) -> dict[str, int]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among all processes that lock `path`, a file that is gone afterwards."""
+    """Hold a lock on `path` among processes; the file is removed afterwards."""
     while True:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            # Who had the lock before has removed the file: a third process may have made a new one.
+            # The previous owner of the lock has removed the file: a third process may have created a new one.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue
             try:
@@ -123,18 +124,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path, largest: float = 64.0) -> list[Path]:
-    """Unpack `archive` into `folder`, which appears once all of it is there; returns the files.
+    """Unpack `archive` into `folder`, which appears when it is complete; returns the files.
 
     Nothing is written outside of `folder`, and nothing but files and folders: no links, no devices. Permissions and
-    owners in the archive are passed over, and so are the files "._…" in which macOS keeps what it knows of others.
+    owners in the archive are ignored, and so are the files "._…" in which macOS keeps metadata.
 
     Args:
         archive: .tar, .tar.gz, .tar.bz2 or .zip.
-        folder: does not exist yet.
-        largest: GiB that all members may take together by their headers; none is unpacked beyond what its header says.
+        folder: must not exist yet.
+        largest: GiB that all members together may take, by their headers; none is unpacked beyond the size in its
+            header.
 
     Raises:
-        Refused: the archive is damaged, too large, or a member leads out of the folder or is no plain file.
+        Refused: the archive is damaged, too large, or a member leads out of the folder or is not a plain file.
         OSError: `folder` cannot be written to, exists, or the disk has no room.
     """
     if folder.exists():
@@ -155,7 +157,7 @@ def unpack(archive: Path, folder: Path, largest: float = 64.0) -> list[Path]:
                     if error.errno not in OF_THE_ARCHIVE:
                         raise
                     raise Refused(f"{archive}: member {member.name!r}: {error.strerror}") from error
-        temporary.chmod(0o755)  # mkdtemp's are for their owner alone
+        temporary.chmod(0o755)  # mkdtemp grants access to the owner alone
         temporary.rename(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -170,16 +172,16 @@ def _write(member: Member, folder: Path, open_member: Callable[..., IO[bytes]]) 
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_member(member.key) as source, path.open("xb") as target:
-        # Both readers end a member where its header says, and refuse one that is shorter or, by its checksum, longer.
+        # Both readers stop where the header says, and refuse a member that is shorter or, by its checksum, longer.
         shutil.copyfileobj(source, target, CHUNK)
 
 
 class _Bounded:
-    """A file whose reader can be made to read no more than so many bytes: of what headers say about their own length
-    nothing is believed.
+    """A file from which only a limited number of bytes can be read: what headers say about their own length is not
+    trusted.
 
     Attributes:
-        left: bytes that may be read yet; None is any number.
+        left: bytes that may still be read; None for any number.
     """
 
     def __init__(self, file: io.BufferedIOBase, archive: Path, largest: float, left: int) -> None:
@@ -200,7 +202,7 @@ class _Bounded:
         return part
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # Of what is compressed, all before the new place is unpacked.
+        # In a compressed file, everything before the new position is unpacked.
         if whence == os.SEEK_SET and not 0 <= offset <= self._largest:
             raise Refused(f"{self._archive}: has a member that ends after {offset} bytes; accepted are fewer (largest)")
         return self._file.seek(offset, whence)
@@ -214,9 +216,9 @@ class _Bounded:
 
 @contextmanager
 def _opened(archive: Path, largest: float) -> Iterator[tuple[Iterable[Member], Callable[..., IO[bytes]]]]:
-    """The members of `archive`, and how one is opened; what its reader raises becomes `Refused`."""
+    """The members of `archive`, and a function that opens one; errors of the reader become `Refused`."""
     if not archive.is_file():
-        raise Refused(f"{archive}: is no file")
+        raise Refused(f"{archive}: is not a file")
     try:
         if zipfile.is_zipfile(archive):
             with archive.open("rb") as stream:
@@ -229,25 +231,25 @@ def _opened(archive: Path, largest: float) -> Iterator[tuple[Iterable[Member], C
                 headers = MOST_MEMBERS * MOST_OF_A_TAR_HEADER
                 bounded = _Bounded(stream, archive, largest + headers, MOST_OF_A_TAR_HEADER)
                 with tarfile.open(fileobj=cast(IO[bytes], bounded), mode="r:") as file:  # it reads, seeks and tells
-                    # Of what is no file it would give None.
+                    # It returns None only for what is not a file.
                     yield _tar_members(file, bounded), cast(Callable[..., IO[bytes]], file.extractfile)
     except Refused:
         raise
     except OSError as error:
-        # Without a number it is not the system's but gzip's or bz2's, of damaged data.
+        # An error without a number is not the system's, but that of gzip or bz2 about damaged data.
         if error.errno is not None:
             raise
         raise Refused(f"{archive}: cannot be unpacked: {error}") from error
     except MemoryError:
         raise
-    # What damage makes the readers raise is of many kinds; the archive's name is what counts.
+    # Damage makes the readers raise many kinds of errors; what matters is the archive's name.
     except Exception as error:
         says = str(error).strip() or type(error).__name__
         raise Refused(f"{archive}: cannot be unpacked: {says}") from error
 
 
 def _unpressed(archive: Path) -> io.BufferedIOBase:
-    """The tar file in `archive`, by its first bytes."""
+    """The tar file in `archive`, decompressed as its first bytes require."""
     with archive.open("rb") as file:
         head = file.read(3)
     return (
@@ -271,7 +273,7 @@ def _zip_kind(info: zipfile.ZipInfo) -> str:
         return "encrypted file"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
         return f"file compressed by method {info.compress_type}"
-    # An archive made under Windows has no type of file here.
+    # An archive made under Windows has no file type here.
     return "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "link" if stat.S_ISLNK(mode) else "special file"
 
 
@@ -284,7 +286,7 @@ def _tar_kind(info: tarfile.TarInfo) -> str:
 
 
 def _checked(archive: Path, listed: Iterable[Member], largest: float) -> list[Member]:
-    """All members, if every one is harmless by its header."""
+    """All members, if all are harmless by their headers."""
     members: list[Member] = []
     names: set[PurePosixPath] = set()
     total = 0

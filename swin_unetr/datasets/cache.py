@@ -32,11 +32,11 @@ FORMAT = "swin-unetr cached case 1"
 
 
 def kept(cases: Sequence[CaseFiles], transform: Compose, where: str, folder: Path | None, recipe: Any) -> Dataset:
-    """`cases` after `transform`, a deterministic one, kept in memory, on disk or not at all.
+    """`cases` after the deterministic `transform`, kept in memory, on disk or not at all.
 
     Args:
         where: memory, disk or none.
-        recipe: what `transform` does, as plain values; cases on disk belong to one recipe.
+        recipe: what `transform` does, as plain values; each case on disk belongs to one recipe.
     """
     if where == "memory":
         return CacheDataset(cases, transform, progress=False, runtime_cache=True)
@@ -49,8 +49,8 @@ def kept(cases: Sequence[CaseFiles], transform: Compose, where: str, folder: Pat
 class OnDisk(PersistentDataset):
     """Cases as files of plain tensors, which are read with ``weights_only=True``.
 
-    A file belongs to one state of the case's files (path, size, time of change) and one recipe; any other is another
-    file, and a file that is truncated is written again.
+    A file belongs to one state of the case's files (path, size, time of change) and one recipe; another state or recipe
+    has another file. A truncated file is written again.
     """
 
     def __init__(self, cases: Sequence[CaseFiles], transform: Compose, folder: Path, recipe: Any) -> None:
@@ -68,13 +68,13 @@ class OnDisk(PersistentDataset):
 
     def _cachecheck(self, case: CaseFiles) -> Any:
         path = self.folder / f"{self.identity(case).decode()}.pt"
-        # Of a run of earlier versions that was killed while it copied the file into place.
+        # Left by a run of an earlier version that was killed while it copied the file into place.
         if path.is_file() and not zipfile.is_zipfile(path):
-            warnings.warn(f"{path}: is no whole cache file; the case is preprocessed again", stacklevel=2)
+            warnings.warn(f"{path}: is not a complete cache file; the case is preprocessed again", stacklevel=2)
             path.unlink(missing_ok=True)
         if path.is_file():
             return super()._cachecheck(case)
-        # MONAI would write by way of the folder for temporary files, where PyTorch ends the process if it is full.
+        # MONAI would first write into the folder for temporary files; if that is full, PyTorch aborts the process.
         item = self._pre_transform(deepcopy(case))
         try:
             with files.replacing(path) as file:
@@ -85,7 +85,7 @@ class OnDisk(PersistentDataset):
 
 
 class NotKept(BadCase):
-    """The cache on disk cannot take a case, whose own files are right."""
+    """The cache on disk cannot store a case, whose own files are fine."""
 
     def __init__(self, folder: Path, error: OSError) -> None:
         super().__init__(folder, error)
@@ -101,12 +101,12 @@ class NotKept(BadCase):
 class Rolling(SmartCacheDataset):
     """A window of cases in memory, part of which is replaced by the next cases after each epoch.
 
-    The window of an epoch depends on the epoch's number alone, so that a run can start at any.
+    The window of an epoch depends only on the epoch's number, so that a run can start at any epoch.
 
     Args:
         size: cases in the window.
-        rate: part of them that is replaced.
-        epoch: whose window comes first.
+        rate: fraction of them that is replaced.
+        epoch: the epoch to start with.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Rolling(SmartCacheDataset):
     ) -> None:
         first = epoch * min(math.ceil(size * rate), len(cases) - size) % len(cases)
         with warnings.catch_warnings():
-            # A window over all cases is a plain cache: what MONAI warns of is what is meant.
+            # A window over all cases is a plain cache: MONAI warns of what is intended.
             warnings.filterwarnings("ignore", message="cache_num is greater or equal than dataset length")
             super().__init__(
                 [*cases[first:], *cases[:first]],
@@ -129,8 +129,8 @@ class Rolling(SmartCacheDataset):
             )
 
     def _load_cache_item(self, idx: int) -> Any:
-        """A case that cannot be used becomes its error, raised where it is drawn: MONAI's thread would die of it and
-        leave the training waiting for ever."""
+        """A case that cannot be used is replaced by its error, which is raised where it is drawn: raised here, it would
+        end MONAI's thread and leave the training waiting forever."""
         try:
             return super()._load_cache_item(idx)
         except Exception as error:
@@ -138,7 +138,7 @@ class Rolling(SmartCacheDataset):
 
 
 def fill(dataset: Dataset, cases: Sequence[int], threads: int, console: Console | None) -> None:
-    """Visit `cases` once, so that they are kept, and those that cannot be used are found before training begins.
+    """Visit `cases` once, so that they are cached and unusable ones are found before training begins.
 
     Raises:
         BadCase: a case cannot be used.
@@ -166,7 +166,7 @@ def visit(dataset: Dataset, index: int) -> Any:
 
 
 def _bad(error: Exception, case: CaseFiles) -> BadCase:
-    """What is behind `error`, which MONAI's transforms wrap, and whose case it is."""
+    """The cause of `error`, which MONAI's transforms wrap, with the name of its case."""
     why = origin(error)
     if isinstance(why, NotKept):
         return why
@@ -178,7 +178,7 @@ def _bad(error: Exception, case: CaseFiles) -> BadCase:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums over a volume on one thread, as in the worker processes: with more, their last bits differ."""
+    """Use one thread, as the worker processes do: with more, the last bits of sums over a volume differ."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Datalists: which cases a JSON file lists, where their files lie, and which of them validate."""
+"""Datalists: which cases a JSON file lists, where their files are, and which cases are for validation."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class CaseFiles:
     """Where the files of a case are.
 
     Attributes:
-        name: as the datalist gives it, or that of its file.
-        images: one file with all channels, or one each.
-        label: its label map; None without one.
-        fold: that the datalist gives it; None without one.
+        name: as in the datalist, or that of its file.
+        images: one file with all channels, or one file per channel.
+        label: its label map, if it has one.
+        fold: its fold in the datalist, if it has one.
     """
 
     name: str
@@ -40,14 +40,14 @@ class CaseFiles:
 
 
 def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[CaseFiles], list[CaseFiles]]:
-    """Cases to train on and cases to validate on, each by name.
+    """Cases to train on and cases to validate on, both sorted by name.
 
     Args:
-        labelled: every case needs a label; otherwise labels are passed over and an entry may be a file name alone.
+        labelled: whether every case needs a label; otherwise labels are ignored, and an entry may be just a file name.
         channels: what the network takes; a datalist that names another number of modalities is refused.
 
     Raises:
-        ValueError: the datalist is none, is empty, leads out of its root, lists files that are missing, or a case more
+        ValueError: the file is not a datalist, is empty, leads out of its root, or lists missing files or a case more
             than once; the message names the entry and the file.
     """
     content = _json(data.datalist)
@@ -74,7 +74,7 @@ def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[
 def _json(path: Path) -> Mapping[str, Any]:
     try:
         with reading(path, says="cannot be read as JSON"):
-            content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin files with a mark
+            content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors may write a BOM
     except BadFile as error:
         raise ValueError(f"datalist: {error}") from error
     if not isinstance(content, dict):
@@ -118,7 +118,7 @@ def _cases(
         if fold is not None and (not isinstance(fold, int) or isinstance(fold, bool)):
             raise ValueError(f"{where}: fold is {fold!r}; accepted is a whole number")
         for file in (*images, *([label] if label else ())):
-            if not file.endswith(NIFTI):  # the file that a link leads to may have any name
+            if not file.endswith(NIFTI):  # the target of a link may have any name
                 raise ValueError(f"{where}: {file!r} is listed; accepted are NIfTI files, .nii or .nii.gz")
         files = tuple(_place(file, where, root, inside) for file in images)
         name = fields.get("name") or _name([root / file for file in images])
@@ -127,12 +127,12 @@ def _cases(
 
 
 def _place(entry: str, where: str, root: Path, inside: Sequence[Path]) -> Path:
-    """Where the file of an entry really lies, all links followed: what was checked is what will be read."""
+    """The real path of an entry's file, with links followed: what is checked is what will be read."""
     try:
         path = (root / entry).resolve()
     # RuntimeError: a loop of links, before Python 3.13.
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{where}: {entry!r} is no file name: {error}") from error
+        raise ValueError(f"{where}: {entry!r} is not a file name: {error}") from error
     if not any(path.is_relative_to(folder) for folder in inside):
         raise ValueError(
             f"{where}: {entry!r} leads to {path}, out of the data's root {root}; accepted are files inside of it, and "
@@ -142,7 +142,8 @@ def _place(entry: str, where: str, root: Path, inside: Sequence[Path]) -> Path:
 
 
 def _name(images: Sequence[Path]) -> str:
-    """Of a case: its file's name without suffix; of several files what these have in common, or their folder's."""
+    """The name of a case: that of its file without suffix; for several files what their names have in common, or the
+    folder's name."""
     names = [case_name(path) for path in images]
     common = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     return "".join(letters[0] for letters in common).rstrip("_-. ") or images[0].parent.name
@@ -156,9 +157,9 @@ def _check_files(cases: Iterable[CaseFiles], datalist: Path) -> None:
 
 
 def _check_distinct(cases: Sequence[CaseFiles], held_out: Sequence[CaseFiles], datalist: Path) -> None:
-    """A case listed twice would count twice; one in training and validation would make the scores worthless.
+    """A case listed twice would count twice; a case in both training and validation would make the scores worthless.
 
-    What labels an image is never an image of the list itself; of two images, as of two sequences, it may be one file.
+    A label file is never one of the listed images; several images, such as two sequences, may share one.
     """
     images = {file for case in (*cases, *held_out) for file in case.images}
     for case in (*cases, *held_out):

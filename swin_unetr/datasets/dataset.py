@@ -29,9 +29,10 @@ class ValidationCase:
 
     Attributes:
         name: of the case.
-        load: the whole of it on the preprocessed grid, ``{"image": float32 (C, *S), "label": uint8 (1, *S)}`` as plain
-            tensors, which may be kept: do not write into them. Without labels there is only the image. Raises
-            `ValueError` if it cannot be used.
+        load: returns the whole case on the preprocessed grid, ``{"image": float32 (C, *S), "label": uint8 (1, *S)}`` as
+            plain
+            tensors, which may be cached: do not write into them. Without labels there is only the image. Raises
+            `ValueError` if the case cannot be used.
     """
 
     name: str
@@ -39,10 +40,10 @@ class ValidationCase:
 
 
 class Dataset:
-    """Batches without end, and cases to validate on.
+    """Endless batches, and cases to validate on.
 
     Attributes:
-        batches_per_epoch: of one pass over the cases, on each rank.
+        batches_per_epoch: batches in one pass over the cases, on each rank.
         validation: the cases that are not trained on, by name; the same on every rank.
     """
 
@@ -64,7 +65,7 @@ class Dataset:
         self._prepare = transforms.for_cropping(read, preprocessing, data, roi, labelled)
         recipe = {"preprocessing": asdict(preprocessing), "values": sorted(read.values or ())}
         crops = {"roi": list(roi), "crop": data.crop, "threshold": data.image_threshold, "labelled": sorted(labelled)}
-        # A window of the smart cache is made when a stream begins, for the epoch it begins in.
+        # The window of the smart cache is created when a stream begins, for the epoch in which it begins.
         where = "none" if data.cache == "smart" else data.cache
         self._cases = training
         if data.cache == "smart":
@@ -99,7 +100,7 @@ class Dataset:
         self._streams.clear()
 
     def fill(self, console: Console | None) -> None:
-        """Preprocess the cases that are kept, on disk each on one rank."""
+        """Preprocess the cases that are cached; with a cache on disk, each rank does its share."""
         cases: Sequence[int] = range(len(self._cases))
         if self._data.cache == "disk":
             cases = distributed.share(cases)
@@ -108,7 +109,7 @@ class Dataset:
             cache.fill(self._training, cases, self._data.workers, console if distributed.is_first() else None)
         except BadCase as bad:
             error = str(bad)
-        # All ranks end alike: one that went on would wait for the others until its time is up.
+        # All ranks end alike: one that continued would wait for the others until it timed out.
         first = next((text for text in distributed.gather(error) if text is not None), None)
         if first is not None:
             raise BadCase(first)
@@ -136,7 +137,7 @@ class Dataset:
                 end = (epoch + 1) * order.batches_per_epoch
                 batches = map(order.batch, range(start, end))
                 draws = Draws(window, self._draw, self._seed)
-                # The workers of an epoch are forked from what this process holds in it.
+                # The workers of an epoch are forked, and see what this process holds in that epoch.
                 yield from load(draws, batches, self._data.workers, self._data.prefetch)
                 window.update_cache()
                 start, epoch = end, epoch + 1
@@ -150,7 +151,7 @@ class Dataset:
 def _check_labelled(cases: tuple[list[CaseFiles], list[CaseFiles]], labels: Labels, data: Data) -> None:
     """Raise `ValueError` if no case to train on, or none to validate on, has a voxel of a class.
 
-    As a rule it reads one label of each; one that cannot be read is for those to report who use it.
+    Usually it reads one label of each group. A label that cannot be read is reported later, where it is used.
     """
     classes = sorted(set(itertools.chain(*labels.groups.values())))
     for group, purpose in zip(cases, ("train", "validate"), strict=True):
@@ -189,12 +190,12 @@ def open_dataset(
     Args:
         roi: extents of the crops, in voxels.
         labels: what the label maps hold; None for training without labels.
-        seed: of every draw.
-        channels: of the images; None accepts any number.
-        console: shows how the preprocessing of cases that are kept comes along.
+        seed: for every draw.
+        channels: channels of the images; None accepts any number.
+        console: shows the progress of preprocessing cases that are cached.
 
     Raises:
-        ValueError: the datalist or a case that is kept (cache memory or disk) cannot be used; the message names its
+        ValueError: the datalist or a case that is cached (in memory or on disk) cannot be used; the message names its
             entry and file. Or no label has a voxel of a class.
     """
     if len(roi) != 3 or any(extent < 1 for extent in roi):

@@ -1,4 +1,4 @@
-"""What a data set is, wherever it lies: the cases that are trained and validated on, by content."""
+"""The identity of a data set, wherever it is stored: the cases for training and validation, by content."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ SAMPLES, EXTENT = 16, 4096
 def identify(
     data: Data, labelled: bool, channels: int | None = None, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, dict[str, str]]:
-    """A digest of the files of each case, by its name, of ``training`` and ``validation``.
+    """A digest of the files of each case by its name, for ``training`` and ``validation``.
 
-    Two folders with the same files have the same. Of a file its size, both ends (the last bytes of a gzip file are a
-    checksum of all that is in it) and samples between count, so that a large data set need not be read for it.
+    Two folders with the same files have the same digests. These cover a file's size, both of its ends (the last bytes
+    of a gzip file are a checksum of its content) and samples in between, so that large data sets need not be read
+    completely.
 
     Args:
-        say: is told that an archive is being unpacked.
+        say: is called when an archive is being unpacked.
 
     Raises:
         ValueError: as `datalist.read` does, and `archives.datalist_in`.
@@ -34,7 +35,7 @@ def identify(
 
 
 def digest(paths: tuple[Path, ...]) -> str:
-    """Of the content of these files, wherever they lie."""
+    """A digest of the content of these files, wherever they are."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

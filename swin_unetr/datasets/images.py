@@ -1,4 +1,4 @@
-"""The images of a case: read from NIfTI files, and checked before anything is made of them."""
+"""The images of a case: read from NIfTI files, and checked before they are used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ReadCase(Transform):
 
     Args:
         values: label values that may occur; None reads no labels.
-        channels: of the image; None accepts any number.
+        channels: channels of the image; None accepts any number.
         largest: GiB that one file may take uncompressed.
 
     Raises:
@@ -52,17 +52,17 @@ class ReadCase(Transform):
             assert case.label is not None  # datalists that are read for labels have one for each case
             label, place = read_nifti(case.label, self.largest)
             check_same(Grid(case.label, label.shape, place), grid)
-            # One affine for both, whose own agree up to rounding, keeps them on one grid when they are resampled.
+            # Their affines agree up to rounding; one affine for both keeps them on one grid when they are resampled.
             read["label"] = _tensor(_checked(label, case.label, self.values)[None], grid.affine)  # (1, X, Y, Z)
         return read
 
 
 def _checked(label: np.ndarray, path: Path, values: Collection[int]) -> np.ndarray:
-    """`label` as uint8, if it has no other values than `values`."""
+    """`label` as uint8, if it has no values other than `values`."""
     with np.errstate(invalid="ignore"):
         small = label.astype(np.uint8)
-    other = small != label  # no whole numbers from 0 to 255
-    # Scalars of NumPy say what they are in full: of a float32 just below 2, 1.9999999.
+    other = small != label  # not whole numbers from 0 to 255
+    # NumPy scalars print in full precision: a float32 just below 2 is 1.9999999.
     strange = list(np.unique(label[other]))
     whole = small[~other] if strange else small
     counts = torch.bincount(torch.from_numpy(whole.reshape(-1)), minlength=256)

@@ -1,4 +1,4 @@
-"""Options of training data: which cases, how they are kept, what is drawn from them."""
+"""Options of training data: which cases, how they are cached, and what is drawn from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 MOST = {"workers": 256, "prefetch": 256, "batch_size": 4096, "crops_per_volume": 4096}
-"""Beyond these no machine has the processes or the memory."""
+"""No machine has more processes or memory than these need."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,19 @@ class Data:
             it is refused.
         trusted: more folders that entries may lead into, by an absolute path or a symbolic link.
         sections: lists in the datalist whose cases are used, such as [training, test] for pretraining.
-        fold: which of the folds validates. By default the datalist's list "validation" does where it has one, else
-            fold 0.
+        fold: which of the folds is for validation. By default the datalist's list "validation" does where it has one,
+            else fold 0.
         folds: parts that cases are split into where the datalist gives them no fold; 1 trains on all of them and
             validates on none.
-        split_seed: of that split.
-        background: label values that count as background, beside 0. Any other that belongs to no class is an error.
+        split_seed: seed of that split.
+        background: label values that count as background, besides 0. Any other value that belongs to no class is an
+            error.
         largest: GiB that one image may take uncompressed in its file, and while it is resampled.
         cache: where preprocessed cases are kept: memory; disk (in `cache_folder`); smart, some in memory and part of
             them replaced after each epoch; none.
-        cache_folder: of the cache on disk; runs may share it.
+        cache_folder: folder of the cache on disk; runs may share it.
         smart_cases: cases in the smart cache; an epoch is one pass over them.
-        smart_replaced: part of the smart cache that is replaced after each epoch.
+        smart_replaced: fraction of the smart cache that is replaced after each epoch.
         workers: processes that draw batches on each rank; 0 draws them in the training process.
         prefetch: batches that each worker draws ahead.
         batch_size: volumes in a batch on each rank.
@@ -130,7 +131,7 @@ class Data:
         if not self.sections:
             raise ValueError("sections is empty; accepted is one name of a list in the datalist or more")
         if not self.largest > 0:
-            raise ValueError(f"largest is {self.largest}; accepted are GiB above 0")
+            raise ValueError(f"largest is {self.largest}; accepted is a size in GiB above 0")
         if not 0 < self.smart_replaced <= 1:
             raise ValueError(f"smart_replaced is {self.smart_replaced}; accepted is above 0, up to 1")
         if self.cache not in ("memory", "disk", "smart", "none"):

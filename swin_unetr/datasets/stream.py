@@ -1,4 +1,4 @@
-"""Batches by number: what is in each, and the processes that draw them."""
+"""Numbered batches: what is in each, and the processes that draw them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..interruption import SIGNALS
 from .cache import one_thread, visit
 
 ORDER, DRAW, WINDOW = range(3)
-"""What a number is drawn for: streams of random numbers under one seed must not be alike."""
+"""Purposes of random numbers: streams for different purposes must differ under one seed."""
 
 
 def random_state(seed: int, purpose: int, number: int = 0) -> np.random.RandomState:
-    """A generator that depends on its arguments alone."""
+    """A generator that depends only on its arguments."""
     return np.random.RandomState(np.random.SeedSequence([seed, purpose, number]).generate_state(4))
 
 
@@ -30,14 +30,14 @@ def random_state(seed: int, purpose: int, number: int = 0) -> np.random.RandomSt
 class BatchOrder:
     """Which case each place of each batch holds.
 
-    An epoch is one pass over `cases`, in an order of its own; a last batch that is not full begins the order again. The
-    batch of all ranks depends on its extent alone, and each rank holds its part of it: more ranks with smaller batches
+    An epoch is one pass over `cases`, in its own order; if the last batch is not full, the order starts over. The batch
+    of all ranks together depends only on its size, and each rank has its part of it: more ranks with smaller batches
     draw the same.
 
     Attributes:
-        cases: in an epoch.
+        cases: cases in an epoch.
         batch_size: cases in a batch on each rank.
-        rank: whose part this is.
+        rank: the rank whose part this is.
         ranks: how many there are.
     """
 
@@ -52,7 +52,7 @@ class BatchOrder:
         return -(-self.cases // (self.batch_size * self.ranks))
 
     def batch(self, number: int) -> list[tuple[int, int]]:
-        """This rank's part of batch `number`: of each place the case, and the number of the draw."""
+        """This rank's part of batch `number`: for each place the case, and the number of the draw."""
         epoch, within = divmod(number, self.batches_per_epoch)
         order = random_state(self.seed, ORDER, epoch).permutation(self.cases)
         extent = self.batch_size * self.ranks
@@ -61,9 +61,10 @@ class BatchOrder:
 
 
 class Draws(TorchDataset):
-    """Crops of a case by ``(case, draw)``, which depend on nothing else; or the error that kept them from being drawn.
+    """Crops of a case by ``(case, draw)``, on which alone they depend; or the error that prevented them from being
+    drawn.
 
-    An error is returned, not raised: across processes an exception loses what it was.
+    An error is returned, not raised: raised in another process, an exception loses its type.
     """
 
     def __init__(self, cases: Dataset, draw: Compose, seed: int) -> None:
@@ -82,13 +83,13 @@ class Draws(TorchDataset):
 
 
 def collate(draws: Sequence[Any]) -> dict[str, torch.Tensor] | ValueError:
-    """The crops of all `draws` as one batch; the first error, if there is one."""
+    """The crops of all `draws` as one batch; or the first error, if there is one."""
     error = next((draw for draw in draws if isinstance(draw, ValueError)), None)
     return error or default_collate([crop for draw in draws for crop in draw])
 
 
 def load(draws: Draws, batches: Iterable[list[tuple[int, int]]], workers: int, prefetch: int) -> Iterator[dict]:
-    """Each of `batches`, drawn by `workers` processes, or in this one if there are none.
+    """Each of `batches`, drawn by `workers` processes, or in this process if that is 0.
 
     Raises:
         ValueError: a case cannot be used.
@@ -99,7 +100,7 @@ def load(draws: Draws, batches: Iterable[list[tuple[int, int]]], workers: int, p
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        # Workers share the cases in memory, which only a fork can.
+        # Workers share the cases in memory, which only works with fork.
         multiprocessing_context="fork" if workers else None,
         pin_memory=torch.cuda.is_available(),
         # The loader seeds its workers from it. Nothing of ours draws from those seeds, and PyTorch's own generator,
@@ -115,11 +116,11 @@ def load(draws: Draws, batches: Iterable[list[tuple[int, int]]], workers: int, p
                 raise batch
             yield batch
     finally:
-        del drawn  # ends the workers, which the traceback of an error would keep
+        del drawn  # ends the workers, which the traceback of an error would keep alive
 
 
 def _leave_signals_to_training(worker: int) -> None:
-    """A scheduler that ends a job tells all of its processes: workers have to last until training has saved."""
+    """A scheduler that ends a job signals all of its processes: workers must survive until training has saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

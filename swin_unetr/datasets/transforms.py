@@ -1,4 +1,4 @@
-"""What is done to a case: once, alike at every visit; and at random, for each draw."""
+"""What is done to a case: once, the same at every visit; and at random, for each draw."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def preprocess(read: ReadCase, preprocessing: Preprocessing) -> list[transforms.
 
 
 class Fits(transforms.Transform):
-    """Refuses a case whose image takes more than `largest` GiB on the grid it is resampled to."""
+    """Refuse a case whose image takes more than `largest` GiB on the grid to which it is resampled."""
 
     def __init__(self, preprocessing: Preprocessing, largest: float) -> None:
         self.preprocessing = preprocessing
@@ -39,7 +39,7 @@ class Fits(transforms.Transform):
 
 
 def _plain(keys: Sequence[str]) -> list[transforms.Transform]:
-    """Plain tensors of `keys` in the types of a batch, without MONAI's record of how they were made."""
+    """Plain tensors of `keys` in the types of a batch, without MONAI's metadata."""
     types = [torch.float32 if key == "image" else torch.uint8 for key in keys]
     return [
         transforms.CastToTyped(keys, types),
@@ -73,9 +73,10 @@ def for_cropping(
 
 
 def draw(data: Data, roi: Sequence[int], labelled: bool) -> transforms.Compose:
-    """What `for_cropping` made, to a list of `crops_per_volume` random crops: ``{"image": (C, *roi), "label": …}``.
+    """From the result of `for_cropping` to a list of `crops_per_volume` random crops: ``{"image": (C, *roi), "label":
+    …}``.
 
-    Nothing in it writes into its input.
+    None of its steps writes into its input.
     """
     keys = ("image", "label") if labelled else ("image",)
     crop: transforms.Transform
@@ -130,12 +131,12 @@ def square_plane(roi: Sequence[int]) -> tuple[int, int]:
 
 
 def not_air(image: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Where ``image (C, *S)`` is beyond `threshold` on some channel, of either sign: bool ``(1, *S)``.
+    """Where the magnitude of ``image (C, *S)`` exceeds `threshold` in any channel: bool ``(1, *S)``.
 
-    After a window 0 is its lowest intensity, after the z-score it is what was 0 before.
+    After a window, 0 is its lowest intensity; after the z-score, it is what was 0 before.
 
     Raises:
-        BadCase: nowhere.
+        BadCase: there is no such voxel.
     """
     mask = (image.abs() > threshold).any(dim=0, keepdim=True)  # (1, *S)
     if not mask.any():
@@ -148,7 +149,7 @@ def not_air(image: torch.Tensor, threshold: float) -> torch.Tensor:
 class Centres(transforms.Transform):
     """Adds the voxels that crops are centred on: ``foreground`` and ``background``, each int64 ``(CENTRES,)``.
 
-    Foreground is labelled; background is not, and is not air. Where there is none of one kind, the other stands in.
+    Foreground is labelled; background is neither labelled nor air. If one kind is missing, the other takes its place.
     Without labels both are what is not air.
     """
 

@@ -42,16 +42,16 @@ FILES = {
 class DemoOptions:
     """Pretrain and train a small Swin UNETR on one chest CT, segment another patient's, and time it beside MONAI's.
 
-    About 5 minutes on 2 cores. An interrupted demo goes on where it was.
+    About 5 minutes on 2 cores. An interrupted demo continues where it stopped.
 
     Args:
         out: folder for the results; those of an earlier demo in it are overwritten.
-        pretraining_steps: on patient 2 without labels.
-        steps: of the training on patient 2; by default those of the preset.
-        seed: of weights and crops. On a CPU, seed and number of threads fix the result.
+        pretraining_steps: steps of pretraining, on patient 2 without labels.
+        steps: steps of training, on patient 2; by default those of the preset.
+        seed: for weights and crops. On a CPU, seed and number of threads determine the result.
         rounds: timed runs of each piece of work.
         device: cpu, cuda or cuda:N; by default a GPU if there is one.
-        backend: forces a backend of swin_kernels; by default the fastest here.
+        backend: a backend of swin_kernels to use; by default the fastest on this machine.
         more: options of both pretrain and train, such as --roi=[64,64,64].
     """
 
@@ -75,9 +75,9 @@ def run(options: DemoOptions, console: Console | None = None) -> int:
     """Run the demo; returns the exit status: 0, or 1 if a check of the doctor failed.
 
     Raises:
-        ValueError: `options.backend` is unknown or cannot run on the device, or `options.out` holds a demo by other
+        ValueError: `options.backend` is unknown or cannot run on the device, or `options.out` holds a demo with other
             options, cannot be written to or is in use.
-        OSError: the disk is full, say.
+        OSError: writing failed, for example because the disk is full.
     """
     results = demonstrate(options, console or Console())
     return 0 if results["doctor_passed"] else 1
@@ -91,7 +91,7 @@ def demonstrate(options: DemoOptions, console: Console) -> dict[str, Any]:
 
 def _demonstrate(options: DemoOptions, console: Console) -> dict[str, Any]:
     with distributed.job(options.device) as device:
-        pass  # it can be used
+        pass  # the device can be used
     training = _training(options)
     backend = choose_backend(training.architecture.feature_size, device, options.backend)
     results: dict[str, Any] = {
@@ -132,10 +132,10 @@ def _demonstrate(options: DemoOptions, console: Console) -> dict[str, Any]:
 
 
 def choose_backend(feature_size: int, device: torch.device, forced: str | None = None) -> str:
-    """The backend of `swin_kernels` that attends in a network of `feature_size` on `device`.
+    """The backend of `swin_kernels` that computes the attention of a network of `feature_size` on `device`.
 
     Args:
-        forced: a backend, or None for the environment's ``SWIN_KERNELS_BACKEND`` or else the first that can.
+        forced: a backend; None for that of the variable ``SWIN_KERNELS_BACKEND``, or else the first that can.
 
     Raises:
         ValueError: the forced one is unknown or cannot run here.
@@ -176,7 +176,7 @@ def _training(options: DemoOptions) -> train.TrainOptions:
 
 
 def _pretraining(options: DemoOptions) -> pretrain.PretrainOptions:
-    """On the crops of the training, as they are prepared there."""
+    """Options for pretraining on the crops of the training, prepared in the same way."""
     of_training = _training(options)
     more = [
         f"--tasks.rotation_axes={list(square_plane(of_training.roi))}",
@@ -193,7 +193,7 @@ def _pretraining(options: DemoOptions) -> pretrain.PretrainOptions:
 
 
 def _must(status: int) -> None:
-    """Go on only after success; a signal to stop ends the demo as it ends a training."""
+    """Continue only after success; a signal to stop ends the demo as it ends a training."""
     if status:
         raise SystemExit(status)
 
@@ -210,7 +210,7 @@ def _summary(out: Path) -> dict[str, float]:
 
 
 def _segment(training: train.TrainOptions, unseen: Patient, options: DemoOptions, console: Console) -> dict[str, Any]:
-    """Predict and evaluate; what is known of the result."""
+    """Predict and evaluate; returns what is known about the result."""
     asked = predict.PredictOptions(
         checkpoint=[training.out / "best.pt"],
         input=[folder() / "patient1_ct.nii.gz"],
@@ -222,7 +222,7 @@ def _segment(training: train.TrainOptions, unseen: Patient, options: DemoOptions
     _must(predict.run(asked, console))
     labels = options.out / "labels"
     labels.mkdir(exist_ok=True)
-    shutil.copyfile(folder() / "patient1_labels.nii.gz", labels / "patient1_ct.nii.gz")  # by its prediction's name
+    shutil.copyfile(folder() / "patient1_labels.nii.gz", labels / "patient1_ct.nii.gz")  # named like its prediction
     judged = evaluate.EvaluateOptions(asked.out, labels, options.out / "evaluation", classes={**training.labels.groups})
     _must(evaluate.run(judged, console))
     found = _voxels(asked.out / "patient1_ct.nii.gz")

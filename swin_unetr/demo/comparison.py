@@ -1,4 +1,4 @@
-"""The same network on MONAI's own code: do the two agree, and how long does each take."""
+"""The same network on MONAI's own code: whether both agree, and how long each takes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of interleaved runs of one piece of work, in seconds, and what the two results differ by."""
+    """Medians of interleaved runs of one task, in seconds, and the difference of the results."""
 
     work: str
     fused: float
@@ -51,12 +51,12 @@ def compare(
 ) -> list[Timing]:
     """Time a training step and a prediction of `model` beside MONAI's SwinUNETR with the same weights.
 
-    Each round runs one after the other, in turns which first; a first round is not counted.
+    Each round runs both, in alternating order; a first round is not counted.
 
     Args:
-        model: what was trained by `options`; it is left as it is.
+        model: the model trained with `options`, which is not changed.
         patient: the prediction takes the whole CT, the training step a batch of its middle window.
-        rounds: runs that count, of each piece of work and each model.
+        rounds: counted runs of each task with each model.
         on_run: called after each of the `timed_runs(rounds)` runs.
     """
     device = next(model.parameters()).device
@@ -74,7 +74,7 @@ def compare(
         for volume in (image, label)
     )
     window, window_label = batch  # (B, 1, *roi)
-    # Differences first, while the weights still are the same.
+    # Differences first, while the weights are still the same.
     prediction_difference = _prediction_difference(pair, window)
     step_difference = _gradient_difference(pair, window, window_label)
     steps = [_Step(m, options.optimization.learning_rate) for m in pair]
@@ -111,7 +111,7 @@ def _predict(model: nn.Module, image: torch.Tensor, roi, overlap: float) -> torc
 
 
 def timed_runs(rounds: int) -> int:
-    """How many runs `compare` makes: two models, two pieces of work, and a first round that does not count."""
+    """How many runs `compare` makes: two models, two tasks, and a first round that does not count."""
     return 2 * 2 * (rounds + 1)
 
 

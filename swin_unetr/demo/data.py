@@ -60,17 +60,17 @@ def _load(name: str) -> nibabel.Nifti1Image:
 
 
 def bare_threshold(patient: Patient) -> np.ndarray:
-    """What needs no training: lung is air, body the rest; uint8 ``(X, Y, Z)``."""
+    """A segmentation without training: air is lung, the rest body; uint8 ``(X, Y, Z)``."""
     return np.where(patient.ct < AIR_HU, CLASSES.index("lung"), CLASSES.index("body")).astype(np.uint8)
 
 
 def folder() -> Path:
-    """Where the package keeps them."""
+    """The folder of the package's CTs."""
     return Path(str(resources.files("swin_unetr") / "data"))
 
 
 def write_datalist(path: Path) -> Path:
-    """A datalist of patient 2, labelled, which entries of `folder` make; patient 1 stays unseen."""
+    """Write a datalist of patient 2, with labels, whose entries are in `folder`; patient 1 stays unseen."""
     entry = {"image": "patient2_ct.nii.gz", "label": "patient2_labels.nii.gz"}
     replace({path: (json.dumps({"training": [entry]}, indent=2) + "\n").encode()})
     return path

@@ -1,4 +1,4 @@
-"""What the demo says on the terminal, and its record as JSON."""
+"""The demo's output on the terminal, and its record as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .data import LABEL_NOTE
 
 
 def settings(options: train.TrainOptions, pretraining_steps: int, device: torch.device, backend: str) -> dict[str, str]:
-    """What a number needs beside the machine's facts: device, backend, sizes, date."""
+    """What is needed to read the numbers, besides facts about the machine: device, backend, sizes, date."""
     architecture, data = options.architecture, options.data
     size = data.batch_size * data.crops_per_volume
     return {
@@ -51,7 +51,7 @@ def settings_table(console: Console, values: Mapping[str, str]) -> None:
 
 @contextmanager
 def timing_bar(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    """A bar over `total` timed runs, gone when they are done; yields what to call after each."""
+    """A progress bar over `total` timed runs, removed at the end; yields a function to call after each."""
     with Progress(TextColumn("timing"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as progress:
         task = progress.add_task("timing", total=total)
         yield lambda: progress.advance(task)

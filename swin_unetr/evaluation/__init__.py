@@ -1,1 +1,1 @@
-"""How well predicted label maps agree with the labels: scores of cases, statistics over them, pictures."""
+"""How well predicted label maps agree with labels: scores of cases, their statistics, pictures."""

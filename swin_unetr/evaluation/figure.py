@@ -26,14 +26,14 @@ def draw_scores(
     title: str,
     caption: str,
 ) -> bytes:
-    """A PNG with one panel a metric, one row a class.
+    """A PNG with one panel per metric and one row per class.
 
     Args:
-        values: by metric and row the cases' scores; NaN are left out.
-        estimates: by metric and row.
+        values: the cases' scores by metric and row; NaN are left out.
+        estimates: estimates by metric and row.
     """
     figure, panels = _panels(list(estimates[METRICS[0]]), title, caption)
-    # Dots of one score would hide one another. The same picture every time.
+    # Dots of equal scores would hide one another. The seed makes the picture reproducible.
     spread = np.random.default_rng(0)
     for metric, axes in zip(METRICS, panels, strict=True):
         for row, (name, estimate) in enumerate(estimates[metric].items()):
@@ -48,10 +48,10 @@ def draw_scores(
 
 
 def draw_differences(estimates: Mapping[str, Mapping[str, Estimate]], title: str, caption: str) -> bytes:
-    """A PNG of mean differences with their intervals, coloured where the interval leaves out 0.
+    """A PNG of mean differences with their intervals, coloured where the interval excludes 0.
 
     Args:
-        estimates: of this run's scores minus the other's, by metric and row.
+        estimates: estimates of this run's scores minus the other's, by metric and row.
     """
     figure, panels = _panels(list(estimates[METRICS[0]]), title, caption)
     for metric, axes in zip(METRICS, panels, strict=True):

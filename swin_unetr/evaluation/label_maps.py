@@ -19,9 +19,9 @@ from ..imaging.suffixes import LABEL_MAPS, NIFTI, case_name
 LARGEST = 16.0  # GiB
 INT32 = np.iinfo(np.int32)
 MOST_CLASSES = 64
-"""Values of a label map that are taken for classes unasked: an image has more."""
+"""Most values of a label map that become classes by default: an image has more."""
 MOST_VALUES = 1024
-"""Values that a label map may have at all: more than any atlas has."""
+"""Most values that a label map may have: more than any atlas has."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class LabelMap:
 
 
 def find(folder: Path) -> dict[str, Path]:
-    """The label maps in `folder`, not below it, by name without suffix; hidden files are none.
+    """The label maps directly in `folder`, by name without suffix; hidden files are ignored.
 
     Raises:
-        ValueError: `folder` is no folder or has none, or two of them have one name.
+        ValueError: `folder` is not a folder or has no label maps, or two of them have the same name.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is no folder")
+        raise ValueError(f"{folder} is not a folder")
     found: dict[str, Path] = {}
     for path in listed(folder):
         if path.name.startswith(".") or not path.name.endswith(LABEL_MAPS):
@@ -64,7 +64,7 @@ def find(folder: Path) -> dict[str, Path]:
 
 
 def pair(predictions: Mapping[str, Path], labels: Iterable[str]) -> dict[str, Path]:
-    """For each of `labels` that has one, the prediction: of the same name, or of that name and ``_…`` after it.
+    """The prediction for each of `labels` that has one: with the same name, or that name followed by ``_…``.
 
     A prediction belongs to the longest name that fits: ``liver_10_seg`` to ``liver_10``, never to ``liver_1``.
 
@@ -92,7 +92,7 @@ def read(path: Path, largest: float = LARGEST) -> LabelMap:
         largest: GiB that it may take uncompressed.
 
     Raises:
-        ValueError: the file is damaged, too large or no label map; its name is in the message.
+        ValueError: the file is damaged, too large or not a label map; the message names it.
     """
     if path.name.endswith(NIFTI):
         values, affine, _ = read_any(path, largest)
@@ -103,9 +103,9 @@ def read(path: Path, largest: float = LARGEST) -> LabelMap:
     if not np.issubdtype(values.dtype, np.integer):
         other = values[(np.rint(values) != values) | (np.abs(values) > INT32.max)]
         if other.size:
-            raise ValueError(f"{path}: has values that are no integers, such as {other[0]!s}; accepted is a label map")
+            raise ValueError(f"{path}: has values that are not integers, such as {other[0]!s}; accepted is a label map")
         values = values.astype(np.int32)
-    # The range first: to count values takes longer.
+    # The range first, since counting values takes longer.
     if int(values.max()) - int(values.min()) > MOST_VALUES:
         check_values(path, values, MOST_VALUES)
     return LabelMap(values, affine)

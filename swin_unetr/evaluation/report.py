@@ -1,4 +1,4 @@
-"""What an evaluation writes to its folder and says on the terminal."""
+"""What an evaluation writes to its folder and prints on the terminal."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def write(results: Mapping, out: Path) -> None:
     """Write `FILES` into the folder `out`, all of them or none; the comparison only if there is one.
 
     Raises:
-        OSError: the disk is full, say. Those of an earlier evaluation are as they were.
+        OSError: writing failed, for example because the disk is full. Files of an earlier evaluation are unchanged.
     """
     files.replace({out / FILES[kind]: content for kind, content in _contents(results).items()})
 
 
 def _contents(results: Mapping) -> dict[str, bytes]:
-    """What `FILES` hold."""
+    """The contents of `FILES`."""
     summary, options = results["summary"], results["options"]
     by_metric = {metric: by_case(results["scores"], metric) for metric in METRICS}
     values = {
@@ -68,7 +68,7 @@ def _contents(results: Mapping) -> dict[str, bytes]:
 
 
 def _table_of(scores: Mapping[str, Mapping[str, Score]]) -> str:
-    """CSV, one line a case and class; an unknown score is an empty cell."""
+    """CSV, one line per case and class; an unknown score is an empty cell."""
     columns = [field.name for field in fields(Score)]
     text = io.StringIO(newline="")
     table = csv.writer(text)
@@ -127,7 +127,7 @@ def show(results: Mapping, out: Path, console: Console) -> None:
 
 
 def _end(path: str) -> str:
-    """As much of the end of `path` as a title has room for."""
+    """As much of the end of `path` as fits into a title."""
     return path if len(path) <= 70 else "…" + path[-69:]
 
 
@@ -154,7 +154,7 @@ def _cell(estimate: statistics.Estimate, unit: str, sign: str = "") -> str:
 
 
 def _plain(value: object) -> object:
-    """`value` as JSON knows it: NaN is null, paths are text, dataclasses are objects."""
+    """`value` for JSON: NaN is null, paths are text, dataclasses are objects."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):

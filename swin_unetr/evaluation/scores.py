@@ -26,7 +26,7 @@ class Score:
 
     Attributes:
         dice: overlap, 0..1.
-        nsd: part of both surfaces that lies within the tolerance of the other, 0..1.
+        nsd: fraction of both surfaces that lies within the tolerance of the other, 0..1.
         hd95: mm; the larger of both directions' 95th percentile of distances between surfaces. Where only one of
             the two has the class, there is no distance and the volume's diagonal counts.
         label_ml, prediction_ml: volumes in ml.
@@ -50,7 +50,7 @@ def scores(
 
     Args:
         classes: for each name the values of the label map that belong to it; classes may overlap (whole tumour and
-            enhancing tumour, say).
+            enhancing tumour, for example).
         spacing: voxel extents in mm, one per axis.
         tolerance: distance in mm up to which surfaces agree, for NSD.
 
@@ -69,7 +69,7 @@ def scores(
 
 
 def by_case(scores_of: Mapping[str, Mapping[str, Score]], metric: str) -> dict[str, dict[str, float]]:
-    """One of `METRICS` by case and class, of scores by case and class."""
+    """One of `METRICS` by case and class, from scores by case and class."""
     return {
         case: {name: getattr(score, metric) for name, score in classes.items()} for case, classes in scores_of.items()
     }
@@ -100,7 +100,7 @@ def _score(found: np.ndarray, expected: np.ndarray, spacing: Sequence[float], to
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box that holds all of `mask`: distance transforms of the rest would only take time."""
+    """The smallest box that holds all of `mask`: distance transforms of the rest would only cost time."""
     axes = range(mask.ndim)
     lines = [np.flatnonzero(mask.any(axis=tuple(a for a in axes if a != axis))) for axis in axes]
     return tuple(slice(line[0], line[-1] + 1) for line in lines)

@@ -22,7 +22,7 @@ class Estimate:
     """A mean over cases.
 
     Attributes:
-        cases: how many there are: those without a score (NaN) do not count.
+        cases: number of cases; those without a score (NaN) do not count.
         mean, median, std: of the cases; NaN without cases, `std` (that of a sample) also with one.
         low, high: ends of the confidence interval of the mean; NaN with fewer than two cases.
     """
@@ -41,8 +41,8 @@ class Bootstrap:
 
     Attributes:
         resamples: sets of cases drawn.
-        confidence: part of the distribution inside of the interval.
-        seed: of the draws.
+        confidence: fraction of the distribution inside the interval.
+        seed: seed of the draws.
     """
 
     resamples: int = 9999
@@ -57,7 +57,7 @@ class Bootstrap:
 
 
 def estimate(values: Sequence[float], how: Bootstrap) -> Estimate:
-    """The mean of `values`, one a case, with its interval."""
+    """The mean of `values`, one per case, with its interval."""
     known = np.array([value for value in values if not math.isnan(value)], dtype=float)
     if len(known) == 0:
         return Estimate(0, *[math.nan] * 5)
@@ -78,7 +78,7 @@ def estimate(values: Sequence[float], how: Bootstrap) -> Estimate:
 
 
 def summary(by_case: Mapping[str, Mapping[str, float]], how: Bootstrap) -> dict[str, Estimate]:
-    """Estimates of one metric by class, and as `MEAN` that of the cases' means over their classes.
+    """Estimates of one metric by class, and, as `MEAN`, that of the cases' means over their classes.
 
     Args:
         by_case: scores by case and class.
@@ -93,7 +93,8 @@ def summary(by_case: Mapping[str, Mapping[str, float]], how: Bootstrap) -> dict[
 def differences(
     ours: Mapping[str, Mapping[str, float]], theirs: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """`ours` minus `theirs` by case and class, for what both have: the paired differences that `summary` resamples."""
+    """`ours` minus `theirs` by case and class, where both have a score: the paired differences that `summary`
+    resamples."""
     return {
         case: {name: ours[case][name] - theirs[case][name] for name in ours[case] if name in theirs[case]}
         for case in ours

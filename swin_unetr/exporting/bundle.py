@@ -1,4 +1,4 @@
-"""A MONAI bundle: https://docs.monai.io/en/latest/mb_specification.html, with what MONAI Label reads of it.
+"""A MONAI bundle (https://docs.monai.io/en/latest/mb_specification.html), with what MONAI Label reads from it.
 
 MONAI Label builds ``network_def``, loads ``models/model.pt`` into it, and runs ``preprocessing``, ``inferer`` and
 ``postprocessing`` (without saving). The labels it shows are those of ``channel_def`` of the first output; its keys are
@@ -33,11 +33,11 @@ class BundleOptions:
     """The MONAI bundle.
 
     Args:
-        name: of the bundle and its folder; MONAI Label shows it.
-        version: of the bundle.
-        modality: of the images, such as CT or MR; n/a does not say.
-        overlap: of neighbouring windows, as a part of their extents.
-        windows: how many go through the network at once.
+        name: name of the bundle and its folder; MONAI Label shows it.
+        version: version of the bundle.
+        modality: modality of the images, such as CT or MR; n/a leaves it open.
+        overlap: overlap of neighbouring windows, as a fraction of their extents.
+        windows: how many windows go through the network at once.
     """
 
     name: str = "swin_unetr_segmentation"
@@ -72,7 +72,7 @@ class Bundle:
         root = folder / self.output
         for name in ("configs", "models", "docs"):
             (root / name).mkdir(parents=True)
-        with replacing(root / "models/model.pt") as file:  # given a path, PyTorch ends the process on a full disk
+        with replacing(root / "models/model.pt") as file:  # given a path, PyTorch aborts the process on a full disk
             torch.save(dict(segmenter.state), file)
         _write_json(root / "configs/inference.json", self._inference(segmenter))
         _write_json(root / "configs/metadata.json", self._metadata(segmenter))
@@ -214,7 +214,7 @@ _REQUIRED = {"monai": "monai", "pytorch": "torch", "numpy": "numpy"}
 
 
 def _version(package: str) -> str | None:
-    """The installed version without what a build adds to it; None if there is none."""
+    """The installed version without a build's suffix; None if the package is not installed."""
     try:
         return metadata.version(package).partition("+")[0]
     except metadata.PackageNotFoundError:
@@ -251,7 +251,7 @@ def _postprocessing(segmenter: Segmenter) -> list[dict[str, Any]]:
         back = {"transform": "@preprocessing", "orig_keys": "image", "nearest_interp": False, "to_tensor": True}
         steps.append({"_target_": "Invertd", "keys": "pred", **back})
     if labels.overlapping:
-        # Of the classes that hold in a voxel, the last: they are listed from the outermost in.
+        # The last of the classes present in a voxel: they are listed from the outermost in.
         last = (
             f"$lambda p: ((p > {HOLDS_ABOVE}) * torch.arange(1, len(p) + 1).view(-1, 1, 1, 1).to(p))"
             ".amax(0, keepdim=True)"

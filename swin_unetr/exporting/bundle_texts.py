@@ -1,4 +1,4 @@
-"""What the files of a bundle say that people read."""
+"""Texts for people in the files of a bundle."""
 
 README = """# {name}
 

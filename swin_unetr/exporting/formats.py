@@ -1,4 +1,4 @@
-"""What a format of `swin-unetr export` is, and the check that all of them go through."""
+"""What defines a format of `swin-unetr export`, and the check that all of them go through."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..segmenter import Segmenter
 
 TOLERANCE = 1e-4
-"""Largest difference from the eager logits, as a part of the largest of them."""
+"""Largest accepted difference from the eager logits, as a fraction of the largest of them."""
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 """From an image ``(B, C, *S)`` to logits ``(B, channels, *S)``."""
@@ -22,7 +22,7 @@ class Format(Protocol):
     """A kind of file, or folder.
 
     Attributes:
-        output: name of what it writes.
+        output: name of the file or folder it writes.
         packages: what has to be installed for it, beyond what this package depends on.
         portable: whether what it writes runs without this package.
     """
@@ -58,11 +58,12 @@ class Inputs:
     batch: int | None
 
     def example(self) -> torch.Tensor:
-        """An image ``(B, C, *shape)`` to trace with; where the batch is free, of 2: of 1, tracers make a constant."""
+        """An image ``(B, C, *shape)`` to trace with; if the batch is free, B is 2: tracers turn 1 into a constant."""
         return self._draw(0, self.batch or 2)
 
     def checks(self) -> list[torch.Tensor]:
-        """Two images that no network was traced on, each ``(B, C, *shape)``; where the batch is free, of two sizes."""
+        """Two images that no network was traced with, each ``(B, C, *shape)``; if the batch is free, with different
+        B."""
         return [self._draw(seed, self.batch or seed) for seed in (1, 2)]
 
     def _draw(self, seed: int, batch: int) -> torch.Tensor:
@@ -70,7 +71,7 @@ class Inputs:
 
 
 class CheckFailed(RuntimeError):
-    """What a file computes is not what the network computes."""
+    """A file does not compute what the network computes."""
 
 
 @torch.no_grad()

@@ -103,19 +103,20 @@ class TorchScript:
 
 
 def _dynamic(inputs: Inputs) -> tuple[dict[int, torch.export.Dim]] | None:
-    """What of the image's shape is free, for `torch.export`."""
+    """Which part of the image's shape is free, for `torch.export`."""
     return ({0: torch.export.Dim("batch", min=1)},) if inputs.batch is None else None
 
 
 def _write(content: io.BytesIO, path: Path) -> None:
-    """Write what PyTorch made in memory: given a path, its writer ends the process where the disk is full."""
+    """Write what PyTorch made in memory: given a path, its writer aborts the process if the disk is full."""
     with replacing(path) as file:
         file.write(content.getbuffer())
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of what they do inside. What a user has to know is whether the file is right, which is checked."""
+    """Exporters warn about their internals. What users need to know is whether the file is right, and that is
+    checked."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

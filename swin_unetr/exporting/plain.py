@@ -16,7 +16,7 @@ from ..segmenter import Segmenter
 
 @contextmanager
 def plain_network(segmenter: Segmenter, example: torch.Tensor) -> Iterator[nn.Module]:
-    """MONAI's network with the weights of `segmenter`, to be traced within the context on `example`, and no gradients.
+    """MONAI's network with the weights of `segmenter`, to be traced within the context on `example`, without gradients.
 
     MONAI masks shifted windows by up to 27 assignments a stage on the device of the input. A trace would remember them
     one by one, and the device. Within the context the masks come from constants: half the operators, on any device.
@@ -38,7 +38,7 @@ def plain_network(segmenter: Segmenter, example: torch.Tensor) -> Iterator[nn.Mo
     upstream, swin_unetr.compute_mask = swin_unetr.compute_mask, mask
     try:
         with torch.no_grad():
-            network(example)  # what a trace computes is no constant: the regions have to be there before
+            network(example)  # what is computed in a trace is not a constant, so the regions must exist before
             yield network
     finally:
         swin_unetr.compute_mask = upstream

@@ -17,7 +17,7 @@ NAME = "export.json"
 
 
 def read(out: Path) -> dict[str, Any]:
-    """What was exported into the folder `out` before, by format.
+    """What was exported into the folder `out` earlier, by format.
 
     Raises:
         ValueError: the record there is not one of ours.
@@ -31,7 +31,7 @@ def read(out: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"out: {path} is no record of an export: {type(error).__name__}: {error}") from error
+        raise ValueError(f"out: {path} is not a record of an export: {type(error).__name__}: {error}") from error
 
 
 def write(out: Path, exported: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -59,6 +59,6 @@ def sha256(path: Path) -> str:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python, of what every export runs on, and of `packages`."""
+    """Versions of Python, of what every export runs on, and of `packages`."""
     names = ("swin-kernels", "torch", "monai", *packages)
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}

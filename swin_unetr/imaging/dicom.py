@@ -36,24 +36,24 @@ TAGS = (
     "SamplesPerPixel", "RescaleSlope", "RescaleIntercept",
 )  # fmt: skip
 IDENTITIES = {"accession": "AccessionNumber", "patient": "PatientID"}
-"""What else may be part of a series' name, where a user asks for it."""
+"""What else may be part of a series' name, if a user asks for it."""
 PREAMBLE = 128  # bytes
 MAGIC = b"DICM"  # after the preamble
 MOST_INFLATED = 2**28  # bytes; a slice of 8,192 × 8,192 has half
 STARTS = (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08")
-"""Of DICOM without preamble: the group of the first element, 2 or 8, in either order of bytes."""
+"""How DICOM without preamble starts: with the group of the first element, 2 or 8, in either byte order."""
 PARALLEL = 1e-3
 """How much the components of a direction may differ between slices of one volume."""
 SQUARE = 0.05
 """How much the lengths of directions, and of what is at right angles to both, may differ from 1."""
 WRITTEN = 0.01
-"""Part by which a number may differ between slices of one volume, which write it with other digits."""
+"""Fraction by which a number may differ between slices of one volume, which may round it differently."""
 UNEVEN = 0.02
-"""Part of the distance of slices that one distance may differ from the others."""
+"""Fraction of the distance of slices by which one distance may differ from the others."""
 ROUNDED = 0.01
-"""mm to which positions are written, or better."""
+"""Precision in mm to which positions are written, or better."""
 LONGEST_LABEL = 80
-"""Letters of a series' name that its header gives: a file's name has room for 255 bytes."""
+"""Longest series name taken from a header, in characters: a file name has room for 255 bytes."""
 
 
 class Place(NamedTuple):
@@ -72,11 +72,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Slice:
-    """A file and what it says of itself: numbers, or None where it says nothing.
+    """A file and what its header says: numbers, or None where it says nothing.
 
     Attributes:
         series: UID.
-        label: from number and description of the series; no patient's data unless asked for.
+        label: from the number and description of the series; no patient data unless asked for.
         echo_time: ms.
         axes: directions of rows and of columns, in LPS as DICOM has them.
         position: of the first pixel's centre, mm in LPS.
@@ -104,7 +104,7 @@ class Slice:
         """Where it lies.
 
         Raises:
-            BadCase: it does not say so.
+            BadCase: the file does not say.
         """
         if self.axes is None or self.position is None or self.spacing is None:
             said = {
@@ -118,17 +118,17 @@ class Slice:
 
 
 def _normal(axes: Sequence[float]) -> np.ndarray:
-    """Of the plane of a slice with these `Slice.axes`: ``(3,)``."""
+    """Normal of the plane of a slice with these `Slice.axes`: ``(3,)``."""
     return np.cross(axes[:3], axes[3:])
 
 
 @dataclass(frozen=True)
 class Other:
-    """A file that is no slice.
+    """A file that is not a slice.
 
     Attributes:
         why: what it is, or what is wrong with it.
-        series: UID, where it is DICOM and tells it.
+        series: UID, if it is DICOM and has one.
         damaged: whether it is DICOM that cannot be read, so that a series may lack a slice.
     """
 
@@ -144,10 +144,11 @@ class Series:
 
     Attributes:
         label: what its headers call it, or its folder's name where no header can be read.
-        folder: of its slices: the innermost that holds them all.
-        difference: what tells it from others of the same series: its echo, the plane it lies in, or its extents.
+        folder: the innermost folder that holds all slices.
+        difference: what distinguishes it from others of the same series: its echo, the plane it lies in, or its
+            extents.
         damaged: why it cannot be read, where a file of it is damaged.
-        notes: what a reader of a result should know of its files.
+        notes: what a reader of a result should know about its files.
     """
 
     label: str
@@ -163,23 +164,23 @@ def find(
 ) -> list[Series]:
     """The series among the files in `folder` and below it, by folder.
 
-    Slices of one series that differ in echo, orientation, extents or extents of pixels are series of their own. A
-    series with a damaged file is found too, and refused when it is read, for it would lack a slice; so is a folder with
-    damaged files that do not tell their series.
+    Slices of one series that differ in echo, orientation, extents or pixel extents form separate series. A series with
+    a damaged file is found, too, and refused when it is read, as it would lack a slice; so is a folder with damaged
+    files that do not name their series.
 
     Args:
-        skip: is told of every file that is no slice, and why.
-        identify: one of `IDENTITIES`, which labels begin with then: patients' data.
+        skip: is called for every file that is not a slice, with the reason.
+        identify: one of `IDENTITIES`, with which labels then begin: patient data.
     """
     files = [_file(path, identify) if why is None else Other(path, why) for path, why in walk(folder)]
     groups = _groups(file for file in files if isinstance(file, Slice))
     known = {group[0].series for group in groups}
-    damaged: dict[str | Path, list[Other]] = defaultdict(list)  # by series, or by folder where that is not known
+    damaged: dict[str | Path, list[Other]] = defaultdict(list)  # by series, or by folder if that is unknown
     skipped: dict[Path, list[Other]] = defaultdict(list)
     for file in files:
         if isinstance(file, Slice):
             continue
-        # A series of images holds nothing else: what has no pixels there was cut off.
+        # A series of images holds nothing else: a file without pixels was cut off.
         if file.damaged or file.series in known:
             damaged[file.series if file.series in known else file.path.parent].append(file)
         else:
@@ -195,14 +196,14 @@ def find(
 
 
 def _file(path: Path, identify: str | None) -> Slice | Other:
-    """What a regular file holds."""
+    """The slice in a regular file, or why it is none."""
     dicom = False
     try:
         with reading(path, BadCase), path.open("rb") as file, disable_value_validation():
             head = file.read(PREAMBLE + len(MAGIC))
             dicom = head[PREAMBLE:] == MAGIC
             if not dicom and head[:2] not in STARTS:
-                return Other(path, "is no DICOM file" if head else "is empty")
+                return Other(path, "is not a DICOM file" if head else "is empty")
             _check_inflated(file)
             tags = [*TAGS, IDENTITIES[identify]] if identify else list(TAGS)
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
@@ -217,7 +218,7 @@ def _file(path: Path, identify: str | None) -> Slice | Other:
 
 
 def _check_inflated(file: BinaryIO) -> None:
-    """Raise `ValueError` if an open file is a deflated one that would take the memory; rewinds it."""
+    """Raise `ValueError` if an open file is a deflated one that would exhaust the memory; rewinds it."""
     file.seek(0)
     if file.read(PREAMBLE + len(MAGIC))[PREAMBLE:] != MAGIC:
         file.seek(0)
@@ -227,12 +228,12 @@ def _check_inflated(file: BinaryIO) -> None:
         while not stream.eof and (rest := stream.unconsumed_tail or file.read(2**16)):
             inflated += len(stream.decompress(rest, 2**20))
             if inflated > MOST_INFLATED:
-                raise ValueError(f"has more than {MOST_INFLATED / 2**20:g} MiB once inflated; accepted is no more")
+                raise ValueError(f"has more than {MOST_INFLATED / 2**20:g} MiB once inflated; accepted is up to that")
     file.seek(0)
 
 
 def _series_of(path: Path) -> str:
-    """UID of the series of a damaged file; "" where what is damaged comes before it."""
+    """UID of the series of a damaged file; "" if the damage comes before it."""
     last = tag_for_keyword("SeriesInstanceUID")
     try:
         with reading(path), path.open("rb") as file:
@@ -250,7 +251,7 @@ def _slice(path: Path, series: str, header: pydicom.Dataset, identity: str) -> S
         if not np.allclose(lengths, 1, rtol=0, atol=SQUARE):
             raise ValueError(f"ImageOrientationPatient is {axes}; accepted are two directions at right angles")
     if spacing is not None and not min(spacing) > 0:
-        raise ValueError(f"PixelSpacing is {spacing}; accepted are mm above 0")
+        raise ValueError(f"PixelSpacing is {spacing}; accepted are distances in mm above 0")
     (slope,), (intercept,) = (
         _numbers(header, name, 1) or (default,) for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0))
     )
@@ -287,7 +288,7 @@ def _numbers(header: pydicom.Dataset, name: str, count: int | None = None) -> tu
 
 
 def _plain(text: str) -> str:
-    """`text` as part of a file's name."""
+    """`text` as part of a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()[:LONGEST_LABEL]
 
 
@@ -305,7 +306,7 @@ def _groups(slices: Iterable[Slice]) -> list[list[Slice]]:
 
 
 def _alike(one: Slice, other: Slice) -> bool:
-    """Whether both have one plane, pixel and echo, up to how numbers are written."""
+    """Whether both have the same plane, pixels and echo, up to rounding."""
     return (
         _close(one.axes, other.axes, atol=PARALLEL)
         and _close(one.spacing, other.spacing, rtol=WRITTEN)
@@ -350,7 +351,7 @@ def _bad(damaged: Sequence[Other]) -> BadCase:
 
 
 def _difference(one: Slice, siblings: Sequence[Slice]) -> str:
-    """What tells `one` from the others of its series: its echo, the plane it lies in, or its extents."""
+    """What distinguishes `one` from the others of its series: its echo, the plane it lies in, or its extents."""
     if len({other.echoes for other in siblings}) > 1:
         return "echo" + "_".join(f"{number:g}" for number in one.echoes or ())
     if not all(_close(one.echo_time, other.echo_time, rtol=WRITTEN) for other in siblings):
@@ -408,7 +409,7 @@ def read(series: Series, largest: float) -> tuple[np.ndarray, np.ndarray]:
     values = np.empty((columns, rows, len(slices)), np.float32)  # (X, Y, Z)
     for index, one in enumerate(slices):
         stored = pixels.read(one.path, rows, columns)
-        with np.errstate(over="ignore"):  # what is infinite then is refused with the other voxels that are
+        with np.errstate(over="ignore"):  # infinite values are refused later, with all other infinite voxels
             values[:, :, index] = (stored * one.slope + one.intercept).T
     # PixelSpacing is from row to row, then from column to column; a row runs along the first axis.
     between_rows, between_columns = spacing

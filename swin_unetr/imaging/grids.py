@@ -10,7 +10,7 @@ from nibabel.affines import apply_affine, voxel_sizes
 from .nifti import BadCase
 
 AGREEMENT = 1e-3
-"""mm that places may differ by: files keep their geometry as float32."""
+"""Tolerance of positions in mm: files store their geometry as float32."""
 
 
 class Grid(NamedTuple):

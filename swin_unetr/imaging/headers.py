@@ -37,7 +37,7 @@ class Header:
     """What a header says.
 
     Attributes:
-        nrrd: or else MetaImage.
+        nrrd: whether it is NRRD; otherwise it is MetaImage.
         fields: by name; of NRRD in small letters without spaces, by any of which its names may be written.
         files: with the data.
         start: of the data in the header's own file, in bytes.
@@ -59,10 +59,10 @@ def read(path: Path) -> Header:
     """The header in `path`.
 
     Raises:
-        BadCase: it would end the process, or show files that are not the image's own.
+        BadCase: reading it would crash the process, or expose files that are not the image's own.
 
-    Parsers write what is too long for them over their own memory, and would read any file of the machine as an image,
-    whose bytes were then shown as grey values.
+    Parsers overwrite their own memory with fields that are too long, and would read any file on the machine as an
+    image, whose bytes would then be shown as grey values.
     """
     nrrd = path.name.endswith(".nrrd")
     if nrrd and (length := len(os.fsencode(path))) > LONGEST_PATH:
@@ -98,7 +98,7 @@ def _data_files(path: Path, name: str) -> list[Path]:
     """The files that the header in `path` names `name` for its data.
 
     Raises:
-        BadCase: one is no regular file in the folder of `path`.
+        BadCase: one is not a regular file in the folder of `path`.
     """
     said = f"{path}: its header names {shown(name)!r} as its data"
     numbers = None
@@ -152,10 +152,10 @@ def _lines(path: Path, nrrd: bool) -> tuple[list[str], list[str], int]:
 
 
 def check_meaning(header: Header, say: Callable[[str], None]) -> None:
-    """Raise `BadCase` if SimpleITK would leave out, without a word, what a header says of extents, units or values.
+    """Raise `BadCase` if SimpleITK would silently ignore what a header says about extents, units or values.
 
     Args:
-        say: is told what a reader of a result should know of how the header was understood.
+        say: is called with what a reader of a result should know about how the header was understood.
     """
     (_check_nrrd if header.nrrd else _check_meta)(header, say)
 
@@ -213,7 +213,7 @@ def _number(text: str) -> float:
 def check_data(header: Header, size: int) -> None:
     """Raise `BadCase` unless the files of a header hold the `size` bytes of its values, compressed ones undamaged.
 
-    MetaIO does not look whether it could inflate them, and NRRD's parser not at their checksum.
+    MetaIO does not check whether it could inflate them, and NRRD's parser does not check their checksum.
     """
     compressed, binary = _encoding(header)
     if not binary:

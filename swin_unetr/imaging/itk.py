@@ -25,16 +25,16 @@ def read_itk(
 
     Args:
         largest: GiB that the file's values may take as float32.
-        say: is told what a reader of a result should know of how the file was understood.
+        say: is called with what a reader of a result should know about how the file was understood.
 
     Raises:
-        BadCase: the file is damaged, larger than `largest` by its header, no grid of numbers, or not in mm.
+        BadCase: the file is damaged, larger than `largest` by its header, not a grid of numbers, or not in mm.
     """
     with reading(path, BadCase):
         header = headers.read(path)
         headers.check_meaning(header, say)
         reader = sitk.ImageFileReader()
-        # By the file's name, as the header was checked: SimpleITK would go by what is in it.
+        # Chosen by the file's name, as for checking the header: SimpleITK would choose by content.
         reader.SetImageIO("NrrdImageIO" if header.nrrd else "MetaImageIO")
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
@@ -72,7 +72,7 @@ def write_itk(values: np.ndarray, affine: np.ndarray, path: Path) -> None:
     """Write ``values (X, Y, Z)``, compressed, in the geometry of `affine`.
 
     Raises:
-        RuntimeError: the file cannot be written; SimpleITK's.
+        RuntimeError: SimpleITK cannot write the file.
     """
     image = sitk.GetImageFromArray(np.ascontiguousarray(values.T))
     to_lps = TO_RAS @ affine

@@ -1,4 +1,4 @@
-"""NIfTI files, read no further than their headers say."""
+"""NIfTI files, read no further than their headers promise."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..files import GIB
 from ..foreign import BadFile, reading
 
 FLATTEST = 1e-4
-"""Volume between the axes of a voxel, were they of length 1."""
+"""Smallest volume spanned by the axes of a voxel, normalised to length 1."""
 GZIP = b"\x1f\x8b"
 LONGEST_HEADER = 540  # bytes, of NIfTI-2
 MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
-"""By NIfTI's codes of spatial units: unknown, metre, mm, micron. Most files of unknown unit are in mm."""
+"""mm per unit, by NIfTI's codes of spatial units: unknown, metre, mm, micron. Most files of unknown unit are in mm."""
 MOST_COMPRESSED = 1032
-"""Bytes that deflate, which gzip is made of, gives for one at most: 258 for two bits (RFC 1951)."""
+"""Most bytes that deflate, which gzip uses, expands one byte to: 258 for two bits (RFC 1951)."""
 
 
 class BadCase(BadFile):
@@ -31,7 +31,7 @@ class BadCase(BadFile):
 def read_nifti(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray]:
     """Values ``(X, Y, Z)`` or ``(X, Y, Z, C)`` of a file, and its affine ``(4, 4)``, voxel index to mm in RAS+.
 
-    As `read_with_header`, without the header.
+    Like `read_with_header`, without the header.
     """
     return read_with_header(path, largest)[:2]
 
@@ -49,15 +49,16 @@ def read_with_header(path: Path, largest: float) -> tuple[np.ndarray, np.ndarray
 
 
 def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndarray, nibabel.Nifti1Header]:
-    """Values of any number of axes but trailing ones of one voxel, affine ``(4, 4)`` and header of a file.
+    """Values with any number of axes, except trailing ones of one voxel, affine ``(4, 4)`` and header of a file.
 
-    What is read is what the header implies: a compressed stream that goes on after it is not followed.
+    What is read is what the header implies: a compressed stream is not followed beyond that.
 
     Args:
         largest: GiB that the file may take uncompressed.
 
     Raises:
-        BadCase: the file is damaged, larger than `largest` or than its header implies, or no grid of numbers in space.
+        BadCase: the file is damaged, larger than `largest` or than its header implies, or not a grid of numbers in
+            space.
 
     The affine is in mm whatever unit the file is in; its header keeps that.
     """
@@ -81,7 +82,7 @@ def read_any(path: Path, largest: float = math.inf) -> tuple[np.ndarray, np.ndar
 
 
 def _opened(path: Path) -> io.BufferedIOBase:
-    """What is in a file, gzip or not: by how it begins, as the file that a link names may have any name."""
+    """The content of a file, decompressed if it begins like gzip: the target of a link may have any name."""
     with path.open("rb") as file:
         compressed = file.read(len(GZIP)) == GZIP
     return gzip.open(path) if compressed else path.open("rb")
@@ -99,15 +100,15 @@ def _implied(stream: io.BufferedIOBase) -> tuple[type[nibabel.Nifti1Image], niba
             voxels = math.prod(map(int, header.get_data_shape()))
             size = int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
             return kind, kind.header_class(written, check=False), size
-    raise ValueError("is no NIfTI file")
+    raise ValueError("is not a NIfTI file")
 
 
 def _unit(path: Path, header: nibabel.Nifti1Header) -> float:
-    """mm of one unit of space in a file.
+    """mm per unit of space in a file.
 
     Raises:
-        BadCase: NIfTI has no such unit, or the header has neither an affine nor extents of voxels, for which nibabel
-            would put 1.
+        BadCase: NIfTI has no such unit, or the header has neither an affine nor voxel extents, for which nibabel would
+            assume 1.
     """
     code = int(header["xyzt_units"]) & 7
     if code not in MILLIMETRES:
@@ -131,7 +132,7 @@ def check_size(path: Path, size: int, largest: float) -> None:
 def check_stored(path: Path, size: int, files: Sequence[Path]) -> None:
     """Raise `BadCase` if the header in `path` implies `size` bytes, and its `files` cannot hold that, compressed.
 
-    What reads them takes the memory first, and finds out after.
+    Readers allocate the memory first, and notice afterwards.
     """
     stored = sum(file.stat().st_size for file in files)
     if size > stored * MOST_COMPRESSED:
@@ -147,7 +148,7 @@ def check_grid(where: object, shape: Sequence[int], affine: np.ndarray) -> None:
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         place = affine.astype(np.float32).astype(np.float64)  # as files keep it
         volume = abs(np.linalg.det(place[:3, :3] / np.linalg.norm(place[:3, :3], axis=0)))  # of axes of length 1
-    # Not above, rather than below: what is not finite is refused too.
+    # "not above" rather than "below", so that values that are not finite are refused, too.
     if not (np.isfinite(place).all() and volume > FLATTEST):
         raise BadCase(f"{where}: has an affine that cannot be inverted; accepted is a voxel grid in space")
 
@@ -156,7 +157,7 @@ def as_float32(values: np.ndarray, where: object) -> np.ndarray:
     """`values` as float32.
 
     Raises:
-        BadCase: one of them is NaN or infinite then; the message names `where` they came from.
+        BadCase: a value is NaN or infinite then; the message names `where` it came from.
     """
     with np.errstate(over="ignore"):
         cast = values.astype(np.float32, copy=False)

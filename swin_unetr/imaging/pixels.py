@@ -1,7 +1,7 @@
-"""Stored values of a DICOM slice, checked against what its header promises of them.
+"""Stored values of a DICOM slice, checked against what its header promises.
 
 Native and run-length encoded values are decoded by pydicom. Those of the JPEG family are decoded by GDCM, from a file
-of nothing but them: GDCM would also rescale them, invert MONOCHROME1, and parse whatever else is in the slice.
+that holds nothing else: GDCM would also rescale them, invert MONOCHROME1, and parse whatever else is in the slice.
 
 Source: DICOM PS3.5, 8 and annexes A and G, for how values are encoded; ITU-T T.81, B.2.2, for a JPEG frame's header.
 """
@@ -41,7 +41,7 @@ from ..foreign import reading
 from .nifti import BadCase
 
 ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-"""Those that may hold the values; of whole numbers, and of others."""
+"""Elements that may hold the values: whole numbers, and others."""
 NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 JPEG = (*JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes)
 GDCM = (*JPEG, *JPEG2000TransferSyntaxes)
@@ -49,7 +49,7 @@ DEFERRED = 1024  # bytes; longer values are not read for their lengths
 KINDS = {None, *(kind.value for kind in VR)}  # None in files that do not tell
 OPEN = 0xFFFFFFFF  # length of an element that a sign ends
 END = b"\xff\xd9"
-"""Of a frame of JPEG, JPEG-LS and JPEG 2000; bytes 0 or 255 may follow that make its length even."""
+"""End of a frame of JPEG, JPEG-LS or JPEG 2000; a byte 0 or 255 may follow to make its length even."""
 LONGEST_FRAME_HEADER = 1024
 """Bytes of run-length encoded values beside the runs, or fewer. Each byte of these takes two at most; pydicom inflates
 what there is, up to 64 times."""
@@ -61,7 +61,7 @@ def read(path: Path, rows: int, columns: int) -> np.ndarray:
     """The values stored in a slice ``(rows, columns)``, before slope and intercept.
 
     Raises:
-        BadCase: they cannot be decoded, or are others than `rows`, `columns` and the bits of its header make.
+        BadCase: they cannot be decoded, or do not match `rows`, `columns` and the bits in the header.
     """
     with reading(path, BadCase), path.open("rb") as file, disable_value_validation():
         data, syntax = _checked(file)
@@ -81,8 +81,8 @@ def read(path: Path, rows: int, columns: int) -> np.ndarray:
 
 
 def _checked(file: BinaryIO) -> tuple[pydicom.FileDataset, UID]:
-    """Header of an open file and its transfer syntax; no element is longer than the file: reading it would take the
-    memory."""
+    """Header of an open file and its transfer syntax. No element may be longer than the file: reading it would exhaust
+    the memory."""
     size = os.fstat(file.fileno()).st_size
     data = pydicom.dcmread(file, defer_size=DEFERRED, force=True)
     syntax = data.file_meta.get("TransferSyntaxUID")
@@ -92,7 +92,7 @@ def _checked(file: BinaryIO) -> tuple[pydicom.FileDataset, UID]:
         data, inside = pydicom.dcmread(file, force=True), ()
     raw = [one for one in (*data.file_meta.values(), *inside) if isinstance(one, RawDataElement)]
     for one in raw:
-        # Of an unknown kind the length is read from another place.
+        # For an unknown kind, the length is read from another place.
         if one.VR not in KINDS:
             raise ValueError(f"element {one.tag} is of kind {one.VR!r}, which DICOM does not have")
         if one.length != OPEN and (end := one.value_tell + one.length) > size:
@@ -106,10 +106,10 @@ def _checked(file: BinaryIO) -> tuple[pydicom.FileDataset, UID]:
 
 
 def _decoded(data: pydicom.Dataset, syntax: UID, rows: int, columns: int, element: str) -> np.ndarray:
-    """Of a slice whose values are native or run-length encoded."""
+    """The values of a slice that are native or run-length encoded."""
     values, bits = data[element].value or b"", int(data.BitsAllocated)
     size = (rows * columns * bits + 7) // 8
-    # Padding may follow, but not as much as another slice: then each pixel may well have more bits.
+    # Padding may follow, but not as much as another slice: pixels may have more bits then.
     if syntax != RLELossless and not size <= len(values) < max(2 * size, 3):
         raise ValueError(
             f"has {len(values)} bytes of pixels; {rows} rows of {columns} pixels of {bits} bits are {size}: the slice "
@@ -140,7 +140,8 @@ def _decoded(data: pydicom.Dataset, syntax: UID, rows: int, columns: int, elemen
 
 
 def _without_unused_bits(stored: np.ndarray, data: pydicom.Dataset) -> np.ndarray:
-    """Of ``stored (rows, columns)`` the bits that belong to values; others may be those of an overlay, or anything."""
+    """The bits of ``stored (rows, columns)`` that belong to values; others may belong to an overlay, or be
+    arbitrary."""
     allocated, used = 8 * stored.itemsize, int(data.BitsStored)
     high = int(data.get("HighBit", used - 1))
     if not used - 1 <= high < allocated:
@@ -149,9 +150,9 @@ def _without_unused_bits(stored: np.ndarray, data: pydicom.Dataset) -> np.ndarra
 
 
 def _decoded_by_gdcm(data: pydicom.Dataset, syntax: UID, rows: int, columns: int) -> np.ndarray:
-    """Of a slice whose values are of the JPEG family."""
+    """The values of a slice that are encoded by the JPEG family."""
     frame = next(generate_frames(data.PixelData, number_of_frames=1)).rstrip(b"\x00\xff")
-    # The frame's last byte is one that is not cut off: that of its end.
+    # A frame that is not cut off ends with the end marker.
     if not frame.endswith(END):
         raise ValueError(f"its compressed pixels, {len(frame)} bytes, have no end: are they cut off?")
     if syntax in JPEG:
@@ -179,7 +180,7 @@ def _decoded_by_gdcm(data: pydicom.Dataset, syntax: UID, rows: int, columns: int
 
 
 def _frame_header(frame: bytes) -> tuple[int, int, int]:
-    """Precision, rows and columns by the header of a JPEG or JPEG-LS `frame`."""
+    """Precision, rows and columns in the header of a JPEG or JPEG-LS `frame`."""
     place = 2  # after the marker of its start
     while place + 9 <= len(frame):
         if frame[place] != 0xFF:

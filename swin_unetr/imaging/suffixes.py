@@ -1,4 +1,4 @@
-"""How the names of image files end, and the case that a name stands for."""
+"""Suffixes of image files, and the case names that remain without them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 NIFTI = (".nii.gz", ".nii")
 IMAGES = (*NIFTI, ".nrrd", ".mha", ".mhd")
 LABEL_MAPS = (*IMAGES, ".seg.nrrd")
-"""The last is what 3D Slicer calls its segmentations."""
+"""The last is that of 3D Slicer's segmentations."""
 
 
 def suffix(path: Path, known: tuple[str, ...] = IMAGES) -> str:

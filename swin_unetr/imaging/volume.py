@@ -21,7 +21,7 @@ from .nifti import BadCase, as_float32, check_grid, read_with_header
 from .suffixes import IMAGES, NIFTI, case_name, suffix
 
 DATA = (".raw", ".zraw")
-"""Of files that hold the values of a MetaImage."""
+"""Suffixes of files that hold the values of a MetaImage."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def read(path: Path, largest: float) -> Volume:
     """The volume in a file.
 
     Raises:
-        BadCase: the file is damaged, too large, has NaN or infinite voxels, or is no volume; the message names it.
+        BadCase: the file is damaged, too large, has NaN or infinite voxels, or is not a volume; the message names it.
     """
     header, notes = None, list[str]()
     if path.name.endswith(NIFTI):

@@ -19,7 +19,7 @@ from ..segmenter import Segmenter
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Networks that segment the same classes of images prepared alike.
+    """Networks that segment the same classes in images that are prepared in the same way.
 
     Attributes:
         roi: extents of a window, in voxels of the preprocessed grid.
@@ -35,11 +35,11 @@ class Ensemble:
 
 
 def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
-    """The networks in checkpoints of `swin-unetr train`, with their averaged weights where there are some.
+    """The networks in checkpoints of `swin-unetr train`, with averaged weights if they have any.
 
     Raises:
         ValueError: a checkpoint is missing, damaged, of pretraining or of a network for other images than volumes, or
-            two do not agree in classes, preprocessing, roi or channels.
+            two differ in classes, preprocessing, roi or channels.
     """
     networks: list[nn.Module] = []
     files: dict[str, str] = {}
@@ -48,7 +48,7 @@ def load(paths: Sequence[Path], device: torch.device) -> Ensemble:
         try:
             segmenter = Segmenter.read(path)
         except (FileNotFoundError, IsADirectoryError) as error:
-            raise ValueError(f"checkpoint: {path} does not exist or is no file") from error
+            raise ValueError(f"checkpoint: {path} does not exist or is not a file") from error
         description = segmenter.description
         if description.architecture.spatial_dims != 3:
             raise ValueError(f"checkpoint: {path} is of a network for 2-D images; accepted are those for volumes")
@@ -75,7 +75,7 @@ class Mirrored(nn.Module):
     def __init__(self, network: nn.Module, axes: Sequence[int]) -> None:
         """
         Args:
-            axes: spatial axes (0 is the first) that are mirrored, one by one and together.
+            axes: spatial axes (0 is the first) to mirror, in all combinations.
         """
         super().__init__()
         self.network = network

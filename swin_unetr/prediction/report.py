@@ -1,4 +1,4 @@
-"""What a prediction leaves to be read: a table of volumes and one HTML file that needs no other."""
+"""The report of a prediction: a table of volumes, and a single self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ COLOURS = (
     "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", "#999933", "#882255", "#44aa99",
     "#ddcc77", "#aa4499", "#88ccee", "#117733", "#cc6677",
 )  # fmt: skip
-"""Of the classes in turn: the palettes of Okabe and Ito and of P. Tol, told apart by colour-blind readers too."""
+"""Colours of the classes in turn: the palettes of Okabe and Ito and of P. Tol, which colour-blind readers can tell
+apart."""
 DARK = "#101418"
 NOTICE = "Research software, not a medical device: not for diagnosis or treatment."
 
@@ -35,10 +36,10 @@ class SegmentedCase:
 
     Attributes:
         source: where the image came from.
-        output: file of the label map.
+        output: file name of the label map.
         spacing: mm.
         seconds: from reading to writing.
-        picture, entropy: PNG in base64; `entropy` is "" where none was asked for.
+        picture, entropy: PNG in base64; `entropy` is "" if it was not asked for.
     """
 
     name: str
@@ -79,7 +80,8 @@ def entropy_picture(entropy: np.ndarray, labels: np.ndarray, affine: np.ndarray)
 
 
 def _panels(labels: np.ndarray, affine: np.ndarray):
-    """A figure, and for any volumes on the grid of `labels` its axes with the slices to show and their aspect."""
+    """A figure, and a function from volumes on the grid of `labels` to its axes, with the slices to show and their
+    aspect."""
     spacing = ras_spacing(affine)
     found = to_ras(labels, affine) > 0
     counts = [found.sum(axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
@@ -116,7 +118,7 @@ def _colours(options: Labels) -> list[str]:
 
 
 def tables(cases: Sequence[SegmentedCase]) -> dict[str, bytes]:
-    """volumes.csv, one line a case and class, and volumes.json, which has sources and warnings too, by name."""
+    """volumes.csv, one line per case and class, and volumes.json, which also has sources and warnings, by file name."""
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(["case", "class", "millilitres", "mean", "std", "voxels", "cut"])
@@ -185,12 +187,12 @@ def page(
     options: Labels,
     left_out: Sequence[tuple[Path, str]] = (),
 ) -> bytes:
-    """An HTML file: pictures, volumes and warnings of every case, and how it was made.
+    """An HTML file: pictures, volumes and warnings of every case, and how they were made.
 
     Args:
         failed: reason by name of case.
         how: checkpoints, options and versions, by what they are.
-        left_out: files of the input that are no images, and why.
+        left_out: files of the input that are not images, and why.
     """
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",

@@ -1,7 +1,7 @@
 """From the network's grid back to the image's: linear interpolation of probabilities, a slab at a time, then decisions.
 
-Both grids are parallel (orientation and spacing permute, mirror and scale axes), so interpolation is one axis after the
-other. Those of an image with shear (a CT with its gantry tilted) are not, and are interpolated in space at once.
+Both grids are parallel (orientation and spacing permute, mirror and scale axes), so axes are interpolated one after the
+other. Those of an image with shear (a CT with a tilted gantry) are not, and are interpolated in space at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Axis:
     Attributes:
         along: axis of the network's grid.
         low, high: rows between which each of the image's planes lies, int64 ``(extent,)``.
-        weight: of the higher one, float32 ``(extent,)``.
+        weight: weight of the higher row, float32 ``(extent,)``.
         shorter: whether the image has fewer planes than the grid has rows.
     """
 
@@ -39,7 +39,7 @@ class Axis:
 def axes_between(
     image_affine: np.ndarray, shape: Sequence[int], affine: np.ndarray, grid: Sequence[int]
 ) -> list[Axis] | None:
-    """The axes of an image of `shape` in a `grid`, by the affines of both ``(4, 4)``; what lies beyond is its border.
+    """The axes of an image of `shape` in a `grid`, from both affines ``(4, 4)``; planes beyond the grid get its border.
 
     None if the grids are not parallel.
     """
@@ -59,7 +59,7 @@ def axes_between(
 
 
 class Restored:
-    """The label map of an image, decided plane by plane as slabs of probabilities come.
+    """The label map of an image, decided plane by plane as slabs of probabilities arrive.
 
     Attributes:
         labels: uint8 ``(X, Y, Z)``.
@@ -73,11 +73,12 @@ class Restored:
         self._axes = axes or []
         self._sliced = next((i for i, axis in enumerate(self._axes) if axis.along == 0), 0)
         self._others = [axis for axis in self._axes if axis.along != 0]
-        self._last: torch.Tensor | None = None  # the row before the slab
+        self._last: torch.Tensor | None = None  # the last row before the slab
 
     def add(self, first: int, probabilities: torch.Tensor) -> None:
-        """Rows from `first` on: ``(channels, rows, *grid[1:])``; slabs come in order, and leave no gap."""
-        # An axis that becomes shorter is interpolated here, for all planes at once; one that becomes longer, in each.
+        """Add the rows from `first` on, ``(channels, rows, *grid[1:])``; slabs come in order and without gaps."""
+        # An axis that becomes shorter is interpolated here, for all planes at once; one that becomes longer, in each
+        # plane.
         for axis in self._others:
             if axis.shorter:
                 probabilities = _interpolate(probabilities, axis)
@@ -86,7 +87,7 @@ class Restored:
         self._last = probabilities[:, -1:].clone()
         end = first + probabilities.shape[1]
         sliced = self._axes[self._sliced]
-        # Planes whose higher row is in this slab and was in none before.
+        # Planes whose higher row is in this slab and in no earlier one.
         reached = sliced.high < end
         new = reached & (sliced.high > first) if first else reached
         for plane in torch.nonzero(new).flatten().tolist():
@@ -95,8 +96,9 @@ class Restored:
             self._decide(plane, row)
 
     def _decide(self, plane: int, row: torch.Tensor) -> None:
-        """A plane of the image, of ``row (channels, grid[1], grid[2])``, in which shorter axes are the image's."""
-        # The shorter result first: what the second interpolation reads is smaller.
+        """Decide on a plane of the image from ``row (channels, grid[1], grid[2])``, in which shorter axes are already
+        the image's."""
+        # The shorter result first, so that the second interpolation reads less.
         for axis in sorted(self._others, key=lambda axis: len(axis.low)):
             if not axis.shorter:
                 row = _interpolate(row, axis)
@@ -105,7 +107,7 @@ class Restored:
         self._keep(tuple(plane if i == self._sliced else slice(None) for i in range(3)), row)
 
     def add_whole(self, probabilities: torch.Tensor, affine: np.ndarray, image_affine: np.ndarray) -> None:
-        """All rows at once, ``(channels, *grid)``, for grids that are not parallel."""
+        """Add all rows at once, ``(channels, *grid)``, for grids that are not parallel."""
         resample = SpatialResample(mode="bilinear", padding_mode="border")
         found = resample(
             MetaTensor(probabilities, affine=torch.from_numpy(affine)),
@@ -115,7 +117,7 @@ class Restored:
         self._keep(..., torch.as_tensor(found).float())
 
     def _keep(self, where, probabilities: torch.Tensor) -> None:
-        """Decide on a part of the image, of ``probabilities (channels, *S)``."""
+        """Decide on a part of the image from ``probabilities (channels, *S)``."""
         decided = self._options.decide_by_probabilities(probabilities[None])
         self.labels[where] = self._options.label_map(decided)[0, 0].cpu().numpy()
         if self.entropy is not None:
@@ -123,7 +125,7 @@ class Restored:
 
 
 def _interpolate(values: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """``values (..., grid[1], grid[2])`` with the image's places for the grid's along `axis`, one of these two."""
+    """Interpolate ``values (..., grid[1], grid[2])`` along `axis`, one of these two, to the image's places."""
     dim = axis.along - 3
     low, high, weight = (part.to(values.device) for part in (axis.low, axis.high, axis.weight))
     weight = weight.view(-1, *[1] * (2 - axis.along))
@@ -131,9 +133,9 @@ def _interpolate(values: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def entropy(probabilities: torch.Tensor, overlapping: bool) -> torch.Tensor:
-    """Shannon entropy of ``probabilities (channels, *S)`` as a part of the largest possible: ``(*S)`` in 0..1.
+    """Shannon entropy of ``probabilities (channels, *S)`` as a fraction of the largest possible: ``(*S)`` in 0..1.
 
-    Of overlapping classes, the mean of each one's own.
+    For overlapping classes, the mean of their entropies.
     """
     if overlapping:
         return (torch.special.entr(probabilities) + torch.special.entr(1 - probabilities)).mean(0) / math.log(2)

@@ -1,4 +1,4 @@
-"""What a label map says in numbers: volumes of organs, their intensities, and what looks wrong."""
+"""A label map in numbers: volumes of organs, their intensities, and what looks wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..labels import Labels
 
 BORDERS = (("left", "right"), ("back", "front"), ("bottom", "top"))
 CUT = 25.0
-"""mm² of an organ on a face of the image that count as cut by it."""
+"""Area in mm² of an organ on a face of the image from which on it counts as cut."""
 EXTREME_SPACING = (0.1, 10.0)
 ANISOTROPY = 20.0
 
@@ -22,8 +22,8 @@ class Organ:
     """A class in one image.
 
     Attributes:
-        values: of the label map that belong to it.
-        mean, std: of the image's first channel inside of it, in the image's unit (HU for CT); NaN where it is empty.
+        values: values of the label map that belong to it.
+        mean, std: of the image's first channel inside it, in the image's unit (HU for CT); NaN if it is empty.
         cut: faces of the image that it touches, by the side of the patient they lie on.
     """
 
@@ -37,7 +37,7 @@ class Organ:
 
 
 def measure(labels: np.ndarray, image: np.ndarray, affine: np.ndarray, options: Labels) -> list[Organ]:
-    """Each class of ``labels (X, Y, Z)`` in ``image (X, Y, Z)``; of overlapping classes the whole of each.
+    """Each class of ``labels (X, Y, Z)`` in ``image (X, Y, Z)``; overlapping classes include those inside them.
 
     Args:
         affine: voxel index to mm in RAS+ ``(4, 4)``.
@@ -47,7 +47,7 @@ def measure(labels: np.ndarray, image: np.ndarray, affine: np.ndarray, options: 
 
 
 def _values(options: Labels) -> dict[str, tuple[int, ...]]:
-    """By class the values that `Labels.label_map` writes for it and, where classes overlap, for those inside of it."""
+    """By class, the values that `Labels.label_map` writes for it and, if classes overlap, for those inside it."""
     written = dict(zip(options.names, options.written(), strict=True))
     if not options.overlapping:
         return {name: (value,) for name, value in written.items()}

@@ -1,7 +1,8 @@
-"""Sliding windows over volumes of any extent: slab by slab, so that what is summed up fits in memory.
+"""Sliding windows over volumes of any extent, slab by slab, so that the sums fit in memory.
 
-A slab holds rows of the first axis that no later window reaches; its windows lie where those of the whole volume do, so
-slabs give what one sliding window over everything gives. Windows that lie across two slabs are computed for both.
+A slab holds rows of the first axis that no later window reaches; its windows are those of the whole volume, so that
+slabs give the same result as one sliding window over everything. Windows that reach into two slabs are computed for
+both.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..files import GIB
 
 FLOAT32 = 4  # bytes
 SUMS = 3
-"""Volumes of all channels that live at once while a slab is summed up: sums, weights, and what is made of them."""
+"""Volumes of all channels in memory at once while a slab is summed up: sums, weights, and their quotient."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Windows:
     """How a volume is cut.
 
     Args:
-        overlap: of neighbouring windows, as a part of their extents.
+        overlap: overlap of neighbouring windows, as a fraction of their extents.
         batch: windows that go through the network at once.
-        memory_limit: GiB for the sums of a slab; null takes half of what the machine has free, which may be more than
+        memory_limit: GiB for the sums of a slab; null allows half of the machine's free memory, which may be more than
             a container or a scheduler allows.
     """
 
@@ -42,7 +43,7 @@ class Windows:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}; accepted is a number ≥ 1")
         if self.memory_limit is not None and not self.memory_limit > 0:
-            raise ValueError(f"memory_limit is {self.memory_limit}; accepted are GiB above 0, or null")
+            raise ValueError(f"memory_limit is {self.memory_limit}; accepted is a size in GiB above 0, or null")
 
 
 def starts_along(extent: int, roi: int, overlap: float) -> list[int]:
@@ -64,8 +65,8 @@ def slabs(
 
     Args:
         image: ``(1, C, *S)`` on the networks' device, no shorter than `roi` on any axis.
-        channels: of the output.
-        say: is told when a volume does not fit at once.
+        channels: channels of the output.
+        say: is called when a volume does not fit at once.
     """
     extent = image.shape[2]
     starts = starts_along(extent, roi[0], how.overlap)
@@ -106,7 +107,7 @@ def _slide(part, network, roi, how: Windows, device: torch.device) -> torch.Tens
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that are not in use."""
+    """Bytes of free memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

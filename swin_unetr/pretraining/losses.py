@@ -19,14 +19,14 @@ def contrast(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5
     the concatenated batch.
 
     Raises:
-        ValueError: there is but one pair on all ranks, which has no negatives; the shapes differ.
+        ValueError: there is only one pair on all ranks, which has no negatives, or the shapes differ.
     """
     pairs = _pairs(first, second)
     return _nt_xent(pairs, gather(pairs), _rank() * len(pairs), temperature)
 
 
 def contrast_of(first: torch.Tensor, second: torch.Tensor, temperature: float = 0.5) -> torch.Tensor:
-    """NT-Xent of embeddings ``(B, E)`` that are all at hand: no other rank is asked.
+    """NT-Xent of embeddings ``(B, E)`` that are all on this rank.
 
     Raises:
         ValueError: as for `contrast`.
@@ -36,7 +36,7 @@ def contrast_of(first: torch.Tensor, second: torch.Tensor, temperature: float = 
 
 
 def _pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Both views of a crop side by side, of length 1: ``(B, 2, E)``."""
+    """Both views of each crop side by side, normalised to length 1: ``(B, 2, E)``."""
     if first.shape != second.shape or first.dim() != 2:
         raise ValueError(
             f"contrast: embeddings are {tuple(first.shape)} and {tuple(second.shape)}; accepted are equal (B, E)"
@@ -60,8 +60,8 @@ def reconstruction(found: torch.Tensor, expected: torch.Tensor, cut: torch.Tenso
     """L1 distance of images ``(B, C, *S)``: over all voxels, or over those that were `cut` out.
 
     Args:
-        cut: bool ``(B, 1, *S)``; each image counts alike, however much of it was cut. An image of which nothing was
-            cut counts 0. None: all voxels.
+        cut: bool ``(B, 1, *S)``; each image counts the same, however much of it was cut. An image with no cut counts 0.
+            None: all voxels.
     """
     distance = (found.float() - expected.float()).abs()  # (B, C, *S)
     if cut is None:
@@ -76,7 +76,7 @@ def rotation(logits: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` ``(B, …)`` of every rank, one after the other: ``(B·ranks, …)``; differentiable.
+    """The `tensor` ``(B, …)`` of every rank, concatenated: ``(B·ranks, …)``; differentiable.
 
     The shape must be the same on every rank. Without a process group, `tensor` itself.
     """

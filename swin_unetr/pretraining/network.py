@@ -83,7 +83,7 @@ class _Convolution3d(nn.Conv3d):
 
 
 def _upsampling(depth: int, out_channels: int, spatial_dims: int) -> nn.Sequential:
-    """From the deepest map to the image: five times convolution, instance norm, LeakyReLU and twice the extent."""
+    """From the deepest map to the image: convolution, instance norm, LeakyReLU and upsampling by 2, five times."""
     convolution = {2: _Convolution2d, 3: _Convolution3d}[spatial_dims]  # the deepest map is thin
     norm = Norm[Norm.INSTANCE, spatial_dims]
     mode = {2: "bilinear", 3: "trilinear"}[spatial_dims]

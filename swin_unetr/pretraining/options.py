@@ -16,10 +16,10 @@ class Cutout:
     """How much of a view is cut out, and in which pieces.
 
     Args:
-        max_fraction: a view loses a part of its voxels drawn between 0 and this.
+        max_fraction: a view loses a fraction of its voxels that is drawn between 0 and this.
         block: smallest and largest extent of a block, as parts of the view's extent, drawn for each axis.
-        noise: probability that a block is filled with noise; otherwise with what another crop of the batch has
-            at its place. A batch of one crop knows noise alone.
+        noise: probability that a block is filled with noise; otherwise with what another crop of the batch has there.
+            In a batch of one crop it is always noise.
     """
 
     max_fraction: float = 0.3
@@ -37,15 +37,15 @@ class Cutout:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks of pretraining and what each counts.
+    """The tasks of pretraining and their weights.
 
     Args:
         rotation: weight of the rotation's cross-entropy.
         contrast: weight of NT-Xent.
         reconstruction: weight of the L1 distance.
         region: where the distance is measured: in the whole view, or where it was cut out.
-        temperature: of NT-Xent.
-        rotation_axes: the two spatial axes that span the plane of rotation; crops are as long on one as on the other.
+        temperature: temperature of NT-Xent.
+        rotation_axes: the two spatial axes that span the plane of rotation; crops have equal extents along both.
         cutout: what is cut out of a view.
     """
 

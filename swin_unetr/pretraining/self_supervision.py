@@ -1,4 +1,5 @@
-"""The three tasks as what the training loop trains: losses of a step, validation over cases, what a checkpoint says."""
+"""The three tasks in the form that the training loop trains: losses of a step, validation over cases, content of a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ class SelfSupervision:
         Args:
             roi: voxels of a crop.
             embedding: length of the vectors that contrast compares.
-            cases: to validate on, by `crops` crops of each.
-            seed: of the crops and views of validation, which are the same every time.
+            cases: cases to validate on, with `crops` crops of each.
+            seed: for the crops and views of validation, which are the same every time.
         """
         self.architecture, self.preprocessing, self.roi = architecture, preprocessing, tuple(roi)
         self.tasks, self.cases, self.crops, self.seed = tasks, cases, crops, seed
@@ -64,7 +65,7 @@ class SelfSupervision:
         ]
 
     def figures(self, scores: Sequence[list[CaseAnswers]]) -> dict[str, float]:
-        """The losses over views of the cases, and the part of rotations told right."""
+        """The losses over views of the cases, and the fraction of rotations recognised."""
         everywhere = [answer for of_rank in scores for answer in of_rank]
         return validation_losses(everywhere, self.tasks) if everywhere else {}
 

@@ -17,7 +17,7 @@ from .views import View, view
 
 
 def two_views(crops: torch.Tensor, tasks: Tasks, random: np.random.Generator) -> View:
-    """Two views of each of `crops` ``(B, C, *S)``, first all first ones: ``2B``."""
+    """Two views of each of `crops` ``(B, C, *S)``, all first views before all second ones: ``2B``."""
     pair = [view(crops, tasks.cutout, tasks.rotation_axes, random) for _ in range(2)]
     return View(*(torch.cat([getattr(v, name) for v in pair]) for name in View.__dataclass_fields__))
 
@@ -57,8 +57,8 @@ class CaseAnswers:
     Attributes:
         index: which case.
         rotation, reconstruction: mean losses over its views.
-        accuracy: part of its rotations that were told right.
-        embeddings: of its crops' views ``(2, n, E)``.
+        accuracy: fraction of its rotations that were recognised.
+        embeddings: those of its crops' views ``(2, n, E)``.
     """
 
     index: int
@@ -90,7 +90,7 @@ def validation_losses(cases: Iterable[CaseAnswers], tasks: Tasks) -> dict[str, f
 
     Contrast compares all views of all cases, so that it does not depend on how cases were shared among ranks.
     """
-    # A case that padding gave to two ranks counts once; the order of ranks does not show in the sums.
+    # A case that padding gave to two ranks counts once; sums do not depend on the order of ranks.
     cases = [case for _, case in sorted({case.index: case for case in cases}.items())]
     first, second = torch.cat([case.embeddings for case in cases], dim=1)  # (2, N, E)
     mean = {

@@ -19,8 +19,8 @@ from .options import DECODERS
 class DeeplySupervised(nn.Module):
     """A `SwinUNETR` and a 1×1×1 convolution to the classes on each of some coarser maps of its decoder.
 
-    The network itself, its state dict included, stays as it is: its decoder blocks are listened to in a forward of this
-    module, and the convolutions are this module's.
+    The network itself, including its state dict, is unchanged: forward hooks capture the outputs of its decoder blocks,
+    and the convolutions belong to this module.
     """
 
     def __init__(self, network: SwinUNETR, levels: int) -> None:
@@ -57,7 +57,7 @@ class DeeplySupervised(nn.Module):
 
 
 def _listening(block: nn.Module, maps: dict[str, torch.Tensor], name: str) -> RemovableHandle:
-    """While this context lasts, the output of `block` is put into `maps`."""
+    """Within this context, the output of `block` is put into `maps`."""
 
     def keep(module: nn.Module, arguments: tuple, output: torch.Tensor) -> None:
         maps[name] = output

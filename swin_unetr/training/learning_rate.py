@@ -9,13 +9,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warm_up_and_cosine(optimizer: torch.optim.Optimizer, steps: int, warm_up: float, done: int = 0) -> LambdaLR:
-    """The learning rate rises linearly over a part `warm_up` of all `steps`, then falls to 0 as a cosine.
+    """The learning rate rises linearly over the fraction `warm_up` of all `steps`, then falls to 0 as a cosine.
 
-    It depends on nothing but the number of steps that are done: a run that goes on needs no state of it, and may go on
-    under a longer schedule.
+    It depends only on the number of steps done: a run that resumes needs no state of it, and may resume with a longer
+    schedule.
 
     Args:
-        done: steps that the optimizer, whose learning rate is the highest one, has done already.
+        done: steps already done by the optimizer, whose learning rate is the peak one.
     """
     rising = round(warm_up * steps)
     falling = max(1, steps - rising)

@@ -1,4 +1,4 @@
-"""What a run leaves to be plotted: a line of JSON and TensorBoard scalars for every step and validation."""
+"""The record of a run, for plots: a line of JSON and TensorBoard scalars for every step and validation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SCALARS = "tensorboard"
 
 
 class Log:
-    """Writes into a run's folder; used by rank 0 alone.
+    """Writes into a run's folder; only rank 0 uses it.
 
-    A run that resumes after a step has each step and each validation once: what an earlier attempt did beyond the
+    After a run resumes, each step and each validation is recorded once: what an earlier attempt did after the
     checkpoint is dropped.
     """
 
@@ -25,7 +25,7 @@ class Log:
         """
         Args:
             out: the folder of the run.
-            step: of the checkpoint that the run goes on from, or 0.
+            step: step of the checkpoint that the run continues from, or 0.
             validates: whether the run begins with the validation of that step.
 
         Raises:
@@ -37,14 +37,14 @@ class Log:
         _keep(out / LINES, step, validates)
         self._out = out
         self._lines = (out / LINES).open("a")
-        # Purging is for all scalars of a step: a validation that comes again is the same point a second time.
+        # Purging removes all scalars of a step; a validation that is repeated adds the same point again.
         self._scalars = SummaryWriter(out / SCALARS, purge_step=step + 1)
 
     def write(self, event: str, step: int, values: Mapping[str, float | int | None]) -> None:
-        """One line, and a scalar ``event/name`` for each of `values`; what is not finite is null in the line.
+        """One line, and a scalar ``event/name`` for each of `values`; values that are not finite are null in the line.
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: writing failed, for example because the disk is full.
         """
         self._write({"event": event, "step": step} | {name: _finite(value) for name, value in values.items()})
         with files.naming(self._out / SCALARS):
@@ -53,10 +53,10 @@ class Log:
                     self._scalars.add_scalar(f"{event}/{name}", value, step)
 
     def say(self, event: str, step: int, texts: Mapping[str, str]) -> None:
-        """One line, which nothing is plotted of.
+        """One line that is not plotted.
 
         Raises:
-            OSError: the disk is full, say.
+            OSError: writing failed, for example because the disk is full.
         """
         self._write({"event": event, "step": step, **texts})
 
@@ -71,7 +71,7 @@ class Log:
 
 
 def read(out: Path) -> list[dict[str, Any]]:
-    """The lines in a run's folder, oldest first; what is none, cut off by a crash or damaged, is left out."""
+    """The lines in a run's folder, oldest first; those that a crash cut off or that are damaged are left out."""
     path = out / LINES
     return [line for text in path.read_bytes().splitlines() if (line := _line(text))] if path.exists() else []
 
@@ -80,14 +80,14 @@ def _line(text: bytes) -> dict[str, Any] | None:
     """A line as `Log.write` writes them; None for anything else."""
     try:
         line = json.loads(text)
-    # ValueError: no JSON, or no UTF-8. RecursionError: brackets in brackets, thousands deep.
+    # ValueError: not JSON, or not UTF-8. RecursionError: brackets nested thousands deep.
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) and type(line.get("step")) is int and "event" in line else None
 
 
 def _keep(path: Path, step: int, validates: bool) -> None:
-    """Drop what is no line, and the lines of what is still to be done after the checkpoint of `step`."""
+    """Drop damaged lines, and those of what will be repeated after the checkpoint of `step`."""
 
     def done(line: Mapping[str, Any]) -> bool:
         return line["step"] < step or (line["step"] == step != 0 and not (validates and line["event"] == "validation"))

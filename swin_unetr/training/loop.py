@@ -1,4 +1,4 @@
-"""The training loop: steps, validation, checkpoints, and going on exactly where a run was."""
+"""The training loop: steps, validation, checkpoints, and resuming exactly where a run stopped."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BEST = "best.pt"
 
 
 class Loop:
-    """Trains a `Task` on `Batches` as this rank of the job; every rank makes one and calls the same methods."""
+    """Trains a `Task` on `Batches`, on this rank of the job; every rank creates one and calls the same methods."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Loop:
     ) -> None:
         """
         Args:
-            task: its network has the same weights on every rank.
+            task: what to train; its network has the same weights on every rank.
             out: folder for checkpoints, weights and logs.
-            seed: of what `task` draws and of dropout.
-            facts: what checkpoints hold beside the loop's and the task's own: config and provenance.
+            seed: for what `task` draws, and for dropout.
+            facts: what checkpoints hold beyond the state of loop and task: config and provenance.
             console: where rank 0 reports.
         """
         self.task, self.batches, self.optimization, self.schedule = task, batches, optimization, schedule
@@ -71,7 +71,7 @@ class Loop:
         if optimization.ema is not None:
             self.ema = AveragedModel(core, multi_avg_fn=get_ema_multi_avg_fn(optimization.ema))
         self.sharded = optimization.parallel == "fsdp" and distributed.ranks() > 1
-        self.whole = copy.deepcopy(core) if self.sharded else None  # for validation, in which ranks do not keep step
+        self.whole = copy.deepcopy(core) if self.sharded else None  # for validation, during which ranks are not in step
         self.network = distributed.parallel(network, optimization.parallel, device, core.children())
         if self.sharded and self.ema is not None:
             distributed.parallel(self.ema.module, optimization.parallel, device)
@@ -91,7 +91,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or validations have not become better for too long."""
+        """Whether all steps are done, or validations have not improved for too long."""
         patience = self.schedule.patience
         return self.position.step >= self.steps or (patience is not None and self.position.stale >= patience)
 
@@ -100,10 +100,10 @@ class Loop:
         return self.position.step * self.optimization.accumulation // self.batches.batches_per_epoch
 
     def run(self, interruption: Interruption | None = None) -> bool:
-        """Train to the end; returns whether it was reached: False if a signal asked to stop, and all is saved.
+        """Train to the end; returns False if a signal asked to stop before, after saving everything.
 
         Args:
-            interruption: what says so, if its context is to outlast the training.
+            interruption: receives such signals, for a context that is to outlast the training.
 
         Raises:
             FloatingPointError: the loss or its gradient is not finite.
@@ -134,7 +134,7 @@ class Loop:
                 if self.finished:
                     return True
                 asked = self._step(batches, interruption, log, line)
-            # A validation that is due is left to the run that goes on, which begins with it.
+            # A validation that is due is left to the run that resumes, which begins with it.
             if saved < self.position.step:
                 self.save()
             line.say(f"interrupted; step {self.position.step} is saved", style="yellow")
@@ -160,12 +160,12 @@ class Loop:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def _settle(self, stream: Iterator) -> Iterator:
-        """Forward and backward for nothing, twice; returns the stream as it was.
+        """Run forward and backward twice and discard the result; returns the stream, rewound.
 
-        With a static graph DDP learns in its first backward which gradients come, in its second in which order, and
-        lays them out by that from then on. The layout decides how sums over ranks are rounded, and must not differ
-        between a step that is the first after an interruption and the same step without one. The first backward must
-        not be one with `no_sync`, either.
+        With a static graph, DDP learns in its first backward which gradients there are and in its second in which order
+        they come, and lays them out accordingly from then on. The layout decides how sums over ranks are rounded, so it
+        must not differ between the first step after an interruption and the same step of an uninterrupted run. Nor may
+        the first backward be one under `no_sync`.
         """
         batch = self._next(stream)
         with state.apart(self.device):
@@ -181,8 +181,8 @@ class Loop:
     def _step(self, stream: Iterator, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
         """One step of the optimizer; returns whether a rank was asked to stop.
 
-        Asked to stop, a step that takes long is left as if it had not begun. Among several ranks none is, since the
-        others would wait for this one.
+        If asked to stop, a step that takes long is abandoned as if it had not begun. With several ranks it is not,
+        since the others would wait for this one.
         """
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
@@ -226,7 +226,8 @@ class Loop:
         return bool(asked)
 
     def _gradients(self, stream: Iterator) -> tuple[dict[str, float], float, int]:
-        """Those of a step; returns its losses by name, the seconds that were spent on waiting for data, and voxels."""
+        """Compute the gradients of a step; returns its losses by name, the seconds spent waiting for data, and its
+        voxels."""
         waited, voxels = 0.0, 0
         parts: dict[str, float] = {}
         for micro in range(self.optimization.accumulation):
@@ -243,7 +244,7 @@ class Loop:
 
     @contextmanager
     def _synchronized(self, last: bool) -> Iterator[None]:
-        """Gradients are averaged over ranks in the backward of a step's `last` batch alone."""
+        """Average gradients over ranks only in the backward of a step's `last` batch."""
         if self.sharded:
             cast(FSDPModule, self.network).set_requires_gradient_sync(last)
             yield
@@ -259,7 +260,7 @@ class Loop:
         return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision])
 
     def _clip(self) -> float:
-        """Clip the gradients; returns the norm they had, the same on every rank."""
+        """Clip the gradients; returns their norm before, the same on every rank."""
         clip = math.inf if self.optimization.clip is None else self.optimization.clip
         norm = nn.utils.clip_grad_norm_(self.task.network.parameters(), clip)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
@@ -275,7 +276,7 @@ class Loop:
     # --- validation ---
 
     def _validate(self, interruption: Interruption, log: Log | None, line: ProgressLine) -> bool:
-        """Validate, and keep the weights if they are the best so far; returns whether no rank broke it off."""
+        """Validate, and save the weights if they are the best so far; returns False if a rank interrupted it."""
         started = time.perf_counter()
         network = self._judged()
         network.eval()
@@ -362,13 +363,13 @@ class Loop:
         distributed.first(write)
 
     def restore(self, content: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's `content`, which every rank has.
+        """Continue from a checkpoint's `content`, which every rank has.
 
         Raises:
-            ValueError: it is of another precision than the one of here.
+            ValueError: the checkpoint was trained in another precision.
         """
         training = content["training"]
-        precision_then = training.get("precision", self.precision)  # earlier versions were asked for one by its name
+        precision_then = training.get("precision", self.precision)  # checkpoints of earlier versions lack it
         if precision_then != self.precision:
             raise ValueError(
                 f"optimization.precision was {precision_then} and is {self.precision} here (asked for: "
@@ -393,13 +394,13 @@ class Loop:
             state.seed(self.seed, distributed.rank(), self.position.step)
             say(
                 self.console,
-                f"the checkpoint is of {len(training['random'])} ranks, this job has {distributed.ranks()}: it goes on "
-                "with other random numbers and other batches",
+                f"the checkpoint is of {len(training['random'])} ranks, this job has {distributed.ranks()}: it "
+                "continues with other random numbers and other batches",
                 "yellow",
             )
 
     def forget_best(self) -> None:
-        """Take the next validation for the first; where none will come, the last step's."""
+        """Treat the next validation as the first; if none is left, validate at the last step again."""
         self.position.best, self.position.stale, self.position.validated = None, 0, 0
 
     def _save_best(self) -> None:
@@ -407,7 +408,7 @@ class Loop:
         distributed.first(lambda: checkpoints.write(self.out / BEST, content))
 
     def _content(self, core: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """What weights for prediction hold; called on all ranks."""
+        """The content of a file of weights for prediction; called on all ranks."""
         return {
             "kind": self.task.kind,
             "provenance": {},

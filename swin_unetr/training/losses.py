@@ -12,7 +12,7 @@ from .options import Loss
 
 
 def parts(loss: Loss, overlapping: bool) -> dict[str, _Loss]:
-    """Losses by name, to be added; each of logits ``(B, channels, *S)`` and `Labels.target`, as float."""
+    """The losses to be added, by name; each takes logits ``(B, channels, *S)`` and `Labels.target` as float."""
     parts: dict[str, _Loss] = {
         "dice": DiceLoss(
             include_background=loss.include_background or overlapping,
@@ -30,7 +30,7 @@ def parts(loss: Loss, overlapping: bool) -> dict[str, _Loss]:
 
 
 class CrossEntropy(_Loss):
-    """Of logits ``(B, channels, *S)`` and indices ``(B, 1, *S)``, which come as floats."""
+    """Cross-entropy of logits ``(B, channels, *S)`` and indices ``(B, 1, *S)``, which are given as floats."""
 
     def forward(self, logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, index[:, 0].long())

@@ -12,24 +12,24 @@ DECODERS = ("decoder2", "decoder3", "decoder4", "decoder5")
 MOST_STEPS = 10**9
 MOST_WINDOWS = 4096
 MOST_VOXELS = 2**31
-"""Of a crop: beyond that no machine has the memory."""
+"""Most voxels of a crop: more fit into no machine's memory."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW, and what happens between a loss and a step of it.
+    """AdamW, and what happens between a loss and an optimizer step.
 
     Args:
-        learning_rate: at the end of the warm-up; from there it falls to 0 as a cosine.
+        learning_rate: learning rate at the end of the warm-up, from where it falls to 0 as a cosine.
         weight_decay: of AdamW.
-        accumulation: batches of a step, whose gradients are averaged.
-        clip: longest gradient, as the norm over all parameters; null does not clip.
-        precision: what convolutions and attention compute in; weights and optimizer are float32 always. auto is bf16 on
-            GPUs and processors with instructions for it, else fp32; on processors PyTorch's bf16 is not the same to the
-            bit from run to run. fp16 scales the loss.
-        ema: decay a step of a moving average of the weights, such as 0.999; it is what is validated and used for
+        accumulation: batches per step, whose gradients are averaged.
+        clip: largest norm of the gradient over all parameters; null does not clip.
+        precision: type in which convolutions and attention compute; weights and optimizer are always float32. auto is
+            bf16 on GPUs and processors with instructions for it, else fp32; on processors PyTorch's bf16 is not bitwise
+            reproducible. fp16 scales the loss.
+        ema: decay per step of a moving average of the weights, such as 0.999, which is then validated and used for
             prediction. null keeps none.
-        parallel: with several ranks, data parallel training with a whole network a rank (ddp) or with weights,
+        parallel: with several ranks, data parallel training with a complete network on each (ddp), or with weights,
             gradients and optimizer sharded (fsdp).
     """
 
@@ -66,16 +66,16 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps, and what happens every so many of them.
+    """How many steps to train, and how often to validate and save.
 
     Args:
-        steps: of the optimizer.
+        steps: number of optimizer steps.
         epochs: instead of `steps`: passes over the training cases.
-        warm_up: part of all steps in which the learning rate rises linearly.
-        validate_every: steps from one validation to the next; the last step is followed by one too.
-        patience: validations without a better one after which training ends early; null never does.
-        checkpoint_every: steps from one checkpoint to the next: what a crash can cost.
-        keep: checkpoints that stay, newest first.
+        warm_up: fraction of all steps in which the learning rate rises linearly.
+        validate_every: steps from one validation to the next; the last step is followed by one, too.
+        patience: validations without improvement after which training ends early; null never ends early.
+        checkpoint_every: steps from one checkpoint to the next, which is what a crash can cost.
+        keep: how many of the newest checkpoints are kept.
     """
 
     steps: int = 20_000
@@ -95,7 +95,7 @@ class Schedule:
             raise ValueError(f"warm_up is {self.warm_up}; accepted is a part of the steps, 0 ≤ warm_up < 1")
 
     def total(self, batches_per_epoch: int, accumulation: int) -> int:
-        """Steps of the optimizer, `accumulation` batches each, of which `batches_per_epoch` are an epoch."""
+        """Optimizer steps of `accumulation` batches each, with `batches_per_epoch` batches in an epoch."""
         if self.epochs is None:
             return self.steps
         return math.ceil(self.epochs * batches_per_epoch / accumulation)
@@ -103,15 +103,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Loss:
-    """What is minimised: of overlapping classes with a sigmoid each, of others with one softmax.
+    """The loss: for overlapping classes with a sigmoid each, otherwise with one softmax.
 
     Args:
         kind: Dice alone, or Dice plus cross-entropy or focal loss.
-        include_background: whether Dice counts the background's channel, which overlapping classes have none of.
+        include_background: whether Dice includes the background's channel; overlapping classes have none.
         squared: square predictions and labels in Dice's denominator.
-        gamma: of the focal loss.
-        deep_supervision: coarser maps of the decoder, 0 to 4, that are supervised too, each counting half of the next
-            finer one; their heads serve training alone.
+        gamma: exponent of the focal loss.
+        deep_supervision: number of coarser maps of the decoder, 0 to 4, that are supervised, too, each with half the
+            weight of the next finer one; their heads are for training only.
     """
 
     kind: Literal["dice", "dice_ce", "dice_focal"] = "dice_ce"
@@ -134,8 +134,8 @@ class Validation:
     """Sliding window over whole cases.
 
     Args:
-        overlap: of neighbouring windows, as a part of their extents.
-        windows: how many go through the network at once.
+        overlap: overlap of neighbouring windows, as a fraction of their extents.
+        windows: how many windows go through the network at once.
     """
 
     overlap: float = 0.5
@@ -149,7 +149,7 @@ class Validation:
 
 
 def check_run(spatial_dims: int, roi: Sequence[int], seed: int, resume: str) -> None:
-    """Raise `ValueError`, by the option's name, unless a command that trains can run with these of its options."""
+    """Raise `ValueError`, naming the option, unless a command that trains can run with these options."""
     if spatial_dims != 3:
         raise ValueError(f"architecture.spatial_dims is {spatial_dims}; accepted is 3: training is on volumes")
     if len(roi) != 3 or not 0 < math.prod(roi) <= MOST_VOXELS:

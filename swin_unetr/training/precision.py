@@ -1,4 +1,4 @@
-"""Which precision a device computes fastest in, of those that training converges in without a scaled loss."""
+"""The precision in which a device computes fastest, among those in which training converges without loss scaling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .. import distributed
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether `device` has instructions for bfloat16; without them PyTorch computes in it many times slower."""
+    """Whether `device` has instructions for bfloat16; without them PyTorch's bfloat16 is many times slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return cpu_bfloat16.has_bfloat16()

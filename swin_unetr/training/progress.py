@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: one line with loss, speed, memory and the time that is left."""
+"""What a run shows on the terminal: one line with loss, speed, memory and remaining time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..names import say
 
 SECONDS_BETWEEN_LINES = 60
-"""Where the output is no terminal but a file, a line of text this often instead of one that moves."""
+"""If the output is a file and not a terminal, a line of text is written this often, instead of a progress bar."""
 
 
 class ProgressLine:
@@ -43,7 +43,7 @@ class ProgressLine:
         self._progress.stop()
 
     def step(self, step: int, loss: float, voxels_per_second: float, memory_gib: float) -> None:
-        """Say what the step was like that just ended."""
+        """Report on the step that just ended."""
         says = f"loss {loss:.4f}  {_short(voxels_per_second)} voxels/s  {memory_gib:.1f} GiB"
         self._progress.update(self._task, completed=step, says=says)
         now = time.monotonic()
@@ -53,12 +53,12 @@ class ProgressLine:
             self.say(f"step {step} of {self._steps}  {says}  ETA {_clock(left)}")
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         say(self._console, text, style)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process had in GiB: on a GPU what PyTorch allocated there, else of the whole process."""
+    """Peak memory in GiB: on a GPU what PyTorch allocated there, else that of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

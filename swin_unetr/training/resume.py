@@ -1,4 +1,4 @@
-"""Going on where a run was: which checkpoint, and whether it belongs to the same configuration."""
+"""Resuming a run: from which checkpoint, and whether that belongs to the same configuration."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ FREE = frozenset(
     | {f"schedule.{name}" for name in ("steps", "epochs", "validate_every", "patience", "checkpoint_every", "keep")}
     | {f"data.{name}" for name in ("root", "trusted", "largest", "cache_folder", "workers", "prefetch")}
 )
-"""Options that may differ when a run goes on: they change where and for how long is trained, not what."""
+"""Options that may differ when a run continues: they change where and for how long it trains, not what it computes."""
 BY_CONTENT = frozenset(f"data.{name}" for name in ("datalist", "sections", "fold", "folds", "split_seed"))
 """Options that may differ as long as the cases are the same ones."""
 CACHE = frozenset(f"data.{name}" for name in ("cache", "smart_cases", "smart_replaced"))
-"""Options that may differ as long as the cache is not smart: it alone decides what is drawn."""
+"""Options that may differ unless the cache is smart, which is the only one that affects what is drawn."""
 OF_A_RANK = frozenset({"device"} | {f"data.{n}" for n in ("datalist", "root", "trusted", "cache_folder", "workers")})
-"""Options that ranks of one job may have different: where things lie on their machine."""
+"""Options that may differ between the ranks of a job: where things are on their machines."""
 NEEDED = ("config", "provenance", "model", "progress", "training")
-"""What a checkpoint must hold for a run to go on from it."""
+"""What a checkpoint must hold for a run to continue from it."""
 _ABSENT = "not set"
 
 
 class Found(NamedTuple):
-    """A checkpoint to go on from.
+    """A checkpoint to continue from.
 
     Attributes:
         path: where it is.
@@ -55,12 +55,12 @@ def find(
 ) -> Found | None:
     """The newest whole checkpoint in the folder `out` of a run; None if there is none.
 
-    Newer ones, which are damaged, get the ending ".damaged": they must not count among those that stay.
+    Newer ones, which are damaged, are renamed to end in ".damaged": they must not count among those that are kept.
 
     Args:
-        kind: what the checkpoint has to be of: "train" or "pretrain".
+        kind: the kind that the checkpoint must have: "train" or "pretrain".
         config: the options of this run, as `plain` gives them.
-        fresh: whether this run must not go on from anything.
+        fresh: whether this run must start from nothing.
         data: the cases of this run by content, as `datasets.identify` gives them; None where there are none.
         initial: digest of the weights to start from; None where there are none.
 
@@ -76,18 +76,18 @@ def find(
     path, content, damaged = found
     if content.get("kind") != kind:
         raise ValueError(f"out: {path} is a checkpoint of {content.get('kind')!r}; accepted is one of {kind!r}")
-    cases = content.get("data")  # which checkpoints of earlier versions do not have
+    cases = content.get("data")  # checkpoints of earlier versions lack it
     free = FREE | (BY_CONTENT if cases and data else frozenset())
     if initial is not None and initial == (content["provenance"].get("initial") or {}).get("digest"):
         free |= {"initial"}
     if "precision" in content.get("training", {}):
-        free |= {"optimization.precision"}  # which auto is another name of; the loop compares the one that it chose
+        free |= {"optimization.precision"}  # auto stands for one; the loop compares the one it chose
     changed = differences(content["config"], config, free)
     if cases and data:
         changed += other_cases(cases, data)
     if changed:
         raise ValueError(
-            f"out: {path} was made with other options: {'; '.join(changed)}; go on with the same ones, or choose "
+            f"out: {path} was made with other options: {'; '.join(changed)}; continue with the same ones, or choose "
             "another out"
         )
     for error in damaged:
@@ -96,7 +96,7 @@ def find(
 
 
 def _lacks(content: Mapping[str, Any], kind: str) -> str:
-    """What a checkpoint of this kind does not have for a run to go on from it."""
+    """What a checkpoint of this kind lacks for a run to continue from it."""
     lacking = [name for name in NEEDED if name not in content] if content.get("kind") == kind else []
     return f"has no {', '.join(lacking)}: weights alone are for prediction, or for initial" if lacking else ""
 
@@ -107,7 +107,7 @@ def differences(
     free: Set[str] = FREE,
     says: str = "{name} was {then} and is {now}",
 ) -> list[str]:
-    """What of two configurations differs, `free` options aside, each as `says`."""
+    """The differences of two configurations, apart from `free` options, each in the form `says`."""
     before, after = _flat(then), _flat(now)
     if "smart" not in (before.get("data.cache"), after.get("data.cache")):
         free = free | CACHE
@@ -119,7 +119,7 @@ def differences(
 
 
 def other_cases(then: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """What of two data sets differs, as `datasets.identify` gives them."""
+    """The differences of two data sets, given as `datasets.identify` returns them."""
     before, after = (
         {case: (part, digest) for part, cases in data.items() for case, digest in cases.items()} for data in (then, now)
     )

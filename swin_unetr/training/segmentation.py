@@ -80,7 +80,7 @@ class Segmentation:
     def figures(self, scores: Sequence[dict[int, list[float]]]) -> dict[str, float]:
         """Mean Dice over cases and classes as ``dice``, and each class's as ``dice of NAME``.
 
-        A class that a case does not have counts for that case not at all; one that no case has is NaN and left out.
+        A class that a case does not have is ignored for that case; one that no case has is NaN and left out.
 
         Raises:
             ValueError: no case has any class.
@@ -88,7 +88,7 @@ class Segmentation:
         everywhere = {i: dice for of_rank in scores for i, dice in of_rank.items()}
         if not everywhere:
             return {}
-        rows = [dice for _, dice in sorted(everywhere.items())]  # in an order that ranks do not show in
+        rows = [dice for _, dice in sorted(everywhere.items())]  # in an order that does not depend on the ranks
         columns = zip(*rows, strict=True)
         classes = {f"dice of {name}": _mean(dice) for name, dice in zip(self.labels.names, columns, strict=True)}
         dice = _mean(classes.values())
@@ -118,6 +118,6 @@ class Segmentation:
 
 
 def _mean(values) -> float:
-    """Of those that are not NaN; NaN if there are none."""
+    """The mean of those that are not NaN; NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return math.fsum(known) / len(known) if known else math.nan

@@ -35,7 +35,7 @@ CONFIG = "config.yaml"
 
 
 class RunOptions(Protocol):
-    """What the options of every command that trains have; a dataclass."""
+    """What every command that trains has among its options, which are a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     out: Path
@@ -66,15 +66,15 @@ def run(
     console: Console | None = None,
     identify: Callable[[Callable[[str], None]], dict[str, dict[str, str]]] = lambda say: {},
 ) -> int:
-    """Train as `options` say, or go on; returns the exit status of the command.
+    """Train as `options` say, or continue a run; returns the exit status of the command.
 
-    Once it trains, a signal to stop leaves a checkpoint; before, it does what the caller has it do.
+    During training, a signal to stop leaves a checkpoint; before, it is up to the caller.
 
     Args:
         command: "train" or "pretrain", which is what `make_task` makes.
-        open_dataset, make_task: called once it is clear that there is something to train.
-        identify: the cases by content, as `datasets.identify` gives them; called before all else, with what says
-            something to the user.
+        open_dataset, make_task: called when it is clear that there is something to train.
+        identify: returns the cases by content, as `datasets.identify` does; called first, with a function that tells
+            the user something.
 
     Raises:
         ValueError, OSError: options or input are bad, or the disk is full; on every rank.
@@ -95,7 +95,7 @@ def run(
 def _run(
     command, options, open_dataset, make_task, identify, device: torch.device, console: Console, until_said: ExitStack
 ) -> int:
-    distributed.first(lambda: lock.check(options.out))  # the data may take long
+    distributed.first(lambda: lock.check(options.out))  # reading the data may take long
     config = resume.plain(options)
     initial = digest((options.initial,)) if options.initial is not None and options.initial.is_file() else None
     data = _agreed(config, initial, partial(identify, partial(say, console)))
@@ -123,13 +123,14 @@ def _run(
         )
         if found is not None:
             loop.restore(found.content)
-            say(console, f"goes on from {found.path}")
+            say(console, f"continuing from {found.path}")
             if lost := distributed.first(lambda: _lost_best(options.out / BEST, loop)):
-                say(console, f"{lost}; the next validation writes it anew", "yellow")
+                say(console, f"{lost}; the next validation writes it again", "yellow")
                 loop.forget_best()
             for change in _changes_of_schedule(found.content["config"], config):
-                say(console, f"{change}; the learning rate goes on as if it had been so from the start")
-        # It outlasts the job: when a rank dies torchrun sends SIGTERM to the others, which have something to say first.
+                say(console, f"{change}; the learning rate continues as if it had been so from the start")
+        # It outlasts the job: when a rank dies, torchrun sends SIGTERM to the others, which still have something to
+        # report.
         interruption = until_said.enter_context(Interruption())
         ended = loop.run(interruption)
     if not ended:
@@ -143,13 +144,13 @@ def _run(
 def _agreed(
     config: dict[str, Any], initial: str | None, identify: Callable[[], dict[str, dict[str, str]]]
 ) -> dict[str, dict[str, str]]:
-    """What `identify` tells, once it is clear that all ranks do the same; else they would wait for each other for ever.
+    """What `identify` returns, after checking that all ranks agree; otherwise they would wait for each other forever.
 
     Args:
         initial: digest of the weights to start from.
 
     Raises:
-        ValueError: on every rank, what is different on which, or why one cannot read its data.
+        ValueError: raised on every rank; says what differs on which rank, or why one cannot read its data.
     """
     data, failed = {}, None
     try:
@@ -169,7 +170,7 @@ def _agreed(
 
 
 def _differences(rank: int, first: tuple, other: tuple) -> list[str]:
-    """What one rank told otherwise than rank 0; of data that one of them cannot read, why."""
+    """How one rank differs from rank 0; or why it cannot read its data."""
     if other[2] is not None:
         return [f"on rank {rank} {other[2]}"]
     says = f"{{name}} is {{then}} on rank 0 and {{now}} on rank {rank}"
@@ -186,10 +187,10 @@ def _prepare(
     initial: str | None,
     until_said: ExitStack,
 ) -> tuple[resume.Found | None, str]:
-    """Own the folder of this run, by a context of `until_said`, and write its options there.
+    """Own the folder of this run, by a context of `until_said`, and write its options to it.
 
     Returns:
-        The checkpoint to go on from, if there is one; the name of the file of options.
+        The checkpoint to continue from, if there is one; the name of the options' file.
     """
     begins = not checkpoints.series(options.out / resume.CHECKPOINTS)
     # Before the data, which may take long to read.
@@ -198,16 +199,16 @@ def _prepare(
     until_said.enter_context(lock.owned(options.out))
     for folder in (options.out, options.out / resume.CHECKPOINTS):
         files.remove_leftovers(folder)
-    # A job that torchrun starts again after a failure goes on, whatever it was told about its first start.
+    # A job that torchrun restarts after a failure continues, whatever it was told for its first start.
     fresh = options.resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0
     found = resume.find(options.out, command, config, fresh=fresh, data=data, initial=initial)
     return found, _record(options.out, config)
 
 
 def _record(out: Path, config: dict[str, Any]) -> str:
-    """Have the options of this run in a file, whose name is returned; one that says others stays.
+    """Write the options of this run to a file, unless one already has them; returns its name.
 
-    It may be the user's own, from which these options come: of another form, with comments.
+    A file with other options stays: it may be the user's own, from which these come, in another form or with comments.
     """
     names = itertools.chain([CONFIG], (f"{Path(CONFIG).stem}-{number}.yaml" for number in itertools.count(1)))
     name = next(name for name in names if not os.path.lexists(out / name) or _says(out / name, config))
@@ -218,7 +219,7 @@ def _record(out: Path, config: dict[str, Any]) -> str:
 
 
 def _says(path: Path, config: dict[str, Any]) -> bool:
-    """Whether a file holds these options."""
+    """Whether a file has these options."""
     try:
         return path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) == config
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -226,7 +227,7 @@ def _says(path: Path, config: dict[str, Any]) -> bool:
 
 
 def _lost_best(path: Path, loop: Loop) -> str:
-    """Why the best weights that this run has had by now are not in a file; "" if they are, or there are none yet."""
+    """Why the best weights of this run so far are not in their file; "" if they are, or if there are none yet."""
     if loop.position.best is None and not loop.finished:
         return ""
     try:
@@ -239,7 +240,7 @@ def _lost_best(path: Path, loop: Loop) -> str:
 
 
 def _changes_of_schedule(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of the length of the training differs."""
+    """How the length of the training differs."""
     before, after = (
         {"schedule": {name: config["schedule"].get(name) for name in ("steps", "epochs")}} for config in (then, now)
     )

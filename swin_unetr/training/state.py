@@ -1,4 +1,4 @@
-"""The state of a training run in and out of plain values, whole on rank 0 however the job shards it."""
+"""The state of a training run as plain values, complete on rank 0 however the job shards it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 @dataclass
 class Position:
-    """Where a run is.
+    """The position of a run.
 
     Attributes:
-        step: steps of the optimizer that are done.
+        step: optimizer steps done.
         validated: step of the last validation.
         best: step and figure of the best validation; None before the first.
         stale: validations since the best one.
@@ -44,18 +44,19 @@ _WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict on rank 0, on the CPU; to be called on all ranks. Names are those without FSDP."""
+    """The state dict on rank 0, on the CPU; call it on all ranks. Names are as without FSDP."""
     found = get_model_state_dict(network, options=_ON_FIRST_RANK)
-    return dict(cast(dict[str, torch.Tensor], found))  # nested only where PyTorch is asked to
+    return dict(cast(dict[str, torch.Tensor], found))  # nested only if PyTorch is asked for it
 
 
 def set_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load what `weights` gave, which every rank has whole."""
+    """Load what `weights` returned, which every rank has in full."""
     set_model_state_dict(network, dict(state), options=_WHOLE)
 
 
 def core_and_heads(network: nn.Module, core: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The `weights` of `core`, a module in `network` or `network` itself, by its own names; and what else there is."""
+    """The `weights` of `core`, a module in `network` or `network` itself, by its own names; and the rest of the
+    weights."""
     prefix = _prefix(network, core)
     parts: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = {}, {}
     for name, value in weights(network).items():
@@ -66,29 +67,29 @@ def core_and_heads(network: nn.Module, core: nn.Module) -> tuple[dict[str, torch
 def set_core_and_heads(
     network: nn.Module, core: nn.Module, of_core: Mapping[str, torch.Tensor], of_heads: Mapping[str, torch.Tensor]
 ) -> None:
-    """Load what `core_and_heads` gave, which every rank has whole."""
+    """Load what `core_and_heads` returned, which every rank has in full."""
     prefix = _prefix(network, core)
     set_weights(network, {f"{prefix}{name}": value for name, value in of_core.items()} | dict(of_heads))
 
 
 def _prefix(network: nn.Module, core: nn.Module) -> str:
-    """What names of the core's parameters begin with in the network."""
+    """The prefix of the core's parameters in the network."""
     name = next(name for name, module in network.named_modules() if module is core)
     return f"{name}." if name else ""
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Load the weights of `source`, sharded or not, into `target`, a whole network on every rank."""
+    """Load the weights of `source`, sharded or not, into `target`, a complete network on every rank."""
     target.load_state_dict(get_model_state_dict(source, options=_WHOLE))
 
 
 def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of the optimizer of `network` by parameter names, on rank 0; to be called on all ranks."""
+    """The state of the optimizer of `network` by parameter name, on rank 0; call it on all ranks."""
     return dict(get_optimizer_state_dict(network, optimizer, options=_ON_FIRST_RANK))
 
 
 def set_optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load what `optimizer_state` gave, which every rank has whole."""
+    """Load what `optimizer_state` returned, which every rank has in full."""
     set_optimizer_state_dict(network, optimizer, dict(state), options=_WHOLE)
 
 
@@ -110,7 +111,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on as the process did that `random_state` was called in."""
+    """Continue with the random numbers of the process that called `random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     key, *others = state["numpy"]
@@ -130,7 +131,8 @@ def seed(*entropy: int) -> None:
 
 @contextmanager
 def apart(device: torch.device) -> Iterator[None]:
-    """What is drawn in this context does not show outside: data and validation do not move the network's dropout."""
+    """Random numbers drawn in this context have no effect outside: data and validation do not change the network's
+    dropout."""
     before = random_state(device)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a training loop is told about the thing it trains, and about the data it trains on."""
+"""What a training loop needs from the thing it trains, and from the data it trains on."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Task(Protocol):
 
     Attributes:
         kind: "train" or "pretrain", as checkpoints name it.
-        network: what losses are computed with, heads that serve training alone included.
-        core: the part of `network` that checkpoints keep as ``model``, that is averaged and validated; `network` itself
-            where there is nothing else.
-        figure: the one of `figures` by which one validation is better than another.
-        higher_is_better: its direction.
+        network: what losses are computed with, including heads that are only for training.
+        core: the part of `network` that checkpoints keep as ``model`` and that is averaged and validated; `network`
+            itself if there is nothing else.
+        figure: the one of `figures` by which validations are compared.
+        higher_is_better: whether higher values of `figure` are better.
     """
 
     kind: str
@@ -44,21 +44,21 @@ class Task(Protocol):
         """
 
     def scores(self, core: nn.Module) -> Any:
-        """This rank's part of a validation; small, since it goes through pickle. May be broken off at any place.
+        """This rank's part of a validation; small, since it is pickled. It may be interrupted at any point.
 
         Args:
-            core: like `core`, with the weights to judge; a call of it involves no other rank.
+            core: like `core`, with the weights to validate; calling it involves no other rank.
         """
 
     def figures(self, scores: Sequence[Any]) -> dict[str, float]:
-        """Figures by name of the `scores` of all ranks, in their order; {} if there was nothing to validate on."""
+        """Figures by name, from the `scores` of all ranks in order; {} if there was nothing to validate on."""
 
     def content(self) -> dict[str, object]:
-        """What a checkpoint says about the weights beside the weights: architecture, roi, preprocessing, labels."""
+        """What a checkpoint says about its weights: architecture, roi, preprocessing, labels."""
 
 
 class Batches(Protocol):
-    """Training data as batches that have a number.
+    """Training data as numbered batches.
 
     Attributes:
         batches_per_epoch: batches of this rank in one pass over the cases.
@@ -68,4 +68,4 @@ class Batches(Protocol):
     def batches_per_epoch(self) -> int: ...
 
     def stream(self, start: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches number `start`, `start` + 1, … without end; a batch depends on seed, number and rank alone."""
+        """Batches number `start`, `start` + 1, … without end; a batch depends only on seed, number and rank."""

@@ -148,7 +148,7 @@ def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("found", [[1], {"state_dict": {}}])
 def test_other_files_are_no_checkpoints(tmp_path, found):
     torch.save(found, tmp_path / "x.pt")
-    with pytest.raises(checkpoints.Damaged, match=r"x.pt: is no checkpoint of swin-unetr: format is"):
+    with pytest.raises(checkpoints.Damaged, match=r"x.pt: is not a checkpoint of swin-unetr: format is"):
         checkpoints.read(tmp_path / "x.pt")
     with pytest.raises(FileNotFoundError):
         checkpoints.read(tmp_path / "y.pt")

@@ -184,9 +184,9 @@ def test_a_files_errors_name_the_option_too(text, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("out", "why"),
     [
-        ("file", "{out} is no folder"),
-        ("file/below/it", "{tmp}/file is no folder"),
-        ("link", "{out} is no folder"),
+        ("file", "{out} is not a folder"),
+        ("file/below/it", "{tmp}/file is not a folder"),
+        ("link", "{out} is not a folder"),
         ("x" * 300, "File name too long"),
         ("locked/new", "{tmp}/locked is not open for writing"),
     ],

@@ -69,7 +69,7 @@ def signal_on_one_rank(out: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert not loop(out / "signalled", None, ToyBatches(before=before), SHORT).run()
-    distributed.barrier()
+    distributed.gather(None)  # waits for all ranks
     assert final(out / "signalled")["progress"]["step"] == 4
 
 
@@ -84,7 +84,7 @@ def signal_in_validation_of_one_rank(out: Path) -> None:
             return super().scores(core)
 
     assert not loop(out / "validation", Signalled(noisy=False), schedule=SHORT, **TRAINED["ddp"]).run()
-    distributed.barrier()
+    distributed.gather(None)  # waits for all ranks
     assert final(out / "validation")["progress"]["step"] == 3
     assert final(out / "validation")["progress"]["validated"] == 0
     assert resumed(out / "validation", Toy(noisy=False), schedule=SHORT, **TRAINED["ddp"]).run()
@@ -185,7 +185,7 @@ def _only_first_four_steps(source: Path, target: Path) -> None:
     if distributed.is_first():
         (target / "checkpoints").mkdir(parents=True)
         (target / "checkpoints" / name).write_bytes((source / "checkpoints" / name).read_bytes())
-    distributed.barrier()
+    distributed.gather(None)  # waits for all ranks
 
 
 def _rank(rank: int, ranks: int, folder: str) -> None:
@@ -195,7 +195,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=patience)
     for scenario in SCENARIOS[ranks]:
         scenario(Path(folder))
-        distributed.barrier()
+        distributed.gather(None)  # waits for all ranks
     gc.collect()  # as `distributed.job` does
     dist.destroy_process_group()
 

@@ -209,7 +209,7 @@ def test_files_that_are_no_label_maps_are_named(tmp_path):
     for name, message in {
         "cut.nii.gz": "cannot be read",
         "text.nrrd": "cannot be read",
-        "image.nii.gz": "has values that are no integers",
+        "image.nii.gz": "has values that are not integers",
         "channels.nii.gz": r"has shape \(4, 4, 4, 2\); accepted is a label map of 2 or 3 axes",
     }.items():
         with pytest.raises(ValueError, match=rf"{name}: {message}"):
@@ -318,7 +318,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
     with pytest.raises(ValueError, match=r"scores classes .*organ.* this run .*'1'"):
         evaluated(first, compare=record, classes=None, out=tmp_path / "c")
     (tmp_path / "text.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"compare: .*text.json: is no evaluation: KeyError: 'format'"):
+    with pytest.raises(ValueError, match=r"compare: .*text.json: is not an evaluation: KeyError: 'format'"):
         evaluated(first, compare=tmp_path / "text.json")
 
 
@@ -399,7 +399,7 @@ def test_labels_that_are_images_are_refused_with_the_reason(tmp_path):
 @pytest.mark.parametrize(("value", "named"), [(2 * np.float32(0.99999994), "1.9999999"), (1e30, "1e\\+30")])
 def test_values_that_are_no_labels_are_named_in_full(tmp_path, value, named):
     write(tmp_path / "x.nii.gz", cube((2, 2, 2), (9, 9, 9)).astype(np.float32) * np.float32(value))
-    with pytest.raises(ValueError, match=rf"values that are no integers, such as {named}; accepted is a label map"):
+    with pytest.raises(ValueError, match=rf"values that are not integers, such as {named}; accepted is a label map"):
         label_maps.read(tmp_path / "x.nii.gz")
 
 
@@ -425,7 +425,7 @@ def test_a_case_that_cannot_be_opened_costs_no_other(tmp_path):
 
 def test_nothing_to_score(tmp_path):
     run_of(tmp_path, 0.7, cases=1)
-    with pytest.raises(ValueError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         evaluate.run(evaluate.EvaluateOptions(tmp_path / "nowhere", tmp_path / "labels", tmp_path / "out"))
     with pytest.raises(ValueError, match="has no label maps"):
         evaluate.run(evaluate.EvaluateOptions(tmp_path, tmp_path / "labels", tmp_path / "out"))

@@ -330,7 +330,7 @@ def test_options_refused(options, message):
 
 def test_another_record_is_not_overwritten(tmp_path):
     (tmp_path / "export.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"export.json is no record of an export: KeyError: 'format'"):
+    with pytest.raises(ValueError, match=r"export.json is not a record of an export: KeyError: 'format'"):
         run(checkpoint(tmp_path / "best.pt"), tmp_path, "safetensors")
     assert (tmp_path / "export.json").read_text() == "{}"
 

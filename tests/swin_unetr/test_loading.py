@@ -124,7 +124,7 @@ def test_damaged_safetensors(trained, tmp_path):
     save_file(trained, tmp_path / "weights.safetensors")
     content = (tmp_path / "weights.safetensors").read_bytes()
     (tmp_path / "weights.safetensors").write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"weights\.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors is not a safetensors file"):
         load_pretrained(own(), tmp_path / "weights.safetensors")
 
 
@@ -326,7 +326,7 @@ def test_a_file_that_holds_no_whole_weights_is_refused_by_name(tmp_path, trained
 def test_a_damaged_safetensors_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"load_pretrained: .*weights\.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"load_pretrained: .*weights\.safetensors is not a safetensors file"):
         load_pretrained(own(), path)
 
 

@@ -98,7 +98,7 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
     (tmp_path / "pretrained.pt").rename(tmp_path / "moved.pt")
     assert cli.main([*command, f"--initial={tmp_path / 'moved.pt'}"]) == 0
     said = capsys.readouterr().out
-    assert "goes on from" in said
+    assert "continuing from" in said
     assert "step-00000003.pt" in said
 
     (tmp_path / "moved.pt").rename(tmp_path / "pretrained.pt")
@@ -146,7 +146,7 @@ def test_another_configuration_does_not_go_on(datalist, tmp_path, capsys):
     assert "best.pt: is gone" not in capsys.readouterr().out
     (tmp_path / "best.pt").unlink()
     assert cli.main(arguments(datalist, tmp_path, **one_step)) == 0
-    assert "best.pt: is gone; the next validation writes it anew" in capsys.readouterr().out
+    assert "best.pt: is gone; the next validation writes it again" in capsys.readouterr().out
     assert checkpoints.read(tmp_path / "best.pt").content["progress"]["step"] == 1
 
 
