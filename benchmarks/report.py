@@ -76,6 +76,15 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def operator_table(rows: list[dict]) -> list[str]:
+    """Markdown lines of the operators beside plain PyTorch."""
+    lines = ["| operator | PyTorch | swin-kernels | vs PyTorch |", "|---|--:|--:|--:|"]
+    for row in rows:
+        cells = [f"{row['name']}; {row['sizes']}", cost(row, "PyTorch"), cost(row, "ours"), ratio(row, "PyTorch")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def memory_note(row: dict) -> str:
     """What the peak of a process is made of."""
     sides = [
@@ -96,6 +105,8 @@ def section(result: dict, name: str) -> list[str]:
         f"{result['datetime'][:10]} ([{name}](benchmarks/results/{name})).",
         "",
     ]
+    operators = [row for row in rows if "PyTorch" in row["costs"]]
+    rows = [row for row in rows if row not in operators]
     with_goal = [row for row in rows if row["goals"]]
     lines += [*table(with_goal), ""] if with_goal else []
     lines += [line for row in rows if "growth" in row for line in (memory_note(row), "")]
@@ -104,6 +115,8 @@ def section(result: dict, name: str) -> list[str]:
         if others:
             summary = f"All other rows, {dtype}{'' if dtype == 'float32' else ' autocast'}"
             lines += [f"<details><summary>{summary}</summary>", "", *table(others), "", "</details>", ""]
+    if operators:
+        lines += ["<details><summary>Operators</summary>", "", *operator_table(operators), "", "</details>", ""]
     return lines
 
 

@@ -125,6 +125,26 @@ def test_simulated_run_is_no_result(report, tmp_path):
         report.measured()
 
 
+def test_operators_are_shown_beside_pytorch(report):
+    """In a table of their own: they have no counterpart in MONAI."""
+    result = json.loads((BENCHMARKS / "results" / "epyc-zen4-2threads-attention.json").read_text())
+    of_operator = {
+        "name": "layer_norm, forward + backward",
+        "sizes": "24³ tokens",
+        "unit": "s",
+        "backend": "cpu",
+        "dtype": "float32",
+        "goals": {},
+        "costs": {"PyTorch": {"median": 0.3}, "ours": {"median": 0.1}},
+        "ratios": {"PyTorch": 3.0},
+    }
+    result["benchmarks"] = [*result["benchmarks"][:1], {"extra_info": of_operator}]
+    text = "\n".join(report.section(result, "x.json"))
+    assert "| layer_norm, forward + backward; 24³ tokens | 300.0 ms | 100.0 ms | 3.00× |" in text
+    assert text.count("layer_norm") == 1
+    assert "<summary>Operators</summary>" in text
+
+
 def test_readme_is_up_to_date(report, monkeypatch):
     monkeypatch.undo()
     monkeypatch.syspath_prepend(str(BENCHMARKS))
