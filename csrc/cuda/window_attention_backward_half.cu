@@ -34,6 +34,215 @@ struct Own {
   static constexpr int kMaxWarps = 8;  // so that a thread may have 255 registers
 };
 
+// Scores (over scale, without bias) of a warp's keys for 16 queries, added to s, and their dp - delta.
+template <class T, int D>
+SWIN_DEVICE void score_queries(const uint32_t (&k)[Own<D>::kKeyTiles][Cut<D>::kSteps][4],
+                               const uint32_t (&v)[Own<D>::kKeyTiles][Cut<D>::kSteps][4], const T* q_rows,
+                               const T* grad_rows, float (&delta)[2][4], float (&s)[Own<D>::kKeyTiles][2][4],
+                               float (&dp)[Own<D>::kKeyTiles][2][4]) {
+  SWIN_UNROLL
+  for (int depth = 0; depth < Cut<D>::kSteps; ++depth) {
+    uint32_t q_tile[4], grad_tile[4];
+    ldmatrix_x4(q_tile, q_rows + depth * kTile);
+    ldmatrix_x4(grad_tile, grad_rows + depth * kTile);
+    SWIN_UNROLL
+    for (int tile = 0; tile < Own<D>::kKeyTiles; ++tile) {
+      SWIN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        mma_m16n8k16<T>(s[tile][half], k[tile][depth], q_tile[2 * half], q_tile[2 * half + 1], s[tile][half]);
+        mma_m16n8k16<T>(dp[tile][half], v[tile][depth], grad_tile[2 * half], grad_tile[2 * half + 1],
+                        depth == 0 ? delta[half] : dp[tile][half]);
+      }
+    }
+  }
+}
+
+// Lowers the scores of the keys from `own` on for the queries from `first_query` on where their regions differ; keys
+// beyond the window get no weight.
+template <int D>
+SWIN_DEVICE void mask_queries(const BackwardCall& call, const Window& window,
+                              const uint32_t (&region)[Own<D>::kKeyTiles][2], int own, int first_query, float mask,
+                              float absent, float (&s)[Own<D>::kKeyTiles][2][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  SWIN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int query = first_query + half * 8 + 2 * t;
+    const auto entry = *reinterpret_cast<const uint4*>(window.tokens + query);  // and of query + 1
+    SWIN_UNROLL
+    for (int i = 0; i < 4 * Own<D>::kKeyTiles; ++i) {
+      const int tile = i / 4, lower = i / 2 % 2;
+      const bool masked = window.seam && (i % 2 == 0 ? entry.y : entry.w) != region[tile][lower];
+      if (masked) s[tile][half][i % 4] += mask;
+      if (own + tile * kTile + lower * 8 + g >= call.n) s[tile][half][i % 4] = absent;
+    }
+  }
+}
+
+// p and ds as left factors; ds also goes to its rows in shared memory. `factor` makes scores powers of two.
+template <class T, int kTiles>
+SWIN_DEVICE void weigh(const float (&s)[kTiles][2][4], const float (&dp)[kTiles][2][4], const float (&lse)[2][2],
+                       float factor, T* ds_rows, int ds_stride, uint32_t (&p_tile)[kTiles][4],
+                       uint32_t (&ds_tile)[kTiles][4]) {
+  SWIN_UNROLL
+  for (int tile = 0; tile < kTiles; ++tile) {
+    SWIN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      float p[4], ds[4];
+      SWIN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        p[i] = exp2_approx(fmaf(s[tile][half][i], factor, -lse[half][i % 2]));
+        ds[i] = p[i] * dp[tile][half][i];
+      }
+      p_tile[tile][2 * half] = pack<T>(p[0], p[1]), p_tile[tile][2 * half + 1] = pack<T>(p[2], p[3]);
+      ds_tile[tile][2 * half] = pack<T>(ds[0], ds[1]), ds_tile[tile][2 * half + 1] = pack<T>(ds[2], ds[3]);
+      T* const at = ds_rows + tile * kTile * ds_stride + half * 8;
+      store_shared(reinterpret_cast<uint32_t*>(at), ds_tile[tile][2 * half]);
+      store_shared(reinterpret_cast<uint32_t*>(at + 8 * ds_stride), ds_tile[tile][2 * half + 1]);
+    }
+  }
+}
+
+// dv += p grad_out and dk += ds q of 16 queries.
+template <class T, int D>
+SWIN_DEVICE void add_queries(const uint32_t (&p_tile)[Own<D>::kKeyTiles][4],
+                             const uint32_t (&ds_tile)[Own<D>::kKeyTiles][4], const T* q_rows, const T* grad_rows,
+                             float (&grad_k)[Own<D>::kKeyTiles][Cut<D>::kColumns][4],
+                             float (&grad_v)[Own<D>::kKeyTiles][Cut<D>::kColumns][4]) {
+  using C = Cut<D>;
+  SWIN_UNROLL
+  for (int pair = 0; pair < C::kPairs; ++pair) {
+    uint32_t q_tile[4], grad_tile[4];
+    ldmatrix_x4_trans(q_tile, q_rows + pair * kTile);
+    ldmatrix_x4_trans(grad_tile, grad_rows + pair * kTile);
+    SWIN_UNROLL
+    for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
+      const int b = column % 2 * 2;
+      SWIN_UNROLL
+      for (int tile = 0; tile < Own<D>::kKeyTiles; ++tile) {
+        mma_m16n8k16<T>(grad_v[tile][column], p_tile[tile], grad_tile[b], grad_tile[b + 1], grad_v[tile][column]);
+        mma_m16n8k16<T>(grad_k[tile][column], ds_tile[tile], q_tile[b], q_tile[b + 1], grad_k[tile][column]);
+      }
+    }
+  }
+}
+
+// ds^T k of 16 queries and up to 16 channels, over `key_steps` tiles of keys. As many chains of products as tiles of a
+// warp, to hide latency.
+template <class T, int D>
+SWIN_DEVICE void sum_over_keys(const T* ds_rows, int ds_stride, const T* k_rows, int key_steps, int pair,
+                               float (&sums)[Own<D>::kKeyTiles][2][4]) {
+  using C = Cut<D>;
+  constexpr int kTiles = Own<D>::kKeyTiles;
+  SWIN_NO_UNROLL
+  for (int key_step = 0; key_step < key_steps; key_step += kTiles) {
+    SWIN_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t ds_tile[4], k_columns[4];
+      ldmatrix_x4_trans(ds_tile, ds_rows + tile * kTile * ds_stride);
+      ldmatrix_x4_trans(k_columns, k_rows + tile * kTile * C::kStride);
+      SWIN_UNROLL
+      for (int column = 0; column < 2 && 2 * pair + column < C::kColumns; ++column) {
+        mma_m16n8k16<T>(sums[tile][column], ds_tile, k_columns[2 * column], k_columns[2 * column + 1],
+                        sums[tile][column]);
+      }
+    }
+    ds_rows += kTiles * kTile * ds_stride, k_rows += kTiles * kTile * C::kStride;
+  }
+}
+
+// dq of the queries from `first_query` on for a pair of columns. The blocks of keys of a window hand its sums on to one
+// another; the last one stores them.
+template <class T, int D>
+SWIN_DEVICE void store_query_gradients(const BackwardCall& call, const Window& window, int window_index, int head,
+                                       int key_block, int key_blocks, uint32_t channels, int first_query, int pair,
+                                       T* grad_qkv, const float (&sums)[Own<D>::kKeyTiles][2][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  SWIN_UNROLL
+  for (int column = 0; column < 2 && 2 * pair + column < Cut<D>::kColumns; ++column) {
+    SWIN_UNROLL
+    for (int lower = 0; lower < 2; ++lower) {
+      const int query = first_query + lower * 8 + g, channel = (2 * pair + column) * 8;
+      const uint32_t token = window.tokens[query].x;
+      if (token >= kPadding) continue;  // it has no output, so its q has no gradient
+      float2 value = make_float2(0, 0);
+      SWIN_UNROLL
+      for (int tile = 0; tile < Own<D>::kKeyTiles; ++tile) {
+        value.x += sums[tile][column][2 * lower], value.y += sums[tile][column][2 * lower + 1];
+      }
+      if (key_blocks > 1) {  // the same thread adds to the same elements in every block of keys
+        const int64_t row = (static_cast<int64_t>(window_index) * call.heads + head) * call.padded + query;
+        float2* const part = reinterpret_cast<float2*>(call.grad_q_part + row * D + channel + 2 * t);
+        if (key_block > 0) value = make_float2(value.x + part->x, value.y + part->y);
+        if (key_block < key_blocks - 1) {
+          *part = value;
+          continue;
+        }
+      }
+      *reinterpret_cast<uint32_t*>(grad_qkv + uint64_t{token} * (3 * channels) + channel) =
+          pack<T>(value.x * call.scale, value.y * call.scale);
+    }
+  }
+}
+
+// dk and dv of a warp's keys from `own` on; those of padding tokens are added to pad_sum (k and v, channels 2t and 2t +
+// 1 of each column block).
+template <class T, int D>
+SWIN_DEVICE void store_key_gradients(const BackwardCall& call, const Window& window,
+                                     const float (&grad_k)[Own<D>::kKeyTiles][Cut<D>::kColumns][4],
+                                     const float (&grad_v)[Own<D>::kKeyTiles][Cut<D>::kColumns][4], uint32_t channels,
+                                     int own, T* grad_qkv, float (&pad_sum)[2][Cut<D>::kColumns][2]) {
+  SWIN_UNROLL
+  for (int tile = 0; tile < Own<D>::kKeyTiles; ++tile) {
+    SWIN_UNROLL
+    for (int lower = 0; lower < 2; ++lower) {
+      const int key = own + tile * kTile + lower * 8 + lane_index() / 4;
+      const uint32_t token = key < call.n ? window.tokens[key].x : kAbsent;
+      T* const at = grad_qkv + uint64_t{token < kPadding ? token : 0} * (3 * channels);
+      SWIN_UNROLL
+      for (int column = 0; column < Cut<D>::kColumns; ++column) {
+        const float dk[2] = {grad_k[tile][column][2 * lower] * call.scale,
+                             grad_k[tile][column][2 * lower + 1] * call.scale};
+        const float dv[2] = {grad_v[tile][column][2 * lower], grad_v[tile][column][2 * lower + 1]};
+        if (token < kPadding) {
+          *reinterpret_cast<uint32_t*>(at + channels + column * 8) = pack<T>(dk[0], dk[1]);
+          *reinterpret_cast<uint32_t*>(at + 2 * channels + column * 8) = pack<T>(dv[0], dv[1]);
+        } else if (token == kPadding) {
+          pad_sum[0][column][0] += dk[0], pad_sum[0][column][1] += dk[1];
+          pad_sum[1][column][0] += dv[0], pad_sum[1][column][1] += dv[1];
+        }
+      }
+    }
+  }
+}
+
+// The sums of a block's warps of what padding tokens carry, by way of `sums` (warps, 2, D) in shared memory.
+template <int D>
+SWIN_DEVICE void store_padding(const BackwardCall& call, const Window& window, int window_index, int head,
+                               int key_block, int key_blocks, uint32_t channels,
+                               const float (&pad_sum)[2][Cut<D>::kColumns][2], float* sums) {
+  const int warp = warp_index(), warps = static_cast<int>(blockDim.x / 32);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  if (window.padded) {
+    SWIN_UNROLL
+    for (int i = 0; i < 4 * Cut<D>::kColumns; ++i) {
+      const int part = i / (2 * Cut<D>::kColumns), column = i / 2 % Cut<D>::kColumns, channel = i % 2;
+      float sum = pad_sum[part][column][channel];
+      for (int distance = 4; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
+      if (g == 0) store_shared(sums + (warp * 2 + part) * D + column * 8 + 2 * t + channel, sum);
+    }
+    block_barrier();
+  }
+  if (call.has_padding) {
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * D; i += static_cast<int>(blockDim.x)) {
+      float sum = 0;
+      for (int from = 0; from < (window.padded ? warps : 0); ++from) sum += load_shared(sums + from * 2 * D + i);
+      const int64_t row = static_cast<int64_t>(window_index) * key_blocks + key_block;
+      call.pad_parts[row * 2 * channels + i / D * channels + head * D + i % D] = sum;
+    }
+  }
+  if (window.padded) block_barrier();  // the sums may be overwritten
+}
+
 // A block owns one head and every gridDim.x-th window; while it works on one, the next is on its way into shared
 // memory. A warp owns kWarpKeys keys at a time, whose k and v stay in its registers as do the sums for dk and dv;
 // queries pass by in blocks. Score tiles have keys in rows: as the mma leaves p and ds, they are the left factors of dv
@@ -150,22 +359,7 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
             lse[half][0] = two.x, lse[half][1] = two.z;
             delta[half][0] = delta[half][2] = two.y, delta[half][1] = delta[half][3] = two.w;
           }
-          SWIN_UNROLL
-          for (int depth = 0; depth < C::kSteps; ++depth) {
-            uint32_t q_tile[4], grad_tile[4];
-            ldmatrix_x4(q_tile, q_across + depth * kTile);
-            ldmatrix_x4(grad_tile, grad_across + depth * kTile);
-            SWIN_UNROLL
-            for (int tile = 0; tile < kTiles; ++tile) {
-              SWIN_UNROLL
-              for (int half = 0; half < 2; ++half) {
-                mma_m16n8k16<T>(s[tile][half], k_tile[tile][depth], q_tile[2 * half], q_tile[2 * half + 1],
-                                s[tile][half]);
-                mma_m16n8k16<T>(dp[tile][half], v_tile[tile][depth], grad_tile[2 * half], grad_tile[2 * half + 1],
-                                depth == 0 ? delta[half] : dp[tile][half]);
-              }
-            }
-          }
+          score_queries<T, D>(k_tile, v_tile, q_across, grad_across, delta, s, dp);
           tile_at += step + 1 < steps ? 32 : 0;
           SWIN_UNROLL
           for (int tile = 0; tile < kTiles; ++tile) add_bias(s[tile], bias[tile], diagonal.most);
@@ -177,55 +371,11 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
           for (int tile = 0; tile < kTiles; ++tile) {
             bias[tile] = tile_at[(tile < last_tile ? tile : last_tile) * tile_row];
           }
-          if (window.seam || ragged) {
-            SWIN_UNROLL
-            for (int half = 0; half < 2; ++half) {
-              const int query = first + step * kTile + half * 8 + 2 * t;
-              const auto entry = *reinterpret_cast<const uint4*>(window.tokens + query);  // and of query + 1
-              SWIN_UNROLL
-              for (int i = 0; i < 4 * kTiles; ++i) {
-                const int tile = i / 4, lower = i / 2 % 2;
-                const bool masked = window.seam && (i % 2 == 0 ? entry.y : entry.w) != region[tile][lower];
-                if (masked) s[tile][half][i % 4] += mask;
-                if (own + tile * kTile + lower * 8 + g >= call.n) s[tile][half][i % 4] = absent;
-              }
-            }
-          }
+          if (window.seam || ragged) mask_queries<D>(call, window, region, own, first + step * kTile, mask, absent, s);
 
-          uint32_t p_tile[kTiles][4], ds_tile[kTiles][4];  // as left factors
-          SWIN_UNROLL
-          for (int tile = 0; tile < kTiles; ++tile) {
-            SWIN_UNROLL
-            for (int half = 0; half < 2; ++half) {
-              float p[4], ds[4];
-              SWIN_UNROLL
-              for (int i = 0; i < 4; ++i) {
-                p[i] = exp2_approx(fmaf(s[tile][half][i], factor, -lse[half][i % 2]));
-                ds[i] = p[i] * dp[tile][half][i];
-              }
-              p_tile[tile][2 * half] = pack<T>(p[0], p[1]), p_tile[tile][2 * half + 1] = pack<T>(p[2], p[3]);
-              ds_tile[tile][2 * half] = pack<T>(ds[0], ds[1]), ds_tile[tile][2 * half + 1] = pack<T>(ds[2], ds[3]);
-              T* const at = ds_at + tile * kTile * ds_stride + half * 8;
-              store_shared(reinterpret_cast<uint32_t*>(at), ds_tile[tile][2 * half]);
-              store_shared(reinterpret_cast<uint32_t*>(at + 8 * ds_stride), ds_tile[tile][2 * half + 1]);
-            }
-          }
-          SWIN_UNROLL
-          for (int pair = 0; pair < C::kPairs; ++pair) {
-            uint32_t q_tile[4], grad_tile[4];
-            ldmatrix_x4_trans(q_tile, q_down + pair * kTile);
-            ldmatrix_x4_trans(grad_tile, grad_down + pair * kTile);
-            SWIN_UNROLL
-            for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
-              const int b = column % 2 * 2;
-              SWIN_UNROLL
-              for (int tile = 0; tile < kTiles; ++tile) {
-                mma_m16n8k16<T>(grad_v[tile][column], p_tile[tile], grad_tile[b], grad_tile[b + 1],
-                                grad_v[tile][column]);
-                mma_m16n8k16<T>(grad_k[tile][column], ds_tile[tile], q_tile[b], q_tile[b + 1], grad_k[tile][column]);
-              }
-            }
-          }
+          uint32_t p_tile[kTiles][4], ds_tile[kTiles][4];
+          weigh<T>(s, dp, lse, factor, ds_at, ds_stride, p_tile, ds_tile);
+          add_queries<T, D>(p_tile, ds_tile, q_down, grad_down, grad_k, grad_v);
           q_across += kTile * C::kStride, q_down += kTile * C::kStride;
           grad_across += kTile * C::kStride, grad_down += kTile * C::kStride;
           row_at += kTile, ds_at += kTile;
@@ -235,100 +385,20 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
 
       for (int unit = warp; unit < steps * C::kPairs; unit += warps) {
         const int step = unit / C::kPairs, pair = unit % C::kPairs;
-        float sums[kTiles][2][4] = {};  // as many chains of products as tiles of a warp, to hide latency
-        const T* ds_at = ds_rows + step * kTile + across_first(lane, ds_stride);
-        const T* k_at = k_rows + pair * kTile + down;
-        SWIN_NO_UNROLL
-        for (int key_step = 0; key_step < key_steps; key_step += kTiles) {
-          SWIN_UNROLL
-          for (int tile = 0; tile < kTiles; ++tile) {
-            uint32_t ds_tile[4], k_columns[4];
-            ldmatrix_x4_trans(ds_tile, ds_at + tile * kTile * ds_stride);
-            ldmatrix_x4_trans(k_columns, k_at + tile * kTile * C::kStride);
-            SWIN_UNROLL
-            for (int column = 0; column < 2 && 2 * pair + column < C::kColumns; ++column) {
-              mma_m16n8k16<T>(sums[tile][column], ds_tile, k_columns[2 * column], k_columns[2 * column + 1],
-                              sums[tile][column]);
-            }
-          }
-          ds_at += kTiles * kTile * ds_stride, k_at += kTiles * kTile * C::kStride;
-        }
-        SWIN_UNROLL
-        for (int column = 0; column < 2 && 2 * pair + column < C::kColumns; ++column) {
-          SWIN_UNROLL
-          for (int lower = 0; lower < 2; ++lower) {
-            const int query = first + step * kTile + lower * 8 + g, channel = (2 * pair + column) * 8;
-            const uint32_t token = window.tokens[query].x;
-            if (token >= kPadding) continue;  // it has no output, so its q has no gradient
-            float2 value = make_float2(0, 0);
-            SWIN_UNROLL
-            for (int tile = 0; tile < kTiles; ++tile) {
-              value.x += sums[tile][column][2 * lower], value.y += sums[tile][column][2 * lower + 1];
-            }
-            if (key_blocks > 1) {  // the same thread adds to the same elements in every block of keys
-              const int64_t row = (static_cast<int64_t>(window_index) * call.heads + head) * call.padded + query;
-              float2* const part = reinterpret_cast<float2*>(call.grad_q_part + row * D + channel + 2 * t);
-              if (key_block > 0) value = make_float2(value.x + part->x, value.y + part->y);
-              if (key_block < key_blocks - 1) {
-                *part = value;
-                continue;
-              }
-            }
-            *reinterpret_cast<uint32_t*>(grad_qkv + uint64_t{token} * (3 * channels) + channel) =
-                pack<T>(value.x * call.scale, value.y * call.scale);
-          }
-        }
+        float sums[kTiles][2][4] = {};
+        sum_over_keys<T, D>(ds_rows + step * kTile + across_first(lane, ds_stride), ds_stride,
+                            k_rows + pair * kTile + down, key_steps, pair, sums);
+        store_query_gradients<T, D>(call, window, window_index, head, key_block, key_blocks, channels,
+                                    first + step * kTile, pair, grad_qkv, sums);
       }
       cp_async_wait<0>();
       block_barrier();  // the next queries (and keys) are there, ds may be overwritten
     }
 
     float pad_sum[2][C::kColumns][2] = {};  // of k and v, channels 2t and 2t + 1 of each column block
-    if (active) {
-      SWIN_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        SWIN_UNROLL
-        for (int lower = 0; lower < 2; ++lower) {
-          const int key = own + tile * kTile + lower * 8 + g;
-          const uint32_t token = key < call.n ? window.tokens[key].x : kAbsent;
-          T* const at = grad_qkv + uint64_t{token < kPadding ? token : 0} * (3 * channels);
-          SWIN_UNROLL
-          for (int column = 0; column < C::kColumns; ++column) {
-            const float dk[2] = {grad_k[tile][column][2 * lower] * call.scale,
-                                 grad_k[tile][column][2 * lower + 1] * call.scale};
-            const float dv[2] = {grad_v[tile][column][2 * lower], grad_v[tile][column][2 * lower + 1]};
-            if (token < kPadding) {
-              *reinterpret_cast<uint32_t*>(at + channels + column * 8) = pack<T>(dk[0], dk[1]);
-              *reinterpret_cast<uint32_t*>(at + 2 * channels + column * 8) = pack<T>(dv[0], dv[1]);
-            } else if (token == kPadding) {
-              pad_sum[0][column][0] += dk[0], pad_sum[0][column][1] += dk[1];
-              pad_sum[1][column][0] += dv[0], pad_sum[1][column][1] += dv[1];
-            }
-          }
-        }
-      }
-    }
-    if (window.padded) {
-      float* sums = reinterpret_cast<float*>(ds_rows);  // (warps, 2, D)
-      SWIN_UNROLL
-      for (int i = 0; i < 4 * C::kColumns; ++i) {
-        const int part = i / (2 * C::kColumns), column = i / 2 % C::kColumns, channel = i % 2;
-        float sum = pad_sum[part][column][channel];
-        for (int distance = 4; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
-        if (g == 0) store_shared(sums + (warp * 2 + part) * D + column * 8 + 2 * t + channel, sum);
-      }
-      block_barrier();
-    }
-    if (call.has_padding) {
-      const float* const sums = reinterpret_cast<const float*>(ds_rows);
-      for (int i = static_cast<int>(threadIdx.x); i < 2 * D; i += static_cast<int>(blockDim.x)) {
-        float sum = 0;
-        for (int from = 0; from < (window.padded ? warps : 0); ++from) sum += load_shared(sums + from * 2 * D + i);
-        const int64_t row = static_cast<int64_t>(window_index) * key_blocks + key_block;
-        call.pad_parts[row * 2 * channels + i / D * channels + head * D + i % D] = sum;
-      }
-    }
-    if (window.padded) block_barrier();  // the sums may be overwritten
+    if (active) store_key_gradients<T, D>(call, window, grad_k, grad_v, channels, own, grad_qkv, pad_sum);
+    store_padding<D>(call, window, window_index, head, key_block, key_blocks, channels, pad_sum,
+                     reinterpret_cast<float*>(ds_rows));
     window = next_window, window_index = next_window_index, key_block = next_key_block;
   }
 }
@@ -518,6 +588,36 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) find_delt
 
 // ---- 3. gradient of the bias ----------------------------------------------------------------------------------------
 
+// ds of a warp's queries and 16 keys, added to `total`.
+SWIN_DEVICE void add_score_gradients(const float (&s)[kBiasTiles][2][4], const float (&dp)[kBiasTiles][2][4],
+                                     const float (&lse)[kBiasTiles][2], float factor, int key_tile,
+                                     float (&total)[kBiasTiles][kBiasKeys / kTile][2][4]) {
+  SWIN_UNROLL
+  for (int i = 0; i < 8 * kBiasTiles; ++i) {
+    const int tile = i / 8, half = i / 4 % 2;
+    const float p = exp2_approx(fmaf(s[tile][half][i % 4], factor, -lse[tile][i / 2 % 2]));
+    total[tile][key_tile][half][i % 4] = fmaf(p, dp[tile][half][i % 4], total[tile][key_tile][half][i % 4]);
+  }
+}
+
+// The sums of a warp's queries, from `own` on, to its part's plane of the bias gradient.
+SWIN_DEVICE void store_sums(const BackwardCall& call, int own, int first_key, float* plane,
+                            const float (&total)[kBiasTiles][kBiasKeys / kTile][2][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  SWIN_UNROLL
+  for (int tile = 0; tile < kBiasTiles; ++tile) {
+    SWIN_UNROLL
+    for (int i = 0; i < 4 * (kBiasKeys / kTile); ++i) {
+      const int key_tile = i / 4, half = i / 2 % 2, lower = i % 2;
+      const int query = own + tile * kTile + lower * 8 + g, key = first_key + key_tile * kTile + half * 8 + 2 * t;
+      if (query >= call.padded) continue;
+      const float (&four)[4] = total[tile][key_tile][half];
+      *reinterpret_cast<float2*>(plane + static_cast<int64_t>(query) * call.padded + key) =
+          make_float2(four[2 * lower], four[2 * lower + 1]);
+    }
+  }
+}
+
 // A block owns one head and a tile of queries x kBiasKeys, and sums ds over every gridDim.z-th window; a warp keeps the
 // sums of its 32 queries in registers. Two blocks share a multiprocessor where their registers allow it.
 template <class T, int D>
@@ -525,7 +625,6 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) different
   using C = Cut<D>;
   constexpr int kTiles = kBiasTiles, kKeyTiles = kBiasKeys / kTile;
   const int lane = lane_index(), warp = warp_index(), warps = static_cast<int>(blockDim.x / 32);
-  const int g = lane / 4, t = lane % 4;
   const int key_blocks = call.padded / kBiasKeys, head = static_cast<int>(blockIdx.y);
   const int block_queries = warps * kBiasWarpQueries;
   const int first_query = static_cast<int>(blockIdx.x) / key_blocks * block_queries;
@@ -584,28 +683,12 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) different
       const int at = key_row + key_tile * kTile * C::kStride;
       score_keys<T, D>(rows, k_rows + at, v_rows + at, bias_tiles + key_tile * 32, tile_row, diagonal, s, dp);
       if (here.seam) mask_keys(here, own, first_key + key_tile * kTile, mask, s);
-      SWIN_UNROLL
-      for (int i = 0; i < 8 * kTiles; ++i) {
-        const int tile = i / 8, half = i / 4 % 2;
-        const float p = exp2_approx(fmaf(s[tile][half][i % 4], factor, -rows.lse[tile][i / 2 % 2]));
-        total[tile][key_tile][half][i % 4] = fmaf(p, dp[tile][half][i % 4], total[tile][key_tile][half][i % 4]);
-      }
+      add_score_gradients(s, dp, rows.lse, factor, key_tile, total);
     }
   }
   if (!active) return;
   float* const plane = call.planes + (static_cast<int64_t>(head) * stride + begin) * call.padded * call.padded;
-  SWIN_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) {
-    SWIN_UNROLL
-    for (int i = 0; i < 4 * kKeyTiles; ++i) {
-      const int key_tile = i / 4, half = i / 2 % 2, lower = i % 2;
-      const int query = own + tile * kTile + lower * 8 + g, key = first_key + key_tile * kTile + half * 8 + 2 * t;
-      if (query >= call.padded) continue;
-      const float (&four)[4] = total[tile][key_tile][half];
-      *reinterpret_cast<float2*>(plane + static_cast<int64_t>(query) * call.padded + key) =
-          make_float2(four[2 * lower], four[2 * lower + 1]);
-    }
-  }
+  store_sums(call, own, first_key, plane, total);
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------------

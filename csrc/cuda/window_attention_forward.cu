@@ -50,6 +50,108 @@ SWIN_DEVICE float quad_max(float x) {
   return fmaxf(x, shuffle_xor(x, 2));
 }
 
+// The queries of a warp as left factors; `sign` flips those of a negative scale.
+template <class T, int D>
+SWIN_DEVICE void load_queries(const T* q_rows, uint32_t sign, uint32_t (&q_tile)[Cut<D>::kSteps][4]) {
+  SWIN_UNROLL
+  for (int step = 0; step < Cut<D>::kSteps; ++step) {
+    ldmatrix_x4(q_tile[step], q_rows + step * kTile);
+    SWIN_UNROLL
+    for (int i = 0; i < 4; ++i) q_tile[step][i] ^= sign;
+  }
+}
+
+// Scores (over scale) of a warp's 16 queries for kStepKeys keys, added to s; k at the fragment of the lane. The bias
+// lies in shared memory (kResident) or not.
+template <class T, int D, bool kResident, bool kExact>
+SWIN_DEVICE void score_keys(const uint32_t (&q_tile)[Cut<D>::kSteps][4], const T* k_rows, const uint4* bias_tiles,
+                            const Diagonal& diagonal, float (&s)[kStepKeys / kTile][2][4]) {
+  using C = Cut<D>;
+  SWIN_UNROLL
+  for (int tile = 0; tile < kStepKeys / kTile; ++tile) {
+    uint4 bias;
+    if constexpr (kResident) {
+      bias = load_shared(bias_tiles + tile * 32);
+    } else {
+      bias = bias_tiles[tile * 32];
+    }
+    add_bias(s[tile], bias, diagonal.most);
+    if constexpr (!kExact) add_bias(s[tile], bias, diagonal.rest);
+    SWIN_UNROLL
+    for (int step = 0; step < C::kSteps; ++step) {
+      uint32_t k_tile[4];
+      ldmatrix_x4(k_tile, k_rows + tile * kTile * C::kStride + step * kTile);
+      mma_m16n8k16<T>(s[tile][0], q_tile[step], k_tile[0], k_tile[1], s[tile][0]);
+      mma_m16n8k16<T>(s[tile][1], q_tile[step], k_tile[2], k_tile[3], s[tile][1]);
+    }
+  }
+}
+
+// Lowers the scores of a warp's queries for the keys from `first_key` on where their regions differ.
+SWIN_DEVICE void mask_keys(const Window& window, const uint32_t (&region)[2], int first_key, float mask,
+                           float (&s)[kStepKeys / kTile][2][4]) {
+  SWIN_UNROLL
+  for (int two = 0; two < kStepKeys / 8; ++two) {  // keys 2t and 2t + 1 of eight
+    const auto entry = *reinterpret_cast<const uint4*>(window.tokens + first_key + two * 8 + 2 * (lane_index() % 4));
+    SWIN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i % 2 == 0 ? entry.y : entry.w) != region[i / 2]) s[two / 2][two % 2][i] += mask;
+    }
+  }
+}
+
+// Keys beyond the window's `n`, of those from `first_key` on, get no weight.
+SWIN_DEVICE void drop_keys(int n, int first_key, float (&s)[kStepKeys / kTile][2][4]) {
+  SWIN_UNROLL
+  for (int i = 0; i < kStepKeys / 2; ++i) {
+    if (first_key + i / 4 * 8 + 2 * (lane_index() % 4) + i % 2 >= n) s[i / 8][i / 4 % 2][i % 4] = -kInfinity;
+  }
+}
+
+// sums += p v of kStepKeys keys; v at the fragment of the lane.
+template <class T, int D>
+SWIN_DEVICE void add_values(const uint32_t (&p_tile)[kStepKeys / kTile][4], const T* v_rows,
+                            float (&sums)[Cut<D>::kColumns][4]) {
+  using C = Cut<D>;
+  SWIN_UNROLL
+  for (int tile = 0; tile < kStepKeys / kTile; ++tile) {
+    SWIN_UNROLL
+    for (int pair = 0; pair < C::kPairs; ++pair) {
+      uint32_t v_tile[4];
+      ldmatrix_x4_trans(v_tile, v_rows + tile * kTile * C::kStride + pair * kTile);
+      SWIN_UNROLL
+      for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
+        const int b = column % 2 * 2;
+        mma_m16n8k16<T>(sums[column], p_tile[tile], v_tile[b], v_tile[b + 1], sums[column]);
+      }
+    }
+  }
+}
+
+// The outputs of a warp's queries and their lse, from what one lane of each four holds.
+template <class T, int D>
+SWIN_DEVICE void store_outputs(const Call& call, const Window& window, int head, uint32_t channels,
+                               const uint32_t (&token)[2], const float (&maximum)[2], const float (&total)[2],
+                               const float (&sums)[Cut<D>::kColumns][4]) {
+  const int t = lane_index() % 4;
+  T* const out = static_cast<T*>(call.out) + window.first * channels + head * D + 2 * t;
+  float* const lse = call.lse + window.first * call.heads + head;
+  SWIN_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const float sum = quad_sum(total[half]), part = reciprocal_approx(sum);
+    if (token[half] >= kPadding) continue;  // a padding query has no output
+    T* const at = out + uint64_t{token[half]} * channels;
+    SWIN_UNROLL
+    for (int column = 0; column < Cut<D>::kColumns; ++column) {
+      *reinterpret_cast<uint32_t*>(at + column * 8) =
+          pack<T>(sums[column][2 * half] * part, sums[column][2 * half + 1] * part);
+    }
+    if (t == 0) {
+      lse[uint64_t{token[half]} * static_cast<uint32_t>(call.heads)] = (maximum[half] + log2_approx(sum)) * kLn2;
+    }
+  }
+}
+
 // A block owns the queries [blockIdx.x rows, ...) of head blockIdx.y in every gridDim.z-th window; a warp 16 of them.
 // Scores are kept divided by scale: a product with a diagonal matrix adds the bias, and weights are
 // 2^(scale log2(e) score - maximum), one fused multiply-add before the exponential. The running maximum is a matter of
@@ -60,7 +162,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   using C = Cut<D>;
   constexpr int kTiles = kStepKeys / kTile;
   const int lane = lane_index(), warp = warp_index();
-  const int g = lane / 4, t = lane % 4, head = static_cast<int>(blockIdx.y);
+  const int g = lane / 4, head = static_cast<int>(blockIdx.y);
   const int block_row = static_cast<int>(blockIdx.x) * call.rows, own = block_row + warp * kTile;
   const int chunks = (call.padded + call.chunk - 1) / call.chunk, side = call.padded / kTile;
   const int block_rows = call.padded - block_row < call.rows ? call.padded - block_row : call.rows;
@@ -106,24 +208,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
     SWIN_NO_UNROLL
     for (int key = first; key < end; key += kStepKeys) {
       float s[kTiles][2][4] = {};
-      SWIN_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        uint4 four;
-        if constexpr (decltype(resident)::value) {
-          four = load_shared(tile_at + tile * 32);
-        } else {
-          four = tile_at[tile * 32];
-        }
-        add_bias(s[tile], four, diagonal.most);
-        if constexpr (!decltype(exact)::value) add_bias(s[tile], four, diagonal.rest);
-        SWIN_UNROLL
-        for (int step = 0; step < C::kSteps; ++step) {
-          uint32_t k_tile[4];
-          ldmatrix_x4(k_tile, k_at + tile * kTile * C::kStride + step * kTile);
-          mma_m16n8k16<T>(s[tile][0], q_tile[step], k_tile[0], k_tile[1], s[tile][0]);
-          mma_m16n8k16<T>(s[tile][1], q_tile[step], k_tile[2], k_tile[3], s[tile][1]);
-        }
-      }
+      score_keys<T, D, decltype(resident)::value, decltype(exact)::value>(q_tile, k_at, tile_at, diagonal, s);
 
       const auto raise_maximum = [&] {
         float most[2] = {kLowest, kLowest};
@@ -140,22 +225,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
         }
       };
       if (static_cast<uint32_t>(key) - 1 >= plain) {
-        if (window.seam) {
-          SWIN_UNROLL
-          for (int two = 0; two < kTiles * 2; ++two) {  // keys 2t and 2t + 1 of eight
-            const auto entry = *reinterpret_cast<const uint4*>(window.tokens + key + two * 8 + 2 * t);
-            SWIN_UNROLL
-            for (int i = 0; i < 4; ++i) {
-              if ((i % 2 == 0 ? entry.y : entry.w) != region[i / 2]) s[two / 2][two % 2][i] += mask;
-            }
-          }
-        }
-        if (key + kStepKeys > call.n) {  // keys beyond the window get no weight
-          SWIN_UNROLL
-          for (int i = 0; i < kTiles * 8; ++i) {
-            if (key + i / 4 * 8 + 2 * t + i % 2 >= call.n) s[i / 8][i / 4 % 2][i % 4] = -kInfinity;
-          }
-        }
+        if (window.seam) mask_keys(window, region, key, mask, s);
+        if (key + kStepKeys > call.n) drop_keys(call.n, key, s);
         if (key == 0) raise_maximum();
       }
 
@@ -177,19 +248,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
         weigh();
       }
       total[0] += step_total[0], total[1] += step_total[1];
-      SWIN_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        SWIN_UNROLL
-        for (int pair = 0; pair < C::kPairs; ++pair) {
-          uint32_t v_tile[4];
-          ldmatrix_x4_trans(v_tile, v_at + tile * kTile * C::kStride + pair * kTile);
-          SWIN_UNROLL
-          for (int column = 2 * pair; column < 2 * pair + 2 && column < C::kColumns; ++column) {
-            const int b = column % 2 * 2;
-            mma_m16n8k16<T>(sums[column], p_tile[tile], v_tile[b], v_tile[b + 1], sums[column]);
-          }
-        }
-      }
+      add_values<T, D>(p_tile, v_at, sums);
       k_at += kStepKeys * C::kStride, v_at += kStepKeys * C::kStride, tile_at += kTiles * 32;
     }
   };
@@ -223,15 +282,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       SWIN_UNROLL
       for (int i = 0; i < 4 * C::kColumns; ++i) sums[i / 4][i % 4] = 0;
       maximum[0] = maximum[1] = kLowest, total[0] = total[1] = 0;
-      if (active) {
-        const T* const rows = q_rows + buffer * call.rows * C::kStride + own_q;
-        SWIN_UNROLL
-        for (int step = 0; step < C::kSteps; ++step) {
-          ldmatrix_x4(q_tile[step], rows + step * kTile);
-          SWIN_UNROLL
-          for (int i = 0; i < 4; ++i) q_tile[step][i] ^= sign;
-        }
-      }
+      if (active) load_queries<T, D>(q_rows + buffer * call.rows * C::kStride + own_q, sign, q_tile);
     }
     if (active) {
       const int first = chunk * call.chunk, end = call.n - first < call.chunk ? call.n : first + call.chunk;
@@ -247,24 +298,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
       } else {
         attend_keys(yes, yes, first, end, window, region, k_first, v_first, resident_tiles + tile);
       }
-      if (last) {
-        T* const out = static_cast<T*>(call.out) + window.first * channels + head * D + 2 * t;
-        float* const lse = call.lse + window.first * call.heads + head;
-        SWIN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const float sum = quad_sum(total[half]), part = reciprocal_approx(sum);
-          if (token[half] >= kPadding) continue;  // a padding query has no output
-          T* const at = out + uint64_t{token[half]} * channels;
-          SWIN_UNROLL
-          for (int column = 0; column < C::kColumns; ++column) {
-            *reinterpret_cast<uint32_t*>(at + column * 8) =
-                pack<T>(sums[column][2 * half] * part, sums[column][2 * half + 1] * part);
-          }
-          if (t == 0) {
-            lse[uint64_t{token[half]} * static_cast<uint32_t>(call.heads)] = (maximum[half] + log2_approx(sum)) * kLn2;
-          }
-        }
-      }
+      if (last) store_outputs<T, D>(call, window, head, channels, token, maximum, total, sums);
     }
     window = next, chunk = next_chunk;
     if (last) index += stride;
