@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -128,16 +128,16 @@ def first(function: Callable[[], T]) -> T:
     Raises:
         OSError, ValueError: `function` raised it on rank 0; then every rank does.
     """
-    outcome: list[T] | OSError | ValueError = []
+    outcome: tuple[T | None, OSError | ValueError | None] = (None, None)
     if is_first():
         try:
-            outcome = [function()]
+            outcome = function(), None
         except (OSError, ValueError) as error:
-            outcome = error
-    outcome = broadcast(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome[0]
+            outcome = None, error
+    value, failed = broadcast(outcome)
+    if failed is not None:
+        raise failed
+    return cast(T, value)
 
 
 def sums(values: Iterable[float], device: torch.device) -> list[float]:

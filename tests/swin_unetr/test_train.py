@@ -178,7 +178,7 @@ def test_the_same_data_elsewhere_go_on(datalist, tmp_path, capsys):
     assert cli.main(arguments(tmp_path / "list.json", tmp_path / "run", **one_step | elsewhere)) == 2
     said = capsys.readouterr().err
     assert "were trained on and are validated on; cases" in said
-    assert "were validated on and are trained on; cases case_03 have other files; go on" in said
+    assert "were validated on and are trained on; cases case_03 have other files; continue" in said
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def spoil_affine(folder: Path) -> Path:
 SPOILED = {
     spoil_truncated: "cannot be read",
     spoil_short: "cannot be read",
-    spoil_no_nifti: "no NIfTI",
+    spoil_no_nifti: "not a NIfTI file",
     spoil_nan: "1 voxels are NaN",
     spoil_shape: r"\(40, 36, 33\) voxels.*one grid",
     spoil_place: r"0\.1 mm apart",
