@@ -17,14 +17,14 @@ PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope
 test: install
 	$(BIN)/pytest --quiet --durations=10 $(PROCESSES)
 
-# The same, measured; fails below the coverage that pyproject.toml asks for.
+# The same, measured; fails if the coverage is below what pyproject.toml asks for.
 coverage: install
-	rm -rf build/coverage
+	rm -rf build/coverage && mkdir -p build/coverage
 	$(BIN)/coverage run -m pytest --quiet --durations=10 $(PROCESSES)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# Write to tests/durations.json what each file takes here and now.
+# Write what each file takes on this machine to tests/durations.json.
 durations: install
 	$(BIN)/pytest --quiet --store-durations $(PROCESSES)
 
@@ -34,6 +34,7 @@ bench: install
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(STAMP)

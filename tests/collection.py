@@ -1,10 +1,9 @@
-"""Which tests a run collects, and in which order: a plugin of pytest.
+"""Which tests a run collects, and in which order: a pytest plugin.
 
-- GPU: tests marked `gpu` are left out where there is no CUDA device, and the head of the output says so. So a skip of
-  the others means something (`skips`). ``pytest -m gpu`` asks for them and fails without a device.
-- order: files that take longest come first, by the seconds in `DURATIONS`, so that processes that share the files
-  (``--dist loadfile --no-loadscope-reorder``) end at about the same time. A file that has no seconds there is new and
-  comes before all others.
+- GPU: tests marked `gpu` are left out where there is no CUDA device, and the header of the output says so; a skip of
+  any other test then means something (`skips`). ``pytest -m gpu`` asks for them, and fails without a device.
+- order: the files that take longest come first, by the seconds in `DURATIONS`, so that processes that share the files
+  (``--dist loadfile --no-loadscope-reorder``) end at about the same time. New files, which have none, come before them.
 
 ``pytest --store-durations``, which ``make durations`` calls, writes the seconds of this run to `DURATIONS`.
 """

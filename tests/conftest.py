@@ -1,7 +1,7 @@
 """Settings of the whole test session. There are no fixtures for tests to ask for here; `seeded` acts on every test.
 
-- plugins: `collection` leaves out the tests that need a GPU and orders the files, `skips` fails a run in CI that skips
-  what is not expected,
+- plugins: `collection` leaves out tests that need a GPU and orders the files, `skips` fails a run in CI that skips a
+  test unexpectedly,
 - random numbers: Python's, NumPy's and PyTorch's generators are seeded before each test,
 - threads: PyTorch computes on at most two, so that times and memory are alike on small and large machines; on one
   where several processes share the tests (pytest-xdist), since threads that wait spin,

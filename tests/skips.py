@@ -1,10 +1,10 @@
-"""Skips that are expected, and a run that fails of any other: a plugin of pytest.
+"""Skips that are expected, and a run that fails on any other: a pytest plugin.
 
-In CI (``CI`` is set) a test may only be skipped if `EXPECTED` lists it with the reason that it gives, or a file that
-``--expect-skips`` names does. There the C++ kernels must be built, too. Elsewhere a machine may lack what it likes.
+In CI (``CI`` is set) a test may be skipped only if `EXPECTED`, or a file named by ``--expect-skips``, lists it with the
+reason that it gives; and the C++ kernels must be built. Elsewhere any test may be skipped.
 
-A line of such a file is ``test | reason``. The test is the id of one or, without ``[...]``, of a test with all its
-parameters; or a file, where the file as a whole is skipped. The reason is the beginning of the one that is given.
+A line of such a file is ``test | reason``. The test is an id; without ``[...]`` it stands for every parameter, and a
+file stands for itself where it is skipped as a whole. The reason is how the one that is given begins.
 """
 
 from __future__ import annotations

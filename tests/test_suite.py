@@ -118,6 +118,15 @@ def test_a_line_without_a_reason_is_refused(tmp_path, line):
         skips.read(file)
 
 
+@pytest.mark.parametrize("file", sorted(skips.EXPECTED.parent.glob("expected_skips*.txt")), ids=lambda file: file.name)
+def test_expected_skips_are_of_tests_that_exist(file):
+    """Else a list keeps what was renamed, and would let it be skipped if it came back."""
+    for test, _ in skips.read(file):
+        path, _, function = test.partition("[")[0].partition("::")
+        text = (skips.EXPECTED.parents[1] / path).read_text(encoding="utf-8")
+        assert not function or f"def {function}(" in text, test
+
+
 # --------------------------------------------------------------------------------------------------------- collection
 
 ON_GPU = "import pytest\npytestmark = pytest.mark.gpu\ndef test_gpu(): pass"

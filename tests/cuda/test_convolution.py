@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import types
 
@@ -25,6 +26,13 @@ CASES = {  # spatial, batch, channels of x, of skip and of the output
 }
 
 
+PAIRS = [(name, dtype) for name in CASES for dtype in (torch.bfloat16, torch.float16)]
+if os.environ.get("SWIN_EMULATION") == "sanitized":
+    # Slower by far, and both types have the same bytes at the same places: the larger cases are in one of them.
+    ONE = {"beyond a tile along each axis": torch.bfloat16, "beside a skip": torch.float16, "wide": torch.bfloat16}
+    PAIRS = [(name, dtype) for name, dtype in PAIRS if ONE.get(name, dtype) == dtype]
+
+
 @pytest.fixture(autouse=True)
 def emulation(monkeypatch):
     """The emulated kernel behind the backend."""
@@ -36,8 +44,7 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), PAIRS, ids=str)
 def test_convolution(name, dtype):
     spatial, batch, channels, beside, out = CASES[name]
     x, skip = normal(batch, *spatial, channels).to(dtype), None

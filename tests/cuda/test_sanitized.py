@@ -34,6 +34,6 @@ def test_contract():
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    # 13 cases in three dtypes or two, 6 cuts of the forward, partition of 12 grids, 12 convolutions
-    assert passed >= 68, done.stdout
+    # 13 cases in three dtypes or two, 6 cuts of the forward, partition of 12 grids, 9 convolutions
+    assert passed >= 65, done.stdout
     assert "skipped" not in done.stdout
