@@ -44,11 +44,11 @@ def in_float32(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     """A block's `forward` of tensors (or None) that follows `computes_in_float32`, judging by the first."""
 
     @functools.wraps(forward)
-    def run(self: nn.Module, *tensors: torch.Tensor | None) -> torch.Tensor:
-        if not computes_in_float32(self, tensors[0]):
-            return forward(self, *tensors)
+    def run(self: nn.Module, x: torch.Tensor, /, *rest: torch.Tensor | None) -> torch.Tensor:
+        if not computes_in_float32(self, x):
+            return forward(self, x, *rest)
         with torch.autocast("cpu", enabled=False):
-            out = forward(self, *(t if t is None else t.float() for t in tensors))
+            out = forward(self, x.float(), *(t if t is None else t.float() for t in rest))
         return out.to(torch.bfloat16)
 
     return run

@@ -195,10 +195,10 @@ def check_operator(
         except Exception as error:  # whatever a broken build raises is the finding
             worst, failure = math.inf, failure or f"{example.name}: {type(error).__name__}: {error}"
             continue
-        for what, error in _errors(results, truth).items():
-            worst = max(worst, error)
-            if not error <= accepted:
-                failure = failure or f"{example.name}: {what}: error {error:.1e}"
+        for what, off in _errors(results, truth).items():
+            worst = max(worst, off)
+            if not off <= accepted:
+                failure = failure or f"{example.name}: {what}: error {off:.1e}"
     reasons = tuple(dict.fromkeys(declined))
     return Check(operator.name, dtype, worst, accepted, failure, reasons, exact=operator.exact, taken=taken)
 
@@ -319,7 +319,7 @@ def _dtype(check: Check) -> str:
 
 def show(report: Report, console=None) -> None:
     """Print `report` on a rich console (standard output if None); readable in 80 columns and in a pipe."""
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
     from rich.table import Table
     from rich.text import Text
 
@@ -329,15 +329,16 @@ def show(report: Report, console=None) -> None:
         console.print(Text.assemble((f"{name:<{width}}  ", "dim"), value))
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column, justify in (
-        ("backend", "left"),
-        ("operator", "left"),
-        ("dtype", "left"),
-        ("error", "right"),
-        ("limit", "right"),
-        ("check", "left"),
-        ("speed-up", "right"),
-    ):
+    columns: dict[str, JustifyMethod] = {
+        "backend": "left",
+        "operator": "left",
+        "dtype": "left",
+        "error": "right",
+        "limit": "right",
+        "check": "left",
+        "speed-up": "right",
+    }
+    for column, justify in columns.items():
         table.add_column(column, justify=justify, no_wrap=True)
     for backend in report.backends:
         label = _label(backend)

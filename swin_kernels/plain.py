@@ -8,6 +8,7 @@ Whoever does not call a layer asks here first.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as global_hooks
 from torch.utils._device import DeviceContext
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 TRACED = (FakeTensor, FunctionalTensor)
 """What stands for plain tensors while PyTorch traces."""
@@ -60,6 +63,7 @@ def _put_back(kind: type[nn.Module], name: str) -> bool:
     return _OWN[kind][name] is not None
 
 
+_kind: type[nn.Module]
 for _kind in (nn.Dropout, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.Sequential, nn.Softmax):
     know(_kind, "forward")
 for _kind in (nn.Conv2d, nn.Conv3d):
@@ -68,23 +72,23 @@ for _kind in (nn.InstanceNorm2d, nn.InstanceNorm3d):
     know(_kind, "forward", "_apply_instance_norm")
 
 
-def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, *kinds: type[Layer]) -> TypeGuard[Layer]:
     """Whether `module` is exactly of one of `kinds`, no subclass, and `is_untouched`.
 
     While `torch.export` traces no layer is: it sees proxies, and calls the layers.
     """
-    return type(module) in kinds and is_untouched(module)
+    return module is not None and type(module) in kinds and is_untouched(module)
 
 
-def is_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_unchanged(module: nn.Module, *kinds: type[Layer]) -> TypeGuard[Layer]:
     """`is_plain`, while `torch.export` traces, too: for layers that are called in any case."""
     return class_of(module) in kinds and is_untouched(module)
 
 
 def class_of(module: nn.Module) -> type:
     """The class of `module`. `torch.export` hands out proxies while it traces, of a class made for each."""
-    if torch.compiler.is_exporting() and hasattr(module, "get_base"):
-        module = module.get_base()
+    if torch.compiler.is_exporting() and (base := getattr(module, "get_base", None)) is not None:
+        module = base()
     return type(module)
 
 

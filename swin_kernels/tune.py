@@ -13,11 +13,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .backends import BACKENDS
 from .geometry import WindowGrid, bias_table_length
+
+if TYPE_CHECKING:
+    from .backends.triton.tiles import Key, Tile
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ AGREEMENT = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """How far a candidate's results may be from the default's, relative, in the mean."""
 
 
-def candidates(step: str, element_size: int) -> Iterator:
+def candidates(step: str, element_size: int) -> Iterator[Tile]:
     """Cuts worth timing for a pass (`tiles.PASSES`)."""
     from .backends.triton.tiles import Tile
 
@@ -57,7 +61,7 @@ def median_time(run: Callable[[], object]) -> float:
     return triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
 
 
-def tune(shape: Shape, dtype: torch.dtype, step: str) -> tuple[object, object, float, float]:
+def tune(shape: Shape, dtype: torch.dtype, step: str) -> tuple[Key, Tile, float, float]:
     """The fastest tile for one pass over `shape`: its key, the tile, its time and the default's in ms."""
     from .backends.triton import tiles, window_attention
 
@@ -89,7 +93,7 @@ def tune(shape: Shape, dtype: torch.dtype, step: str) -> tuple[object, object, f
             if not far <= AGREEMENT[dtype]:
                 raise RuntimeError(f"{shape}, {step}: {tile} computes something else than {default} (by {far:.1e})")
             times[tile] = median_time(run)
-    best = min(times, key=times.get)
+    best = min(times, key=times.__getitem__)
     return key, best, times[best], times[default]
 
 
@@ -106,7 +110,7 @@ def main() -> None:
 
     from .backends.triton import tiles
 
-    table = []
+    table: list[tuple[Key, Tile]] = []
     for shape, step in itertools.product(SHAPES[: arguments.shapes], tiles.PASSES):
         key, tile, best, default = tune(shape, DTYPES[arguments.dtype], step)
         print(f"{shape}, {step}: {best:.3f} ms with {tile}; {default:.3f} ms with the default", flush=True)

@@ -15,11 +15,10 @@ import inspect
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -65,7 +64,7 @@ class Backend(Protocol):
 
     name: str
     summary: tuple[str, str]
-    ranks: Mapping[str, int]
+    ranks: ClassVar[dict[str, int]]
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all, or None."""
@@ -82,7 +81,7 @@ class Package:
 
     name: str
     summary: tuple[str, str]
-    ranks: Mapping[str, int]
+    ranks: ClassVar[dict[str, int]]
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -92,7 +91,7 @@ class Package:
         return None
 
     @functools.cache  # noqa: B019 - backends live as long as the process
-    def kernel(self, name: str) -> ModuleType | None:
+    def kernel(self, name: str) -> Any:
         path = f"{self.package}.{name}"
         return importlib.import_module(path) if importlib.util.find_spec(path) else None
 
@@ -244,7 +243,7 @@ def select(call: Call, forced: str = "") -> Backend:
             raise RuntimeError(f"{call.operator}: backend {forced!r} cannot run this call: {reason}")
         log.debug("%s runs on %s, which is forced", call, forced)
         return BACKENDS[forced]
-    declined = []
+    declined: list[str] = []
     for name in order(call.device):
         reason = decline_reason(name, call)
         if reason is None:

@@ -157,7 +157,7 @@ class Operator:
         self._function = getattr(getattr(torch.ops, NAMESPACE), name).default
         if self.autocast:
             for device in ("CPU", "CUDA"):
-                self._implement_autocast(device)
+                self._implement_autocast(device, self.autocast)
         OPERATORS[name] = self
 
     def __call__(self, arguments: tuple, backend: str | None) -> Any:
@@ -184,6 +184,7 @@ class Operator:
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)  # no zeros the size of a volume for what has no gradient
         *arguments, ctx.backend = inputs
+        assert self.saved is not None  # what has a backward saves for it
         saved = self.saved(arguments, output)
         ctx.places = [isinstance(value, torch.Tensor) for value in saved]
         ctx.settings = [value for value, tensor in zip(saved, ctx.places, strict=True) if not tensor]
@@ -207,14 +208,14 @@ class Operator:
     def _second_backward(self, ctx, *gradients):
         raise RuntimeError(f"{self.name}: differentiable once; a second derivative was asked for (create_graph=True)")
 
-    def _implement_autocast(self, device: str) -> None:
+    def _implement_autocast(self, device: str, autocast: Callable[..., tuple]) -> None:
         key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
-        def run(*arguments):
-            *arguments, backend = arguments
-            arguments = self.autocast(torch.get_autocast_dtype(device.lower()), *arguments)
+        def run(*given):
+            *arguments, backend = given
+            cast = autocast(torch.get_autocast_dtype(device.lower()), *arguments)
             with torch._C._ExcludeDispatchKeyGuard(key):
-                return self._function(*arguments, backend)
+                return self._function(*cast, backend)
 
         library.impl(self.name, run, f"Autocast{device}")
 
@@ -290,14 +291,14 @@ def _define(name: str, step: Pass) -> None:
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
-    def run(*arguments):
-        if _carry_tangent(arguments):
+    def run(*given):
+        if _carry_tangent(given):
             # A graph that was recorded before may run its backward meanwhile, in this thread or another.
             raise RuntimeError(
                 f"torch.ops.{NAMESPACE}.{name}: has no forward-mode derivative; the function of swin_kernels that "
                 "wraps it has"
             )
-        *arguments, backend = arguments
+        *arguments, backend = given
         step.check(*arguments)
         call = step.call(*arguments)
         engine = select(call, backend)
@@ -307,8 +308,8 @@ def _define(name: str, step: Pass) -> None:
             arguments = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
         return step.run(engine.kernel(call.kernel), *arguments)
 
-    def fake(*arguments):
-        *arguments, _ = arguments
+    def fake(*given):
+        *arguments, _ = given
         step.check(*arguments)
         return step.fake(*arguments)
 

@@ -202,7 +202,7 @@ def _call(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_b
 
 
 def _call_backward(grad_out, attended, lse, *arguments) -> Call:
-    return _call(*arguments, True)
+    return _call(*(*arguments, True))
 
 
 def _forward(kernel, x, *arguments):

@@ -175,7 +175,7 @@ def _check_backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, 
         check_saved(f"{_NAME}_backward", name, tensor, (*volume, last), (dtype,), qkv)
 
 
-def _call(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backward: bool = False) -> Call:
+def _call(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, *, backward: bool = False) -> Call:
     return WindowAttentionCall(
         device=qkv.device.type,
         dtype=qkv.dtype,

@@ -48,7 +48,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Arguments and results of the reference's `backward`."""
     sources = [x] if skip is None else [x, skip]
-    gradients, of_weight, first = [None, None], [], 0
+    gradients: list[torch.Tensor | None] = [None, None]
+    of_weight, first = [], 0
     for i, source in enumerate(sources):
         part = weight[:, first : first + source.shape[-1]]
         first += source.shape[-1]
@@ -57,7 +58,8 @@ def backward(
         if wanted[2]:
             volumes = source.movedim(-1, 1), grad_out.movedim(-1, 1)  # (B, C, *S)
             of_weight.append(conv3d_weight(volumes[0], part.shape, volumes[1], padding=1))  # by PyTorch
-    return *gradients, torch.cat(of_weight, 1).contiguous() if wanted[2] else None  # cuDNN's is channels last
+    grad_weight = torch.cat(of_weight, 1).contiguous() if wanted[2] else None  # cuDNN's is channels last
+    return gradients[0], gradients[1], grad_weight
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:

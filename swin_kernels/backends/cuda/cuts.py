@@ -58,7 +58,7 @@ class BackwardCut:
     parts: int = 0
 
 
-CUTS = {"forward": ForwardCut, "backward": BackwardCut}
+CUTS: dict[str, type[ForwardCut] | type[BackwardCut]] = {"forward": ForwardCut, "backward": BackwardCut}
 
 
 @contextmanager
@@ -103,7 +103,8 @@ def candidates(
         head_dim, tokens: of the call; tokens of a window.
         windows: of the call, in all of its volumes. Where it is given, cuts that need more are left out.
     """
-    found = _forward(head_dim, tokens) if _cut(direction) is ForwardCut else _backward(head_dim, tokens)
+    found: list[ForwardCut | BackwardCut]
+    found = [*_forward(head_dim, tokens)] if _cut(direction) is ForwardCut else [*_backward(head_dim, tokens)]
     for cut in dict.fromkeys(found):
         if windows is None or max(cut.parts, getattr(cut, "qkv_blocks", 0)) <= windows:
             yield cut

@@ -17,7 +17,7 @@ def forward(
     """
     statistics = _statistics(x, eps)  # (B, 2, C)
     total = _normalized(x, statistics)
-    if normalize_residual:
+    if residual is not None and normalize_residual:
         of_residual = _statistics(residual, eps)
         total = total + _normalized(residual, of_residual)
         statistics = torch.cat([statistics, of_residual], 1)  # (B, 4, C)
@@ -59,7 +59,7 @@ def backward(
     grad_x = _norm_backward(grad, normalized, statistics[:, :2]).to(out.dtype)
     if not has_residual:
         return grad_x, None
-    if normalize_residual:
+    if residual is not None and normalize_residual:
         grad = _norm_backward(grad, _normalized(residual, statistics[:, 2:]), statistics[:, 2:])
     return grad_x, grad.to(out.dtype)
 

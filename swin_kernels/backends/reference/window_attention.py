@@ -45,6 +45,7 @@ def _survival(weights: torch.Tensor, seed: torch.Tensor | None, dropout_p: float
     """What dropout multiplies the attention weights ``(B·nW, heads, n, n)`` with: 0 or ``1 / (1 - p)``."""
     if dropout_p == 0:
         return 1.0
+    assert seed is not None  # by the operator's contract
     rows = torch.arange(weights[..., 0].numel(), device=weights.device).view(weights.shape[:-1])
     return dropout_keep(seed, rows, weights.shape[-1], dropout_p).to(weights.dtype) / (1 - dropout_p)
 
