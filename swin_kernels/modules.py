@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -76,6 +76,7 @@ class WindowAttention(nn.Module):
         self.scale = (dim // num_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.zeros(bias_table_length(window_size), num_heads))
         # Not read here: the operator finds the index by arithmetic. Checkpoints carry it.
+        self.relative_position_index: torch.Tensor
         self.register_buffer("relative_position_index", bias_index(window_size, math.prod(window_size)))
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -98,8 +99,8 @@ class WindowAttention(nn.Module):
         if not self._has_kernel(x, norm):
             qkv = self.qkv(x if norm is None else _norm_before(self.qkv, norm, x))
             return self.proj_drop(self.proj(self._attend(qkv, shift_size, self.qkv.bias)))
-        parameters = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
-        if _is_norm_of(x, norm):
+        parameters: dict[str, Any] = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
+        if _is_norm_of(norm, x):
             parameters |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
         elif norm is not None:
             x = norm(x)
@@ -114,15 +115,13 @@ class WindowAttention(nn.Module):
         if self._dropout_p() > 0 or type(self.qkv) is not nn.Linear:  # a proxy: `torch.export` has to see it called
             return False
         table, weight = self.relative_position_bias_table, self.qkv.weight
-        norms = [norm.weight, norm.bias] if _is_norm_of(x, norm) else []
+        norms = [norm.weight, norm.bias] if _is_norm_of(norm, x) else []
         given = [x, weight, self.qkv.bias, table, self.proj.weight, self.proj.bias, *norms]
         tensors = [t for t in given if t is not None]
         if is_transformed() or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1:
             return False
-        heads, channels = (
-            int(table.shape[-1]),
-            int(weight.shape[1]),
-        )  # constants also where the extents of x are symbols
+        # Constants also where the extents of x are symbols.
+        heads, channels = int(table.shape[-1]), int(weight.shape[1])
         return channels % heads == 0 and has_kernel(
             "projected_window_attention",
             device=x.device.type,
@@ -205,14 +204,14 @@ def holds_bias_index(index: torch.Tensor, window_size: Sequence[int]) -> bool:
     return torch.equal(index.to(expected), expected)
 
 
-def _is_norm_of(x: torch.Tensor, norm: nn.Module | None) -> bool:
+def _is_norm_of(norm: nn.Module | None, x: torch.Tensor) -> TypeGuard[nn.LayerNorm]:
     """Whether `norm` is a plain layer norm over the channels of `x` ``(..., C)``."""
     return is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
 
 
 def _norm_before(linear: nn.Module | None, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """``norm(x)`` for `linear`, to which it goes next and nowhere else."""
-    if _is_norm_of(x, norm) and is_plain(linear, nn.Linear):
+    if _is_norm_of(norm, x) and is_plain(linear, nn.Linear):
         return autocast_layer_norm(x, norm.weight, norm.bias, norm.eps, for_linear=True)
     return norm(x)
 
@@ -263,7 +262,7 @@ class Mlp(nn.Module):
 class SwinTransformerBlock(nn.Module):
     """Norm, window attention and residual; norm, MLP and residual."""
 
-    mlp_class: ClassVar[type[nn.Module]] = Mlp
+    mlp_class: ClassVar[type[Any]] = Mlp
     """The MLP of which is known that its input goes to ``linear1`` and nowhere else."""
 
     def __init__(
@@ -303,9 +302,9 @@ class SwinTransformerBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, num_heads, window_size, qkv_bias, attn_drop, drop)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
         """The attention branch, without residual."""
@@ -447,8 +446,8 @@ class BasicLayer(nn.Module):
             )
             for i in range(depth)
         )
-        self.downsample = downsample
-        if callable(downsample):
+        self.downsample: nn.Module | None = None
+        if downsample is not None:
             self.downsample = downsample(dim=dim, norm_layer=norm_layer, spatial_dims=len(window_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,11 @@ import logging
 import numbers
 from collections.abc import Container, Iterator
 from types import EllipsisType
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
-from monai.networks.blocks import UnetOutBlock, UnetResBlock, UnetrUpBlock
+from monai.networks.blocks import PatchEmbed, UnetOutBlock, UnetResBlock, UnetrUpBlock
 from monai.networks.nets import swin_unetr
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -26,12 +26,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import convolution_blocks, modules
 from ..geometry import WindowGrid, bias_table_length
 from ..ops._operator import is_transformed
-from ..plain import TRACED, change, class_of, in_function_mode, is_untouched, know, patched
+from ..plain import TRACED, change, class_of, in_function_mode, is_unchanged, know, patched
 
 log = logging.getLogger("swin_kernels")
 
 
-_COMPUTING = {
+_COMPUTING: dict[type[nn.Module], tuple[str, ...]] = {
     swin_unetr.WindowAttention: ("forward",),
     swin_unetr.SwinTransformerBlock: ("forward", "forward_part1", "forward_part2"),
     swin_unetr.BasicLayer: ("forward",),
@@ -47,7 +47,13 @@ for _kind, _methods in _COMPUTING.items():
     know(_kind, *_methods)
 
 
-def _code_of(module: nn.Module, own: type) -> type:
+class _Fused(Protocol):
+    """A module in place of one of MONAI's class `original`."""
+
+    original: ClassVar[type[nn.Module]]
+
+
+def _code_of(module: _Fused, own: type[nn.Module]) -> Any:
     """The class whose code a fused `module` runs: `own`, or MONAI's if somebody changed that or what it calls."""
     return module.original if patched(module.original) or in_function_mode() else own
 
@@ -57,15 +63,18 @@ class FusedWindowAttention(modules.WindowAttention, swin_unetr.WindowAttention):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """A volume ``(B, *S, C)`` and the shift, fused; or windows ``(B·nW, n, C)`` and the mask, by MONAI's code."""
-        kind = swin_unetr.WindowAttention if x.dim() == 3 else modules.WindowAttention
+        kind: Any = swin_unetr.WindowAttention if x.dim() == 3 else modules.WindowAttention
         return kind.forward(self, x, *args, **kwargs)
 
 
 class FusedSwinTransformerBlock(modules.SwinTransformerBlock, swin_unetr.SwinTransformerBlock):
     """`swin_kernels.modules.SwinTransformerBlock` in place of MONAI's."""
 
-    original: ClassVar = swin_unetr.SwinTransformerBlock
-    mlp_class: ClassVar = swin_unetr.Mlp
+    original: ClassVar[type[nn.Module]] = swin_unetr.SwinTransformerBlock
+    mlp_class: ClassVar[type[Any]] = swin_unetr.Mlp
+    attn: FusedWindowAttention
+    drop_path: swin_unetr.DropPath | nn.Identity
+    mlp: swin_unetr.Mlp
 
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | EllipsisType | None = ...) -> torch.Tensor:
         """``(B, *S, C)`` to ``(B, *S, C)``; by MONAI's code if somebody changed that."""
@@ -82,7 +91,7 @@ class FusedSwinTransformerBlock(modules.SwinTransformerBlock, swin_unetr.SwinTra
         if reason is None and mask_matrix is ...:
             return super().forward_part1(x)
         grid = WindowGrid.of(modules.extents(x), self.window_size, self.shift_size)
-        if reason is None and (not grid.is_shifted or _is_mask_of(mask_matrix, grid)):
+        if reason is None and mask_matrix is not ... and (not grid.is_shifted or _is_mask_of(mask_matrix, grid)):
             return super().forward_part1(x)
         reason = reason or "it was given another mask than that of its stage"
         if not torch.compiler.is_dynamo_compiling():  # which would break its graph at a line for the log
@@ -97,10 +106,10 @@ class FusedSwinTransformerBlock(modules.SwinTransformerBlock, swin_unetr.SwinTra
         return kind.forward_part2(self, x)
 
 
-def changed_attention(block: nn.Module) -> str | None:
+def changed_attention(block: swin_unetr.SwinTransformerBlock) -> str | None:
     """Why the attention of `block` has to run part by part, None if fused: what the fused one does not call changed."""
     attention = block.attn
-    parts = {
+    parts: dict[str, tuple[nn.Module, tuple[type[nn.Module], ...]]] = {
         "attn": (attention, (swin_unetr.WindowAttention, FusedWindowAttention)),
         "attn.softmax": (attention.softmax, (nn.Softmax,)),
         "attn.attn_drop": (attention.attn_drop, (nn.Dropout,)),
@@ -113,7 +122,7 @@ def changed_attention(block: nn.Module) -> str | None:
     return patched(swin_unetr.WindowAttention) or _changed_setting(block)
 
 
-def _changed_setting(block: nn.Module) -> str | None:
+def _changed_setting(block: swin_unetr.SwinTransformerBlock) -> str | None:
     """Which number or tensor of the attention of `block` is one that only MONAI's code can take, or None."""
     attention = block.attn
     window, heads = tuple(attention.window_size), attention.num_heads
@@ -125,7 +134,8 @@ def _changed_setting(block: nn.Module) -> str | None:
         return f"attn.scale is a {type(attention.scale).__name__}"
     if (shape := attention.relative_position_bias_table.shape) != (bias_table_length(window), heads):
         return f"attn.relative_position_bias_table has shape {tuple(shape)}, for {heads} heads and windows of {window}"
-    if not _holds_bias_index(attention):
+    index: Any = attention.relative_position_index  # a buffer, of which MONAI does not tell the type
+    if not _holds_bias_index(index, window):
         return "attn.relative_position_index is not that of attn.window_size"
     return None
 
@@ -134,12 +144,11 @@ _SEEN_INDEX = WeakIdKeyDictionary()
 """``relative_position_index`` to its version and the window, when its values were last found to be those of it."""
 
 
-def _holds_bias_index(attention: nn.Module) -> bool:
-    """`modules.holds_bias_index` of `attention`, looked at again only when the tensor is another or was written to.
+def _holds_bias_index(index: torch.Tensor, window: tuple[int, ...]) -> bool:
+    """`modules.holds_bias_index`, which looks again only when the tensor is another or was written to.
 
     Not while a graph is made or a tensor has no values to look at.
     """
-    index, window = attention.relative_position_index, tuple(attention.window_size)
     if torch.compiler.is_compiling() or isinstance(index, TRACED) or is_functorch_wrapped_tensor(index):
         return True
     if index.is_cuda and torch.cuda.is_current_stream_capturing():  # which cannot wait for a comparison
@@ -182,7 +191,8 @@ def _is_mask_of(mask: torch.Tensor | None, grid: WindowGrid) -> bool:
 class FusedBasicLayer(modules.BasicLayer, swin_unetr.BasicLayer):
     """`swin_kernels.modules.BasicLayer` in place of MONAI's: computes a mask only for blocks that others changed."""
 
-    original: ClassVar = swin_unetr.BasicLayer
+    original: ClassVar[type[nn.Module]] = swin_unetr.BasicLayer
+    downsample: nn.Module | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, C, *S)`` to ``(B, 2C, *⌈S/2⌉)``, or to ``(B, C, *S)`` without `downsample`."""
@@ -203,14 +213,14 @@ class FusedBasicLayer(modules.BasicLayer, swin_unetr.BasicLayer):
         return x.view(*shape[:-1], -1)
 
 
-def _may_use_mask(block: nn.Module, stage: nn.Module) -> bool:
+def _may_use_mask(block: nn.Module, stage: FusedBasicLayer) -> bool:
     """Whether `block` has to be given the mask of `stage`: all but ours as they are, and with the shift of `stage`."""
-    if class_of(block) not in (FusedSwinTransformerBlock, modules.SwinTransformerBlock) or not is_untouched(block):
+    if not is_unchanged(block, FusedSwinTransformerBlock, modules.SwinTransformerBlock):
         return True
     return _other_windows(block, stage) is not None
 
 
-def _other_windows(block: nn.Module, stage: nn.Module) -> str | None:
+def _other_windows(block: Any, stage: swin_unetr.BasicLayer) -> str | None:
     """How the windows of `block` differ from those of which `stage` makes the mask; None if not or if not shifted."""
     for name in ("shift_size", "window_size") if any(block.shift_size) else ():
         own, mask = tuple(getattr(block, name)), tuple(getattr(stage, name))
@@ -222,7 +232,8 @@ def _other_windows(block: nn.Module, stage: nn.Module) -> str | None:
 class FusedSwinTransformer(modules.SwinTransformer, swin_unetr.SwinTransformer):
     """`swin_kernels.modules.SwinTransformer` in place of MONAI's: leaves the tokens channels last."""
 
-    original: ClassVar = swin_unetr.SwinTransformer
+    original: ClassVar[type[nn.Module]] = swin_unetr.SwinTransformer
+    patch_embed: PatchEmbed
 
     def forward(self, x: torch.Tensor, normalize: bool = True) -> list[torch.Tensor]:
         """Five feature maps, finest first: ``(B, 2^i · C, *⌈S/2^i⌉)`` with `i` from 0 to 4."""
@@ -238,7 +249,7 @@ class FusedSwinTransformer(modules.SwinTransformer, swin_unetr.SwinTransformer):
 class FusedResidualBlock(convolution_blocks.ResidualBlock, UnetResBlock):
     """`swin_kernels.convolution_blocks.ResidualBlock` in place of MONAI's `UnetResBlock`."""
 
-    original: ClassVar = UnetResBlock
+    original: ClassVar[type[nn.Module]] = UnetResBlock
 
     def runs_fused(self, x: torch.Tensor) -> bool:
         """Whether nobody changed MONAI's, and the norms are what a kernel computes for `x`."""
@@ -248,7 +259,7 @@ class FusedResidualBlock(convolution_blocks.ResidualBlock, UnetResBlock):
 class FusedUpBlock(convolution_blocks.UpBlock, UnetrUpBlock):
     """`swin_kernels.convolution_blocks.UpBlock` in place of MONAI's `UnetrUpBlock`."""
 
-    original: ClassVar = UnetrUpBlock
+    original: ClassVar[type[nn.Module]] = UnetrUpBlock
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         """``(B, C_in, *S)`` and ``(B, C_out, *2S)`` to ``(B, C_out, *2S)``."""
@@ -261,19 +272,24 @@ class FusedOutBlock(convolution_blocks.OutBlock, UnetOutBlock):
 
 
 # From the inside out: whether a layer can go depends on its blocks.
-_TAKEN_OVER = {
+_TAKEN_OVER: dict[type[nn.Module], type[nn.Module]] = {
     swin_unetr.SwinTransformerBlock: FusedSwinTransformerBlock,
     swin_unetr.BasicLayer: FusedBasicLayer,
     swin_unetr.SwinTransformer: FusedSwinTransformer,
 }
 
 # Other networks have these blocks too and keep them.
-_CONVOLUTION_BLOCKS = {UnetResBlock: FusedResidualBlock, UnetrUpBlock: FusedUpBlock, UnetOutBlock: FusedOutBlock}
+_CONVOLUTION_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    UnetResBlock: FusedResidualBlock,
+    UnetrUpBlock: FusedUpBlock,
+    UnetOutBlock: FusedOutBlock,
+}
 _HAVE_CONVOLUTION_BLOCKS = (swin_unetr.SwinUNETR, swin_unetr.SwinTransformer)
 
 
 def swin_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules inside `model` that are Swin blocks, stages or transformers, MONAI's or ours."""
+    accepted: tuple[type[nn.Module], ...]
     accepted = (*_TAKEN_OVER, modules.SwinTransformerBlock, modules.BasicLayer, modules.SwinTransformer)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, accepted))
 
@@ -290,11 +306,11 @@ def plan(model: nn.Module) -> tuple[dict[nn.Module, type[nn.Module]], dict[str, 
                 left[name] = reason
                 continue
             swaps[module] = fused
-            if original is swin_unetr.SwinTransformerBlock:
+            if isinstance(module, swin_unetr.SwinTransformerBlock):
                 swaps[module.attn] = FusedWindowAttention
                 if reason := changed_attention(module):
                     left[f"the attention of {name or 'model'}"] = reason
-            if original is swin_unetr.BasicLayer:
+            if isinstance(module, swin_unetr.BasicLayer):
                 for i, block in enumerate(module.blocks):
                     if reason := _other_windows(block, module):
                         left[f"the attention of {f'{name}.blocks.{i}'.strip('.')}"] = reason
@@ -338,13 +354,14 @@ def _reason_to_leave(module: nn.Module, original: type[nn.Module], swaps: Contai
         return f"{type(module).__qualname__} is a subclass of MONAI's {original.__name__}"
     if reason := patched(original) or _replaced_methods(module):
         return reason
-    if original is swin_unetr.SwinTransformerBlock:
-        if isinstance(module.attn, swin_unetr.WindowAttention) and not modules.holds_bias_index(
-            module.attn.relative_position_index, module.attn.window_size
-        ):
-            return "its attn.relative_position_index is not that of attn.window_size"
+    foreign: list[nn.Module]
+    if isinstance(module, swin_unetr.SwinTransformerBlock):
+        if isinstance(module.attn, swin_unetr.WindowAttention):
+            index: Any = module.attn.relative_position_index
+            if not modules.holds_bias_index(index, module.attn.window_size):
+                return "its attn.relative_position_index is not that of attn.window_size"
         foreign = [module.attn] if type(module.attn) is not swin_unetr.WindowAttention else []
-    elif original is swin_unetr.BasicLayer:  # a block of MONAI's needs the mask
+    elif isinstance(module, swin_unetr.BasicLayer):  # a block of MONAI's needs the mask
         foreign = [b for b in module.blocks if b not in swaps and not isinstance(b, modules.SwinTransformerBlock)]
     else:  # another stage may need its input contiguous, channels first
         stages = [stage for i in range(1, 5) for stage in getattr(module, f"layers{i}")]
