@@ -22,8 +22,8 @@ def declines(call: ConvolutionCall) -> str | None:
 
 @functools.cache
 def converts(dtype: torch.dtype) -> bool:
-    """Whether float32 and back is the faster way for a 16-bit `dtype`: where the processor has no arithmetic for it,
-    PyTorch's convolution of it takes many times as long as of float32."""
+    """Whether it is faster to convert a 16-bit `dtype` to float32 and back: on a processor without arithmetic for it,
+    PyTorch's convolution takes many times as long as in float32."""
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -77,7 +77,7 @@ def _backward_input(grad_out: torch.Tensor, weight: torch.Tensor, first: int, co
 
 
 def _backward_weight(grad_out: torch.Tensor, source: torch.Tensor, kernel: int) -> torch.Tensor:
-    """The gradient of the weight's input channels that are those of `source`."""
+    """The gradient of the part of the weight that multiplies `source`."""
     shape = (grad_out.shape[-1], source.shape[-1], *[kernel] * 3)
     if source.shape[0] == 0:
         return source.new_zeros(shape)

@@ -17,8 +17,8 @@ BLOCK = 48
 """Channels that a block of the kernel reads at a time, and writes."""
 
 MOST_OUTPUTS = 64
-"""Output channels up to which it runs: of more, PyTorch's convolutions compute nothing in vain, and small volumes have
-too few blocks here."""
+"""Output channels up to which it runs. With more, PyTorch's convolutions waste nothing, and small volumes have too few
+blocks here."""
 
 
 def declines(call: ConvolutionCall) -> str | None:
@@ -28,7 +28,7 @@ def declines(call: ConvolutionCall) -> str | None:
     if call.window != (3, 3, 3):
         return f"a convolution by {'×'.join(map(str, call.window))}; there is a kernel for 3×3×3"
     if any(channels % BLOCK for channels in call.channels):
-        return f"channels {call.channels} have no kernel: accepted are multiples of {BLOCK}"
+        return f"channels {call.channels} have no kernel; there is one for multiples of {BLOCK}"
     if call.channels[2] > MOST_OUTPUTS:
         return f"PyTorch's convolution is as fast for {call.channels[2]} output channels"
     return None

@@ -1,4 +1,4 @@
-"""Convolution over a concatenation by PyTorch's. Volumes are ``(B, *S, C)``."""
+"""Convolution over a concatenation, by PyTorch's convolution. Volumes are ``(B, *S, C)``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 LEAST_EXTENT = 3
-"""Of volumes of which PyTorch's gradient of a weight in bfloat16 is right on a CPU: see `_is_miscomputed`."""
+"""Extent from which PyTorch's gradient of a bfloat16 weight is right on a CPU: see `_is_miscomputed`."""
 
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ def source_gradients(
 
 
 def _is_miscomputed(source: torch.Tensor) -> bool:
-    """Whether PyTorch's gradient of the weight may hold memory that nobody wrote.
+    """Whether PyTorch's gradient of the weight may contain uninitialised memory.
 
     In bfloat16 on a CPU, for volumes thinner than a window of 3: 2×1×6 and 2×8×8 voxels on a Zen 4, 1×9×1 with AMX.
     """

@@ -47,7 +47,7 @@ def backward(
 
     Args:
         grad_out, out: gradient of the output, and the output.
-        x: None where it is read off `out`: without a residual LeakyReLU is all that lies between.
+        x: None where ``norm(x)`` is recovered from `out`: without a residual only LeakyReLU lies between.
         residual: None unless it is normalized.
         statistics: as `forward` returned them.
         has_residual: whether there was a residual.
@@ -73,7 +73,7 @@ def _statistics(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _per_channel(values: torch.Tensor, axes: int) -> torch.Tensor:
-    """``(B, C)`` to ``(B, 1, …, C)``, which goes along with a volume of `axes` axes."""
+    """``(B, C)`` to ``(B, 1, …, C)``, which broadcasts to a volume of `axes` axes."""
     return values.view(values.shape[0], *[1] * (axes - 2), values.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Layer norm on the GPU: a program holds whole rows, so that a row is read once; the backward finds its mean again."""
+"""Layer norm on the GPU: a program holds whole rows, so that each is read once; the backward finds its mean again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def declines(call: Call) -> str | None:
 
 
 ELEMENTS = 512 if INTERPRETED else 4096
-"""Of a tile: rows by channels."""
+"""Elements of a tile: rows times channels."""
 
 WARPS = 8
 PROGRAMS = 4
-"""That a multiprocessor should get in the backward; rows are dealt out to reach it."""
+"""Programs that each multiprocessor should get in the backward; rows are divided accordingly."""
 
 
 @triton.jit
