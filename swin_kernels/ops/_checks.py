@@ -55,7 +55,7 @@ def check_number(operator: str, name: str, value: object) -> float:
 
 
 def autocast_is_on(device: torch.device) -> bool:
-    """Whether autocast is on for `device`; some, as "meta", have none."""
+    """Whether autocast is on for `device`; some devices, such as "meta", have no autocast."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
@@ -74,7 +74,7 @@ def check_tensor(operator: str, name: str, value: object, dtypes: Sequence[torch
 def check_saved(
     operator: str, name: str, value: object, shape: Sequence[int], dtypes: Sequence[torch.dtype], like: torch.Tensor
 ) -> None:
-    """Check what a backward is given beside the arguments of the forward: gradients, and what the forward returned.
+    """Check what a backward gets besides the arguments of the forward: a gradient, or what the forward returned.
 
     Args:
         like: a tensor on the accepted device.
