@@ -21,7 +21,7 @@ from .ops.instance_norm_act import instance_norm_act
 from .plain import is_plain, is_untouched
 
 LEAST_VOXELS = 4096
-"""Volumes from this size on (16³) go to the operator `convolution`. In smaller ones the weights are most of the data,
+"""Volumes from this size on (16³) go to the operator `convolution`. In smaller ones most of the data is weights,
 and PyTorch's convolution, which does not transform them, is faster."""
 
 
@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
 
     @in_float32
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, C1, *S)``, and ``(B, C2, *S)`` beside it, to ``(B, C_out, *S)``; channels last where it runs fused."""
+        """``(B, C1, *S)``, and `skip` ``(B, C2, *S)``, to ``(B, C_out, *S)``; channels last where it runs fused."""
         if not self.runs_fused(x):
             return super().forward(_joined(x, skip))
         x, skip = channels_last(x), None if skip is None else channels_last(skip)
@@ -68,7 +68,7 @@ class ResidualBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A transposed convolution, and a block on its output beside the skip connection."""
+    """A transposed convolution, and a block on its output and the skip connection."""
 
     transp_conv: nn.Module
     conv_block: Any  # where it is no `ResidualBlock`, MONAI's ``forward`` runs
@@ -92,20 +92,20 @@ class OutBlock(nn.Module):
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` ``(B, C, *S)``, its channels adjacent in memory; not copied if they are."""
+    """`x` ``(B, C, *S)`` with its channels adjacent in memory; not copied if they are already."""
     rows = x.movedim(1, -1).contiguous()  # (B, *S, C)
-    # Through one axis, so that axes of extent 1 get the strides that PyTorch takes for channels last.
+    # By way of one axis, so that axes of extent 1 get the strides by which PyTorch recognises channels last.
     return rows.view(-1).view(rows.shape).movedim(-1, 1)
 
 
 def _joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-    """`x` with the channels of `skip` behind its own."""
+    """`x` with the channels of `skip` after its own."""
     if skip is None:
         return x
     rows = x.movedim(1, -1), skip.movedim(1, -1)  # (B, *S, C1), (B, *S, C2)
     if not x.is_cuda or not all(r.is_contiguous() for r in rows):
         return torch.cat([x, skip], 1)
-    # As matrices: PyTorch's fast copies on GPUs are for up to four axes; of five each copies element by element.
+    # As matrices: on GPUs PyTorch's fast copies take up to four axes; tensors of five are copied element by element.
     joined = torch.cat([r.flatten(0, -2) for r in rows], 1)  # (B · prod(S), C1 + C2)
     return joined.view(*rows[0].shape[:-1], -1).movedim(-1, 1)
 
@@ -118,9 +118,9 @@ def _computed_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _is_plain_instance_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is an instance norm without parameters or running statistics, and plain.
+    """Whether `norm` is a plain instance norm without parameters or running statistics.
 
-    Given to it later they count, whatever its options say.
+    Those that were added to it later count too, whatever its options say.
     """
     return (
         is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -131,7 +131,7 @@ def _is_plain_instance_norm(norm: nn.Module) -> bool:
 
 
 def _slope(activation: nn.Module) -> float | None:
-    """The slope below 0 of a LeakyReLU; None for any other activation, which then runs by itself."""
+    """The slope below 0 of a LeakyReLU; None for any other activation, which then runs as a layer."""
     if not is_plain(activation, nn.LeakyReLU) or not isinstance(activation.negative_slope, numbers.Real):
         return None
     return activation.negative_slope if activation.negative_slope >= 0 else None
@@ -143,7 +143,7 @@ def _writable(out: torch.Tensor) -> torch.Tensor:
 
 
 def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-    """MONAI's `Convolution` of `x` beside `skip`; by the operator `convolution` where that is the same and faster."""
+    """MONAI's `Convolution` of `x` and `skip`; by the operator `convolution` where that is the same and faster."""
     if (conv := _computed_by_operator(module, x, skip)) is not None:
         return convolution(x, conv.weight, None if skip is None else skip.to(x.dtype))
     return module(_joined(x, skip))
@@ -194,7 +194,7 @@ def _is_plain_convolution(conv: nn.Module | None, module: nn.Sequential) -> Type
 
 
 def _is_convolution_alone(module: nn.Module) -> bool:
-    """Whether `module` is a sequence of one convolution, both plain: its output is then nobody else's."""
+    """Whether `module` is a sequence of one convolution, both plain: nothing else then uses its output."""
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
@@ -212,7 +212,7 @@ def _norm_act(
     residual: torch.Tensor | None = None,
     normalize_residual: bool = False,
 ) -> torch.Tensor:
-    """`instance_norm_act` of `x`, which `module` returned: in place if `x` serves nobody else."""
+    """`instance_norm_act` of `x`, which `module` returned: in place if nothing else uses `x`."""
     recorded = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
     inplace = not recorded and not is_transformed() and _is_convolution_alone(module)
     return instance_norm_act(
