@@ -1,4 +1,4 @@
-"""`accelerate` and `restore`: MONAI's Swin UNETR made fused in place, and back."""
+"""`accelerate` and `restore`: give MONAI's Swin UNETR the fused classes, in place, and take them back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger("swin_kernels")
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
-    """Turn every Swin Transformer of MONAI 1.5 or 1.6 inside `model` into the fused one, in place.
+    """Replace every Swin Transformer of MONAI 1.5 or 1.6 inside `model` by the fused one, in place.
 
     Only the classes of modules change: parameters, buffers, hooks, references held by an optimizer and
     the state dict stay as they are, and ``isinstance`` with MONAI's types still holds. A module that was
@@ -19,21 +19,21 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> nn.Module:
     ``print(model)`` starts with "Fused". Calling `accelerate` again changes nothing.
 
     What cannot be taken over (subclasses, replaced ``forward`` methods, other attention, Hyena stages)
-    keeps running on MONAI's code and is named in a warning. Call it before
-    `torch.compile`; `torch.jit.script` does not support the fused modules. Dropout draws other random
-    numbers than MONAI's; ``use_flash_attention`` no longer matters.
+    keeps running on MONAI's code and is named in a warning. Call `accelerate` before
+    `torch.compile`; `torch.jit.script` does not support the fused modules. Dropout draws different
+    random numbers than MONAI's; ``use_flash_attention`` no longer has an effect.
 
     Args:
         model: a `monai.networks.nets.SwinUNETR`, a SwinTransformer, or any module that contains one.
-        strict: raise instead of warn if something has to be left.
+        strict: raise instead of warning if something cannot be taken over.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `model` contains no Swin Transformer of MONAI, or under `strict` one that is left;
-            `model` is then as it was.
+        ValueError: `model` contains no Swin Transformer of MONAI or, under `strict`, something that cannot
+            be taken over; `model` is then unchanged.
     """
     integration = _integration(model, "accelerate")
     if not any(integration.swin_modules(model)):
@@ -69,6 +69,6 @@ def restore(model: nn.Module) -> nn.Module:
 def _integration(model: object, where: str):
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model is a {type(model).__name__}; accepted is a torch.nn.Module")
-    from .integrations import monai  # MONAI is imported only for who asks for it
+    from .integrations import monai  # MONAI is imported only when it is needed
 
     return monai

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--quick", action="store_true", help="fewer checks, shorter timing")
     warmup = commands.add_parser(
         "warmup",
-        help="compile and load all kernels of a Swin UNETR, in parallel, before a first step",
+        help="compile and load all kernels of a Swin UNETR, in parallel, before its first step",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -31,26 +31,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=(96, 96, 96),
         metavar="N",
-        help="voxels of each axis of what the model gets",
+        help="voxels along each axis of the model's input",
     )
     warmup.add_argument("--feature-size", type=int, default=48, metavar="N", help="channels of the first stage")
-    warmup.add_argument("--window", type=int, default=7, metavar="N", help="window of every axis, in tokens")
-    warmup.add_argument("--batch", type=int, default=1, metavar="N", help="volumes")
+    warmup.add_argument("--window", type=int, default=7, metavar="N", help="window along every axis, in tokens")
+    warmup.add_argument("--batch", type=int, default=1, metavar="N", help="volumes in a batch")
     warmup.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the computation"
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="dtype of the computation"
     )
     warmup.add_argument("--inference", action="store_true", help="without gradients")
     warmup.add_argument(
-        "--device", choices=("cuda", "cpu"), help="where the model runs; cuda if there is one, if not given"
+        "--device", choices=("cuda", "cpu"), help="where the model runs; by default cuda if there is a device"
     )
     warmup.add_argument(
-        "--jobs", type=int, metavar="N", help="processes at a time; one a core, at most 16, if not given"
+        "--jobs", type=int, metavar="N", help="processes at a time; by default one per core, at most 16"
     )
     options = parser.parse_args(arguments)
     if options.command == "warmup":
         return _warm_up(options, warmup)
 
-    from .doctor import run, show  # rich is imported only for who asks for it
+    from .doctor import run, show  # rich is imported only when it is needed
 
     report = run(quick=options.quick)
     show(report)

@@ -1,13 +1,14 @@
 """The convolution blocks of Swin UNETR in channels-last memory, their norms fused with what follows.
 
-Each class here has the parts of its namesake in MONAI (`UnetResBlock`, `UnetrUpBlock`, `UnetOutBlock`) and only brings
-a ``forward``. It is inherited from first and MONAI's class second, so that what it cannot run (a norm with parameters,
-a device or dtype without kernels) goes to MONAI's ``forward``.
+Each class here brings a ``forward`` and declares the parts that it takes from its namesake in MONAI (`UnetResBlock`,
+`UnetrUpBlock`, `UnetOutBlock`). Inherit from it first and from MONAI's class second: what it cannot run (a norm with
+parameters, a device or dtype without kernels) then goes to MONAI's ``forward``.
 """
 
 from __future__ import annotations
 
 import numbers
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -20,23 +21,32 @@ from .ops.instance_norm_act import instance_norm_act
 from .plain import is_plain, is_untouched
 
 LEAST_VOXELS = 4096
-"""Volumes from this size on (16³) go to the operator `convolution`. In smaller ones the weights are most of the data,
+"""Volumes from this size on (16³) go to the operator `convolution`. In smaller ones most of the data is weights,
 and PyTorch's convolution, which does not transform them, is faster."""
 
 
-class ResidualBlock:
+class ResidualBlock(nn.Module):
     """Two 3×3×3 convolutions with instance norms and LeakyReLU, and a residual before the last activation.
 
-    Parts: ``conv1, norm1, lrelu, conv2, norm2``, and for the residual, where it changes channels, ``conv3, norm3``.
+    `conv3` and `norm3` exist only where the residual changes channels. With other norms MONAI's ``forward`` runs.
     """
+
+    conv1: nn.Sequential
+    norm1: nn.InstanceNorm2d | nn.InstanceNorm3d
+    lrelu: nn.Module
+    conv2: nn.Sequential
+    norm2: nn.InstanceNorm2d | nn.InstanceNorm3d
+    conv3: nn.Sequential
+    norm3: nn.InstanceNorm2d | nn.InstanceNorm3d
 
     @in_float32
     def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, C1, *S)``, and ``(B, C2, *S)`` beside it, to ``(B, C_out, *S)``; channels last where it runs fused."""
+        """``(B, C1, *S)``, and `skip` ``(B, C2, *S)``, to ``(B, C_out, *S)``; channels last where it runs fused."""
         if not self.runs_fused(x):
             return super().forward(_joined(x, skip))
         x, skip = channels_last(x), None if skip is None else channels_last(skip)
-        if skip is not None and not _has_operator(self.conv1, x, skip):  # then joined once, for both convolutions of it
+        if skip is not None and _computed_by_operator(self.conv1, x, skip) is None:
+            # Joined once, for both convolutions of it.
             x, skip = _joined(x, skip), None
         slope = _slope(self.lrelu)
         out = _norm_act(self.conv1, self.norm1, _convolve(self.conv1, x, skip), slope)
@@ -53,15 +63,15 @@ class ResidualBlock:
         return (
             has_kernel("instance_norm_act", device=x.device.type, dtype=_computed_dtype(x))
             and all(_is_plain_instance_norm(norm) for norm in norms)
-            and all(norm.eps == self.norm2.eps for norm in norms)
+            and all(norm.eps == norms[0].eps for norm in norms)
         )
 
 
-class UpBlock:
-    """A transposed convolution, and a block on its output beside the skip connection.
+class UpBlock(nn.Module):
+    """A transposed convolution, and a block on its output and the skip connection."""
 
-    Parts: ``transp_conv, conv_block``.
-    """
+    transp_conv: nn.Module
+    conv_block: Any  # where it is no `ResidualBlock`, MONAI's ``forward`` runs
 
     @in_float32
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -72,11 +82,8 @@ class UpBlock:
         return block(self.transp_conv(channels_last(x)), skip)
 
 
-class OutBlock:
-    """A 1×1×1 convolution to the classes.
-
-    Parts: ``conv``.
-    """
+class OutBlock(nn.Module):
+    """A 1×1×1 convolution to the classes."""
 
     @in_float32
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,20 +92,20 @@ class OutBlock:
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` ``(B, C, *S)``, its channels adjacent in memory; not copied if they are."""
+    """`x` ``(B, C, *S)`` with its channels adjacent in memory; not copied if they are already."""
     rows = x.movedim(1, -1).contiguous()  # (B, *S, C)
-    # Through one axis, so that axes of extent 1 get the strides that PyTorch takes for channels last.
+    # By way of one axis, so that axes of extent 1 get the strides by which PyTorch recognises channels last.
     return rows.view(-1).view(rows.shape).movedim(-1, 1)
 
 
 def _joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
-    """`x` with the channels of `skip` behind its own."""
+    """`x` with the channels of `skip` after its own."""
     if skip is None:
         return x
     rows = x.movedim(1, -1), skip.movedim(1, -1)  # (B, *S, C1), (B, *S, C2)
     if not x.is_cuda or not all(r.is_contiguous() for r in rows):
         return torch.cat([x, skip], 1)
-    # As matrices: PyTorch's fast copies on GPUs are for up to four axes; of five each copies element by element.
+    # As matrices: on GPUs PyTorch's fast copies take up to four axes; tensors of five are copied element by element.
     joined = torch.cat([r.flatten(0, -2) for r in rows], 1)  # (B · prod(S), C1 + C2)
     return joined.view(*rows[0].shape[:-1], -1).movedim(-1, 1)
 
@@ -111,9 +118,9 @@ def _computed_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _is_plain_instance_norm(norm: nn.Module) -> bool:
-    """Whether `norm` is an instance norm without parameters or running statistics, and plain.
+    """Whether `norm` is a plain instance norm without parameters or running statistics.
 
-    Given to it later they count, whatever its options say.
+    Those that were added to it later count too, whatever its options say.
     """
     return (
         is_plain(norm, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -124,7 +131,7 @@ def _is_plain_instance_norm(norm: nn.Module) -> bool:
 
 
 def _slope(activation: nn.Module) -> float | None:
-    """The slope below 0 of a LeakyReLU; None for any other activation, which then runs by itself."""
+    """The slope below 0 of a LeakyReLU; None for any other activation, which then runs as a layer."""
     if not is_plain(activation, nn.LeakyReLU) or not isinstance(activation.negative_slope, numbers.Real):
         return None
     return activation.negative_slope if activation.negative_slope >= 0 else None
@@ -136,18 +143,18 @@ def _writable(out: torch.Tensor) -> torch.Tensor:
 
 
 def _convolve(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-    """MONAI's `Convolution` of `x` beside `skip`; by the operator `convolution` where that is the same and faster."""
-    if _has_operator(module, x, skip):
-        return convolution(x, module.conv.weight, None if skip is None else skip.to(x.dtype))
+    """MONAI's `Convolution` of `x` and `skip`; by the operator `convolution` where that is the same and faster."""
+    if (conv := _computed_by_operator(module, x, skip)) is not None:
+        return convolution(x, conv.weight, None if skip is None else skip.to(x.dtype))
     return module(_joined(x, skip))
 
 
-def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None) -> bool:
-    """Whether the operator `convolution` computes the same as `module`, by a kernel of ours."""
+def _computed_by_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | None) -> nn.Conv3d | None:
+    """The convolution in `module` if the operator `convolution` computes the same as `module`, by a kernel of ours."""
     conv, dtype = getattr(module, "conv", None), _computed_dtype(x)
-    return (
+    if (
         x[0, 0].numel() >= LEAST_VOXELS
-        and _is_plain_convolution(module, conv)
+        and _is_plain_convolution(conv, module)
         and (conv.weight.dtype == x.dtype == dtype or autocast_is_on(x.device))
         and has_kernel(
             "convolution",
@@ -156,10 +163,12 @@ def _has_operator(module: nn.Sequential, x: torch.Tensor, skip: torch.Tensor | N
             window=conv.kernel_size,
             channels=_channels(conv, x, skip),
         )
-    )
+    ):
+        return conv
+    return None
 
 
-def _channels(conv: nn.Module, x: torch.Tensor, skip: torch.Tensor | None) -> tuple[int, ...]:
+def _channels(conv: nn.Conv3d, x: torch.Tensor, skip: torch.Tensor | None) -> tuple[int, int, int]:
     """`ConvolutionCall.channels` of `conv`."""
     if skip is None:
         first = conv.in_channels
@@ -170,8 +179,8 @@ def _channels(conv: nn.Module, x: torch.Tensor, skip: torch.Tensor | None) -> tu
     return first, conv.in_channels - first, conv.out_channels
 
 
-def _is_plain_convolution(module: nn.Sequential, conv: nn.Module | None) -> bool:
-    """Whether `module` is one that the operator computes: 3D, stride 1, extents kept, no bias."""
+def _is_plain_convolution(conv: nn.Module | None, module: nn.Sequential) -> TypeGuard[nn.Conv3d]:
+    """Whether `module` is only `conv`, and one that the operator computes: 3D, stride 1, extents kept, no bias."""
     return (
         _is_convolution_alone(module)
         and type(conv) is nn.Conv3d
@@ -185,7 +194,7 @@ def _is_plain_convolution(module: nn.Sequential, conv: nn.Module | None) -> bool
 
 
 def _is_convolution_alone(module: nn.Module) -> bool:
-    """Whether `module` is a sequence of one convolution, both plain: its output is then nobody else's."""
+    """Whether `module` is a sequence of one convolution, both plain: nothing else then uses its output."""
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
@@ -197,13 +206,13 @@ def _is_convolution_alone(module: nn.Module) -> bool:
 
 def _norm_act(
     module: nn.Module,
-    norm: nn.Module,
+    norm: nn.InstanceNorm2d | nn.InstanceNorm3d,
     x: torch.Tensor,
     slope: float | None,
     residual: torch.Tensor | None = None,
     normalize_residual: bool = False,
 ) -> torch.Tensor:
-    """`instance_norm_act` of `x`, which `module` returned: in place if `x` serves nobody else."""
+    """`instance_norm_act` of `x`, which `module` returned: in place if nothing else uses `x`."""
     recorded = torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad))
     inplace = not recorded and not is_transformed() and _is_convolution_alone(module)
     return instance_norm_act(

@@ -1,7 +1,7 @@
 """Autocast to bfloat16 on a CPU: where PyTorch's operators are slow or wrong in it, blocks compute in float32.
 
 Without instructions for bfloat16 a convolution of PyTorch's takes many times as long as in float32. With them, its
-gradient of the weight holds memory that nobody wrote where a volume is thinner than the kernel: seen for 2×1×6 and
+gradient of the weight contains uninitialised memory where a volume is thinner than the kernel: seen for 2×1×6 and
 2×8×8 voxels with AVX512_BF16, for 1×9×1 with AMX. Blocks round their results to bfloat16 either way.
 """
 
@@ -28,7 +28,7 @@ def has_bfloat16() -> bool:
 def computes_in_float32(block: nn.Module, x: torch.Tensor) -> bool:
     """Whether `block` should compute in float32 for `x` ``(B, C, *S)``, whatever autocast says.
 
-    Not where a parameter has another dtype: autocast lets layers take both.
+    Not where a parameter has another dtype, which autocast lets layers mix with float32.
     """
     return (
         x.device.type == "cpu"
@@ -41,14 +41,14 @@ def computes_in_float32(block: nn.Module, x: torch.Tensor) -> bool:
 
 
 def in_float32(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A block's `forward` of tensors (or None) that follows `computes_in_float32`, judging by the first."""
+    """A block's `forward` of tensors or None, in float32 where `computes_in_float32` says so for the first."""
 
     @functools.wraps(forward)
-    def run(self: nn.Module, *tensors: torch.Tensor | None) -> torch.Tensor:
-        if not computes_in_float32(self, tensors[0]):
-            return forward(self, *tensors)
+    def run(self: nn.Module, x: torch.Tensor, /, *rest: torch.Tensor | None) -> torch.Tensor:
+        if not computes_in_float32(self, x):
+            return forward(self, x, *rest)
         with torch.autocast("cpu", enabled=False):
-            out = forward(self, *(t if t is None else t.float() for t in tensors))
+            out = forward(self, x.float(), *(t if t is None else t.float() for t in rest))
         return out.to(torch.bfloat16)
 
     return run

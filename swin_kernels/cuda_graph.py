@@ -1,7 +1,7 @@
 """`graphed`: a network whose inference is one launch of a CUDA graph.
 
-A Swin UNETR starts hundreds of kernels a volume, and the processor may need longer to start them than a GPU to run
-them. A CUDA graph records them once and starts them all together.
+A Swin UNETR launches hundreds of kernels per volume, and the processor may take longer to launch them than a GPU to run
+them. A CUDA graph records them once and launches them all together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Graphed:
 
     Attributes:
         model: the network.
-        most_graphs: graphs that are kept, one for each kind of input; the one used longest ago goes first.
+        most_graphs: graphs that are kept, one for each kind of input; the least recently used one is dropped.
     """
 
     def __init__(self, model: nn.Module, most_graphs: int = 4) -> None:
@@ -40,7 +40,7 @@ class Graphed:
         self._said: set[str] = set()
 
     def __call__(self, x: torch.Tensor) -> object:
-        """``model(x)``, its results in memory of their own."""
+        """``model(x)``; later calls do not overwrite the results."""
         if reason := self._why_not(x):
             if reason not in self._said:
                 self._said.add(reason)
@@ -49,7 +49,7 @@ class Graphed:
         self._forget_moved_weights()
         key = self._key(x)
         if key not in self._replays:
-            log.info("graphed: captures a CUDA graph for %s %s", tuple(x.shape), x.dtype)
+            log.info("graphed: capturing a CUDA graph for %s %s", tuple(x.shape), x.dtype)
             self._replays[key] = capture(self.model, x)
             if len(self._replays) > self.most_graphs:
                 self._replays.popitem(last=False)
@@ -57,7 +57,7 @@ class Graphed:
         return self._replays[key](x)
 
     def _why_not(self, x: torch.Tensor) -> str | None:
-        """Why a call cannot be a graph's; None if it can."""
+        """Why a call cannot run as a graph, or None."""
         if not isinstance(x, torch.Tensor) or x.device.type != "cuda":
             return f"x is on {getattr(x, 'device', type(x).__name__)}, graphs run on cuda"
         if torch.is_grad_enabled():
@@ -65,11 +65,11 @@ class Graphed:
         if self.model.training:
             return "model is in training mode; use model.eval()"
         if torch.cuda.is_current_stream_capturing():
-            return "a graph is being captured around it"
+            return "another graph is being captured"
         return None
 
     def _key(self, x: torch.Tensor) -> tuple:
-        """What a graph depends on, beside the weights."""
+        """What a graph depends on, besides the weights."""
         return (
             *(x.shape, x.stride(), x.dtype, x.device),
             *(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
@@ -77,7 +77,7 @@ class Graphed:
         )
 
     def _forget_moved_weights(self) -> None:
-        """A graph reads weights where they were when it was captured; new values there are seen, new memory is not."""
+        """Drop all graphs if weights have moved: a graph sees new values, but reads them where the weights were."""
         weights = [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers())]
         if weights != self._weights:
             self._replays.clear()
@@ -85,11 +85,11 @@ class Graphed:
 
 
 def capture(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], object]:
-    """A call that copies its argument to where `model` was captured reading `x`, and replays that."""
+    """A function that copies its argument to where the captured `model` reads its input, and replays the graph."""
     with torch.inference_mode(False):
         held = x.clone()
     cached = torch.is_autocast_cache_enabled()
-    # Weights that autocast has cast and keeps would be memory of the graph, or memory that is gone when it runs.
+    # Weights that autocast casts and caches would lie in the graph's memory, or be gone when it runs.
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     try:
@@ -116,21 +116,21 @@ def capture(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], objec
 
 
 def graphed(model: nn.Module, *, most_graphs: int = 4) -> Graphed:
-    """`model` for inference on a GPU, as CUDA graphs: one launch a call in place of hundreds.
+    """`model` for inference on a GPU, as CUDA graphs: one launch per call instead of hundreds.
 
-    The first call with a shape, dtype, memory format or autocast setting captures a graph, which takes a few calls'
-    time; the following ones replay it. Values that are written to the weights in place (``load_state_dict``) are seen;
-    weights that move (``to``) have graphs captured anew. What a call does on the processor, hooks for instance, happens
-    in the capture alone. A call that cannot be a graph's (on the CPU, in training mode, with gradients) runs `model`
-    itself and says so in a warning, once.
+    The first call with a shape, dtype, memory format or autocast setting captures a graph, which takes as long as a
+    few calls; later calls replay it. Values that are written to the weights in place (``load_state_dict``) are seen;
+    weights that move (``to``) make it capture new graphs. What a call does on the processor, in hooks for instance,
+    happens only during the capture. A call that cannot run as a graph (on the CPU, in training mode, with gradients)
+    runs `model` itself and says so once, in a warning.
 
     Args:
-        model: takes one tensor and returns tensors, alone or in tuples, lists and dicts.
+        model: takes one tensor and returns a tensor, or tuples, lists and dicts of tensors.
         most_graphs: graphs that are kept, each with the memory that a call needs.
 
     Returns:
-        A callable for what calls networks, as `monai.inferers.sliding_window_inference` does. Not a module: train, save
-        and load `model`.
+        A callable, to be used where networks are called, as in `monai.inferers.sliding_window_inference`. It is not a
+        module: train, save and load `model`.
 
     Raises:
         TypeError: `model` is not a module.

@@ -1,8 +1,8 @@
 """Which backends run on this machine, whether each computes what it should, and how fast.
 
-Every operator of every backend that is available is held to the reference backend in float64, forward and backward, on
-the operator's examples, in every dtype; then timed against the reference on the same device, the two interleaved. A
-speed-up is shown only beside checks that passed.
+Every operator of every available backend is compared with the reference backend in float64, forward and backward, on
+the operator's examples, in every dtype; then it is timed against the reference on the same device, the two interleaved.
+A speed-up is shown only where the check passed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .ops import OPERATORS
 from .ops._operator import Example, Operator
 
 ACCEPTED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Largest error of a sound kernel, relative to the largest true element. Wide of what kernels reach: the doctor
-is there to find a broken build or machine; the tests hold the kernels to a tighter rule."""
+"""Largest error of a sound kernel, relative to the largest true element. Kernels stay far below it: the doctor is there
+to find a broken build or machine; the tests are stricter."""
 
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Check:
-    """One operator of one backend, in one dtype, over all examples it takes.
+    """One operator of one backend, in one dtype, over all examples that the backend takes.
 
     Attributes:
         operator: public name.
@@ -42,11 +42,11 @@ class Check:
         error: largest error relative to the largest true element, over outputs and gradients; 0 or infinity for an
             operator that copies.
         accepted: what `error` may be.
-        failure: the first thing that was wrong; "" if nothing.
-        declined: reasons of the backend for examples, or gradients of them, that it does not take.
-        speedup: time of the reference over time of this backend, forward + backward; None where it was not timed or
-            the check failed.
-        exact: whether the operator copies, so that not a bit may differ.
+        failure: the first thing that was wrong, or "".
+        declined: the backend's reasons for not taking an example, or its gradients.
+        speedup: time of the reference over time of this backend, forward and backward; None if it was not timed or the
+            check failed.
+        exact: whether the operator only copies, so that no bit may differ.
         taken: whether the backend took any of the examples.
     """
 
@@ -97,7 +97,7 @@ def run(quick: bool = False) -> Report:
     """Verify and time every backend on this machine.
 
     Args:
-        quick: float32 alone on half the examples.
+        quick: only float32, on half the examples.
 
     Returns:
         The report; `show` prints it.
@@ -110,7 +110,7 @@ def run(quick: bool = False) -> Report:
     finally:
         torch.random.set_rng_state(generators)
         torch.set_num_threads(threads)
-    # A backend that has no business on a device is not news; one that could run there but does not is.
+    # Report a missing backend only on devices for which it has kernels, and on the CPU.
     told = tuple(b for b in backends if b.checks or b.name in order(b.device) or b.device == "cpu")
     return Report(_machine(), told, time.perf_counter() - start)
 
@@ -125,7 +125,7 @@ def _examine(name: str, device: str, quick: bool) -> Backend:
     for operator in OPERATORS.values():
         examples = operator.examples[::2] if quick else operator.examples
         for dtype in [torch.float32] if quick or operator.exact else ACCEPTED:
-            if name == REFERENCE and dtype == torch.float64:  # what the others are held to
+            if name == REFERENCE and dtype == torch.float64:  # with which the others are compared
                 continue
             check = check_operator(operator, name, device, dtype, examples)
             if check.taken:
@@ -147,7 +147,7 @@ def _examine(name: str, device: str, quick: bool) -> Backend:
 
 
 def call_of(operator: Operator, example: Example, dtype: torch.dtype, device: str) -> Call:
-    """The call that `example` makes; nothing is computed."""
+    """The `Call` of `example`; nothing is computed."""
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in example.shapes.items()}
     call = operator.forward.call(*operator.prepare(**tensors, **example.options))
     return replace(call, device=device)
@@ -178,7 +178,7 @@ def evaluate(
 def check_operator(
     operator: Operator, name: str, device: str, dtype: torch.dtype, examples: Sequence[Example]
 ) -> Check:
-    """Hold backend `name` to the reference in float64, on those of `examples` that it takes."""
+    """Compare backend `name` with the reference in float64, on those of `examples` that it takes."""
     worst, failure, declined, taken = 0.0, "", [], False
     accepted = 0.0 if operator.exact else ACCEPTED[dtype]
     for example in examples:
@@ -192,13 +192,13 @@ def check_operator(
         truth = evaluate(operator, example, wide, REFERENCE, gradients=not backward)
         try:
             results = evaluate(operator, example, tensors, name, gradients=not backward)
-        except Exception as error:  # whatever a broken build raises is the finding
+        except Exception as error:  # whatever a broken build raises is what we look for
             worst, failure = math.inf, failure or f"{example.name}: {type(error).__name__}: {error}"
             continue
-        for what, error in _errors(results, truth).items():
-            worst = max(worst, error)
-            if not error <= accepted:
-                failure = failure or f"{example.name}: {what}: error {error:.1e}"
+        for what, off in _errors(results, truth).items():
+            worst = max(worst, off)
+            if not off <= accepted:
+                failure = failure or f"{example.name}: {what}: error {off:.1e}"
     reasons = tuple(dict.fromkeys(declined))
     return Check(operator.name, dtype, worst, accepted, failure, reasons, exact=operator.exact, taken=taken)
 
@@ -240,7 +240,7 @@ def _timed(check: Check, operator: Operator, name: str, device: str) -> Check:
 
 
 def _speedup(reference: Callable[[], object], fused: Callable[[], object], device: str) -> float:
-    """Median seconds of `reference` over median seconds of `fused`, the two taken in turns."""
+    """Median seconds of `reference` over median seconds of `fused`, the two measured in turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(REPEATS + 1):  # the first turn warms up
         for function, taken in zip((reference, fused), seconds, strict=True):
@@ -289,7 +289,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's model, or its architecture where the system does not tell."""
+    """The processor's model, or its architecture if the system does not say."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text().splitlines():
@@ -319,7 +319,7 @@ def _dtype(check: Check) -> str:
 
 def show(report: Report, console=None) -> None:
     """Print `report` on a rich console (standard output if None); readable in 80 columns and in a pipe."""
-    from rich.console import Console
+    from rich.console import Console, JustifyMethod
     from rich.table import Table
     from rich.text import Text
 
@@ -329,15 +329,16 @@ def show(report: Report, console=None) -> None:
         console.print(Text.assemble((f"{name:<{width}}  ", "dim"), value))
 
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for column, justify in (
-        ("backend", "left"),
-        ("operator", "left"),
-        ("dtype", "left"),
-        ("error", "right"),
-        ("limit", "right"),
-        ("check", "left"),
-        ("speed-up", "right"),
-    ):
+    columns: dict[str, JustifyMethod] = {
+        "backend": "left",
+        "operator": "left",
+        "dtype": "left",
+        "error": "right",
+        "limit": "right",
+        "check": "left",
+        "speed-up": "right",
+    }
+    for column, justify in columns.items():
         table.add_column(column, justify=justify, no_wrap=True)
     for backend in report.backends:
         label = _label(backend)

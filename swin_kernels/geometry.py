@@ -1,9 +1,9 @@
-"""Where windows lie in a volume: the one Python truth of window arithmetic.
+"""Where windows lie in a volume: the window arithmetic, in Python.
 
-`csrc/geometry.h` is its C++ twin; `tests/test_geometry.py` holds the two against each other. The
+`csrc/geometry.h` is its C++ twin; `tests/test_geometry.py` compares the two. The
 rules are those of MONAI's Swin UNETR (`monai.networks.nets.swin_unetr`):
 
-- On an axis no longer than the nominal window, the window becomes the axis and its shift 0.
+- On an axis no longer than the nominal window, the window is the whole axis and its shift 0.
 - Each axis is padded *at its end* to a multiple of its window; padding takes part in attention.
 - The cyclic shift rolls the padded volume by ``-shift``: shifted position ``p`` holds padded
   position ``(p + shift) mod padded``.
@@ -87,7 +87,7 @@ def bias_table_length(nominal: Sequence[int]) -> int:
 
 
 def _axis_positions(grid: WindowGrid, axis: int) -> torch.Tensor:
-    """Shifted positions along one axis, by window and place in it: ``(counts[axis], window[axis])``."""
+    """Shifted positions along one axis, by window and position in it: ``(counts[axis], window[axis])``."""
     return torch.arange(grid.padded[axis]).view(grid.counts[axis], grid.window[axis])
 
 

@@ -1,9 +1,9 @@
 """The Swin Transformer as `torch.nn` modules over volumes that stay in their natural layout.
 
 Attribute names, parameter shapes and initial values are those of MONAI's Swin UNETR
-(`monai.networks.nets.swin_unetr`), so state dicts move both ways and `accelerate` can give these
+(`monai.networks.nets.swin_unetr`), so state dicts can be exchanged and `accelerate` can give these
 ``forward`` methods to modules that MONAI built; a ``forward`` here therefore reads only attributes
-that both sides have. What differs is the data path: tokens are ``(B, *S, C)`` from the patch
+that both have. What differs is the data path: tokens are ``(B, *S, C)`` from the patch
 embedding to the last stage, and padding, shift, windows and mask happen inside `window_attention`.
 
 Sources: Liu et al., "Swin Transformer", https://arxiv.org/abs/2103.14030; Hatamizadeh et al.,
@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -75,7 +75,8 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.zeros(bias_table_length(window_size), num_heads))
-        # Not read here: the operator finds the index by arithmetic. Checkpoints carry it.
+        # Not used by the operator, which computes the index; checkpoints contain it.
+        self.relative_position_index: torch.Tensor
         self.register_buffer("relative_position_index", bias_index(window_size, math.prod(window_size)))
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
@@ -98,8 +99,8 @@ class WindowAttention(nn.Module):
         if not self._has_kernel(x, norm):
             qkv = self.qkv(x if norm is None else _norm_before(self.qkv, norm, x))
             return self.proj_drop(self.proj(self._attend(qkv, shift_size, self.qkv.bias)))
-        parameters = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
-        if _is_norm_of(x, norm):
+        parameters: dict[str, Any] = {"out_weight": self.proj.weight, "out_bias": self.proj.bias}
+        if _is_norm_of(norm, x):
             parameters |= {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
         elif norm is not None:
             x = norm(x)
@@ -111,18 +112,16 @@ class WindowAttention(nn.Module):
 
     def _has_kernel(self, x: torch.Tensor, norm: nn.Module | None) -> bool:
         """Whether a kernel computes the projections around the attention of `x` too."""
-        if self._dropout_p() > 0 or type(self.qkv) is not nn.Linear:  # a proxy: `torch.export` has to see it called
+        if self._dropout_p() > 0 or type(self.qkv) is not nn.Linear:  # a proxy, which `torch.export` must see called
             return False
         table, weight = self.relative_position_bias_table, self.qkv.weight
-        norms = [norm.weight, norm.bias] if _is_norm_of(x, norm) else []
+        norms = [norm.weight, norm.bias] if _is_norm_of(norm, x) else []
         given = [x, weight, self.qkv.bias, table, self.proj.weight, self.proj.bias, *norms]
         tensors = [t for t in given if t is not None]
         if is_transformed() or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1:
             return False
-        heads, channels = (
-            int(table.shape[-1]),
-            int(weight.shape[1]),
-        )  # constants also where the extents of x are symbols
+        # Constants also where the extents of x are symbols.
+        heads, channels = int(table.shape[-1]), int(weight.shape[1])
         return channels % heads == 0 and has_kernel(
             "projected_window_attention",
             device=x.device.type,
@@ -134,7 +133,7 @@ class WindowAttention(nn.Module):
         )
 
     def _ends_plainly(self) -> bool:
-        """Whether what comes after the attention treats tokens alike, each by itself."""
+        """Whether the layers after the attention are plain: they treat every token alike and by itself."""
         return is_unchanged(self.proj, nn.Linear) and is_unchanged(self.proj_drop, nn.Dropout, nn.Identity)
 
     def _dropout_p(self) -> float:
@@ -154,13 +153,13 @@ class WindowAttention(nn.Module):
             scale=self.scale,
             dropout_p=p if p < 1 else 0.0,
         )
-        return F.dropout(out, 1.0) if p == 1 else out  # every weight is dropped: the operator accepts only less
+        return F.dropout(out, 1.0) if p == 1 else out  # every weight is dropped; the operator accepts only p < 1
 
     def _around_windows(self, x: torch.Tensor, shift_size: int | Sequence[int]) -> torch.Tensor:
-        """`forward` of normalised tokens, whose layers are called as upstream calls them.
+        """`forward` of normalised tokens, with layers called as upstream calls them.
 
-        An adapter, a hook, a quantised or sharded layer may look at all the tokens that it is given, padding too. So
-        `qkv` gets windows ``(B·nW, n, C)``, once, and so do `proj` and `proj_drop` unless both are plain.
+        An adapter, a hook, a quantised or a sharded layer may look at all tokens that it is given, padding included. So
+        `qkv` gets windows ``(B·nW, n, C)``, in one call, and so do `proj` and `proj_drop` unless both are plain.
         """
         shift = per_axis(shift_size, x.dim() - 2, f"{type(self).__name__}: shift_size")
         where = tuple(self.window_size), shift
@@ -178,13 +177,13 @@ class WindowAttention(nn.Module):
         if index.shape == self.relative_position_index.shape and not holds_bias_index(index, self.window_size):
             errors.append(
                 f"{name} is not the index of a window of {tuple(self.window_size)}, the only one that the fused "
-                "attention computes; swin_kernels.restore the model first, so that MONAI's code uses the index given"
+                "attention computes; call swin_kernels.restore(model) first, so that MONAI's code uses the given index"
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 def extents(x: torch.Tensor) -> tuple[int, ...]:
-    """``S`` of ``(B, *S, C)``, as numbers also under `torch.jit.trace`, which has tensors for them."""
+    """``S`` of ``(B, *S, C)``, as numbers also under `torch.jit.trace`, where they are tensors."""
     return tuple(int(e) if torch.jit.is_tracing() else e for e in x.shape[1:-1])
 
 
@@ -198,33 +197,33 @@ def holds_bias_index(index: torch.Tensor, window_size: Sequence[int]) -> bool:
         return True
     key = tuple(window_size), index.device
     if (expected := _EXPECTED_INDEX.get(key)) is None:
-        with torch.device(index.device):  # weights may be loaded within `torch.device("meta")`
+        with torch.device(index.device):  # weights may be loaded under `torch.device("meta")`
             expected = bias_index(window_size, math.prod(window_size))
-        if type(expected) is torch.Tensor and not is_transformed():  # else it belongs to who traces
+        if type(expected) is torch.Tensor and not is_transformed():  # else it belongs to a tracer
             _EXPECTED_INDEX[key] = expected
     return torch.equal(index.to(expected), expected)
 
 
-def _is_norm_of(x: torch.Tensor, norm: nn.Module | None) -> bool:
+def _is_norm_of(norm: nn.Module | None, x: torch.Tensor) -> TypeGuard[nn.LayerNorm]:
     """Whether `norm` is a plain layer norm over the channels of `x` ``(..., C)``."""
     return is_plain(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]
 
 
 def _norm_before(linear: nn.Module | None, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``norm(x)`` for `linear`, to which it goes next and nowhere else."""
-    if _is_norm_of(x, norm) and is_plain(linear, nn.Linear):
+    """``norm(x)`` for `linear`, which alone uses it."""
+    if _is_norm_of(norm, x) and is_plain(linear, nn.Linear):
         return autocast_layer_norm(x, norm.weight, norm.bias, norm.eps, for_linear=True)
     return norm(x)
 
 
 def _init_bias_table(table: torch.Tensor) -> None:
-    """Normal values of deviation 0.02 by inverse transform: upstream's draw from the generator, number by number."""
+    """Normal values of deviation 0.02 by inverse transform; the same draws from the generator as upstream's."""
     with torch.no_grad():
         table.uniform_(-1, 1).erfinv_().mul_(0.02 * math.sqrt(2)).clamp_(-2, 2)
 
 
 def _checkpoint(function: Callable, *arguments: object) -> torch.Tensor:
-    """`function` of the arguments, computed again in the backward, by the backend that is forced now."""
+    """`function` of the arguments, computed again in the backward, on the backend that is forced now."""
     if torch.compiler.is_compiling():
         return checkpoint(function, *arguments, use_reentrant=False)
     return checkpoint(function, *arguments, use_reentrant=False, context_fn=as_forced_now)
@@ -263,8 +262,8 @@ class Mlp(nn.Module):
 class SwinTransformerBlock(nn.Module):
     """Norm, window attention and residual; norm, MLP and residual."""
 
-    mlp_class: ClassVar[type[nn.Module]] = Mlp
-    """The MLP of which is known that its input goes to ``linear1`` and nowhere else."""
+    mlp_class: ClassVar[type[Any]] = Mlp
+    """The class of MLP that is known to use its input only in ``linear1``."""
 
     def __init__(
         self,
@@ -292,7 +291,7 @@ class SwinTransformerBlock(nn.Module):
             attn_drop: dropout of attention weights.
             drop_path: stochastic depth.
             norm_layer: called with `dim`.
-            use_checkpoint: compute both branches again in the backward instead of keeping them.
+            use_checkpoint: compute both branches again in the backward instead of keeping what they computed.
         """
         super().__init__()
         self.dim = dim
@@ -303,9 +302,9 @@ class SwinTransformerBlock(nn.Module):
         self.use_checkpoint = use_checkpoint
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(dim, num_heads, window_size, qkv_bias, attn_drop, drop)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp: nn.Module = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def forward_part1(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
         """The attention branch, without residual."""
@@ -314,11 +313,11 @@ class SwinTransformerBlock(nn.Module):
     def forward_part2(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP branch, without residual."""
         mlp = self.mlp
-        first = mlp.linear1 if is_plain(mlp, self.mlp_class) else None  # any other may use its input elsewhere too
+        first = mlp.linear1 if is_plain(mlp, self.mlp_class) else None  # any other may use its input elsewhere
         return self.drop_path(mlp(_norm_before(first, self.norm2, x)))
 
     def forward(self, x: torch.Tensor, mask_matrix: torch.Tensor | None = None) -> torch.Tensor:
-        """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and only handed on."""
+        """``(B, *S, C)`` to ``(B, *S, C)``. `mask_matrix` is upstream's argument and only passed on."""
         if self.use_checkpoint:
             x = x + self.drop_path(_checkpoint(self.forward_part1, x, mask_matrix))
             return x + _checkpoint(self.forward_part2, x)
@@ -336,12 +335,12 @@ class SwinTransformerBlock(nn.Module):
 class PatchMergingV2(nn.Module):
     """Half the extents, twice the channels: gather each 2-cell of tokens, norm, linear.
 
-    The gather orders differ between the subclasses and are part of what a checkpoint means:
-    parameters have the same shapes under every order.
+    The subclasses gather in different orders. A checkpoint holds for one of them only, though parameters have the
+    same shapes in all.
     """
 
     offsets: ClassVar = {2: ((0, 0), (1, 0), (0, 1), (1, 1)), 3: tuple(itertools.product(range(2), repeat=3))}
-    """Per spatial rank, the cell positions in the order their channels are laid side by side."""
+    """For each spatial rank, the positions in a cell in the order in which their channels are concatenated."""
 
     def __init__(self, dim: int, norm_layer: type[nn.LayerNorm] = nn.LayerNorm, spatial_dims: int = 3) -> None:
         """
@@ -380,7 +379,7 @@ class PatchMerging(PatchMergingV2):
 class PatchMergingLegacy(PatchMergingV2):
     """MONAI's ``"merging"`` of 0.9 to 1.4, which the published Swin UNETR weights were trained with.
 
-    In 3D two positions are gathered twice, and (1, 1, 0) and (0, 1, 1) never.
+    In 3D two positions are gathered twice, and (1, 1, 0) and (0, 1, 1) are left out.
     """
 
     offsets: ClassVar = PatchMergingV2.offsets | {
@@ -415,7 +414,7 @@ class BasicLayer(nn.Module):
             dim: channels ``C``, a multiple of `num_heads`.
             depth: number of blocks.
             num_heads: attention heads.
-            window_size: nominal window, one extent per spatial axis; odd blocks shift by its half.
+            window_size: nominal window, one extent per spatial axis; odd blocks shift by half of it.
             drop_path: stochastic depth, one for all blocks or one per block.
             mlp_ratio: hidden channels of the MLP over `dim`.
             qkv_bias: whether the projection to queries, keys and values has a bias.
@@ -447,8 +446,8 @@ class BasicLayer(nn.Module):
             )
             for i in range(depth)
         )
-        self.downsample = downsample
-        if callable(downsample):
+        self.downsample: nn.Module | None = None
+        if downsample is not None:
             self.downsample = downsample(dim=dim, norm_layer=norm_layer, spatial_dims=len(window_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -481,7 +480,7 @@ class SwinTransformer(nn.Module):
         """
         Args:
             patch_embed: from the image to ``(B, C, *S)``.
-            stages: four stages, each with the face of `BasicLayer`.
+            stages: four stages that are called as `BasicLayer` is.
             residual_blocks: four convolution blocks, one before each stage (SwinUNETR-V2), or None.
             drop_rate: dropout after the patch embedding.
         """
@@ -507,7 +506,7 @@ class SwinTransformer(nn.Module):
             x: image ``(B, channels, *extents)``.
             normalize: norm each returned map over its channels.
         """
-        if x.shape[0] == 0:  # as upstream, though by name
+        if x.shape[0] == 0:  # upstream raises too, without naming the cause
             raise RuntimeError(
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}; accepted is a batch of at least 1"
             )

@@ -2,12 +2,13 @@
 
 What changes a layer without changing its class is common: hooks (activation maps, spectral norm, offloading), a
 ``forward`` set on the instance (adapters) or patched into the class, parametrisations, quantised or sharded parameters.
-Whoever does not call a layer asks here first.
+Code that computes what a layer would, without calling it, asks here first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn as nn
@@ -16,40 +17,42 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as global_hooks
 from torch.utils._device import DeviceContext
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 TRACED = (FakeTensor, FunctionalTensor)
 """What stands for plain tensors while PyTorch traces."""
 
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, *TRACED)
-"""Other subclasses bring arithmetic of their own."""
+"""Other subclasses may compute differently."""
 
 _REPLACEABLE = ("forward", "forward_part1", "forward_part2", "_call_impl", "_conv_forward", "_apply_instance_norm")
 """Methods by which PyTorch's layers and MONAI's blocks compute; set on an instance they replace the class's."""
 
 _OWN: dict[type[nn.Module], dict[str, Callable | None]] = {}
-"""Class to the methods by which it computes, as the module that defines them has them: see `know`."""
+"""For each class the methods by which it computes, as its own module defines them: see `know`."""
 
 
 def know(kind: type[nn.Module], *methods: str) -> None:
-    """From here on let `patched` tell whether `methods` of `kind`, or how modules are called, were replaced.
+    """Let `patched` tell from now on whether `methods` of `kind`, or those by which modules are called, were replaced.
 
-    Of a method that comes from elsewhere already now, None is remembered.
+    None is remembered for a method that was already replaced.
     """
     _OWN[kind] = {name: _own(kind, name) for name in (*methods, "__call__", "_call_impl")}
 
 
 def _own(kind: type, name: str) -> Callable | None:
-    """The method `name` of `kind` if the module of the class that has it defined it; None if somebody put it there."""
+    """The method `name` of `kind` if the module of the class that has it defined it; None if it was replaced."""
     owner = next(base for base in kind.__mro__ if name in vars(base))
     method = vars(owner)[name]
     return method if getattr(method, "__globals__", {}).get("__name__") == owner.__module__ else None
 
 
 def patched(kind: type[nn.Module]) -> str | None:
-    """Which of the methods that `know` was told of is no more the class's own, or None."""
+    """Which of the methods that `know` was given is no longer the class's own, or None."""
     for name, own in _OWN.get(kind, {}).items():
         if getattr(kind, name) is own or (own is None and _put_back(kind, name)):
             continue
-        if name != "__call__" or not torch.compiler.is_exporting():  # which calls modules in a way of its own
+        if name != "__call__" or not torch.compiler.is_exporting():  # which calls modules in its own way
             return f"{kind.__name__}.{name} was replaced"
     return None
 
@@ -60,6 +63,7 @@ def _put_back(kind: type[nn.Module], name: str) -> bool:
     return _OWN[kind][name] is not None
 
 
+_kind: type[nn.Module]
 for _kind in (nn.Dropout, nn.Identity, nn.LayerNorm, nn.LeakyReLU, nn.Linear, nn.Sequential, nn.Softmax):
     know(_kind, "forward")
 for _kind in (nn.Conv2d, nn.Conv3d):
@@ -68,23 +72,23 @@ for _kind in (nn.InstanceNorm2d, nn.InstanceNorm3d):
     know(_kind, "forward", "_apply_instance_norm")
 
 
-def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """Whether `module` is exactly of one of `kinds`, no subclass, and `is_untouched`.
+def is_plain(module: nn.Module | None, *kinds: type[Layer]) -> TypeGuard[Layer]:
+    """Whether the class of `module` is one of `kinds`, not a subclass, and `is_untouched`.
 
-    While `torch.export` traces no layer is: it sees proxies, and calls the layers.
+    Never while `torch.export` traces: layers are proxies then, which must be called to be seen.
     """
-    return type(module) in kinds and is_untouched(module)
+    return module is not None and type(module) in kinds and is_untouched(module)
 
 
-def is_unchanged(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """`is_plain`, while `torch.export` traces, too: for layers that are called in any case."""
+def is_unchanged(module: nn.Module, *kinds: type[Layer]) -> TypeGuard[Layer]:
+    """As `is_plain`, also while `torch.export` traces: for layers that are called in any case."""
     return class_of(module) in kinds and is_untouched(module)
 
 
 def class_of(module: nn.Module) -> type:
-    """The class of `module`. `torch.export` hands out proxies while it traces, of a class made for each."""
-    if torch.compiler.is_exporting() and hasattr(module, "get_base"):
-        module = module.get_base()
+    """The class of `module`, also while `torch.export` traces and has put a proxy in its place."""
+    if torch.compiler.is_exporting() and (base := getattr(module, "get_base", None)) is not None:
+        module = base()
     return type(module)
 
 
@@ -108,13 +112,13 @@ def change(module: nn.Module) -> str | None:
     """What keeps a call of `module` from doing what its class says and no more, or None.
 
     A method replaced on the instance or the class, hooks, of `module` or those that PyTorch calls for every module, or
-    parameters that are no plain tensors.
+    parameters that are not plain tensors.
     """
     if module._forward_hooks or module._forward_pre_hooks:
         return "has forward hooks"
     if module._backward_hooks or module._backward_pre_hooks:
         return "has backward hooks"
-    if torch._C._len_torch_function_stack() and in_function_mode():  # asked for every layer: without a call if it can
+    if torch._C._len_torch_function_stack() and in_function_mode():  # asked for every layer: the cheap test first
         return "is called in a TorchFunctionMode"
     if global_hooks._has_any_global_hook():
         return "is subject to hooks for every module"

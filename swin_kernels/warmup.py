@@ -1,9 +1,9 @@
 """The kernels of a Swin UNETR compiled and loaded before its first step: ``swin-kernels warmup``.
 
-A first step pays for Triton's compilations and the driver's of PTX, one after the other. Here the encoder's blocks run
-once, forward and backward, at their real extents, and the operators of each level of the decoder, in processes beside
-each other: what they compile lies then in the caches on disk (Triton's, ``TRITON_CACHE_DIR``, and the driver's,
-``CUDA_CACHE_PATH``) that every later process reads. Blocks that need the same kernels are run once.
+The first step otherwise waits for Triton to compile its kernels and for the driver to compile PTX, one after the other.
+Here the encoder's blocks, and the operators of each level of the decoder, run once, forward and backward, at their real
+extents, in parallel processes. What they compile is then in the caches on disk (Triton's, ``TRITON_CACHE_DIR``, and the
+driver's, ``CUDA_CACHE_PATH``) that every later process reads. Of blocks that need the same kernels only one is run.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Block:
 
     Attributes:
         batch: volumes.
-        spatial: tokens of each axis.
+        spatial: tokens along each axis.
         channels, heads: of the stage.
         window, shift: nominal, one extent per axis.
-        dtype: one of `DTYPES`; 16 bits are autocast's, as in training.
-        training: forward and backward, or the forward alone without gradients.
+        dtype: one of `DTYPES`; those of 16 bits by autocast, as in training.
+        training: forward and backward; otherwise only the forward, without gradients.
     """
 
     batch: int
@@ -65,7 +65,7 @@ class Block:
 
     @property
     def kernels(self) -> tuple:
-        """Equal for blocks that run the same compiled kernels: all else are arguments of theirs."""
+        """Equal for blocks that run the same compiled kernels: all else is passed to these as arguments."""
         grid = self.grid
         return self.channels // self.heads, grid.tokens, grid.is_shifted, grid.is_padded, self.dtype, self.training
 
@@ -77,14 +77,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Level:
-    """What the decoder's blocks run at one resolution, and the norm of the features that come in there.
+    """What the decoder's blocks run at one resolution, and the norm of the features that they get from the encoder.
 
     Attributes:
         batch: volumes.
-        spatial: voxels of each axis.
+        spatial: voxels along each axis.
         channels: of the blocks.
-        image_channels: of the image, where this is its resolution; else 0.
-        dtype, training: as of `Block`.
+        image_channels: of the image if this is its resolution, else 0.
+        dtype, training: as in `Block`.
     """
 
     batch: int
@@ -102,7 +102,7 @@ Piece = Block | Level
 
 
 def written(piece: Piece) -> dict:
-    """`piece` as JSON may hold it."""
+    """`piece` as values that JSON can hold."""
     return {"kind": type(piece).__name__, **asdict(piece)}
 
 
@@ -121,7 +121,7 @@ def pieces_of(
     dtype: str = "bfloat16",
     training: bool = True,
 ) -> list[Piece]:
-    """What runs all kernels of a Swin UNETR: `blocks_of` and `levels_of`."""
+    """The pieces that run all kernels of a Swin UNETR: `blocks_of` and `levels_of`."""
     blocks = blocks_of(image, feature_size, window_size, batch, dtype, training)
     return [*blocks, *levels_of(image, feature_size, batch, dtype, training)]
 
@@ -133,7 +133,7 @@ def levels_of(
     found = []
     for level, channels in enumerate((1, 1, 2, 4, 8, 16)):
         spatial = tuple(extent // 2**level for extent in image)
-        if math.prod(spatial) > 1:  # no norm of a single voxel
+        if math.prod(spatial) > 1:  # a single voxel has no norm
             found.append(Level(batch, spatial, channels * feature_size, int(level == 0), dtype, training))
     return found
 
@@ -149,9 +149,9 @@ def blocks_of(
     """Blocks that together run all kernels of a Swin UNETR, the largest first.
 
     Args:
-        image: voxels ``(D, H, W)`` or ``(H, W)`` of what the model gets.
+        image: voxels ``(D, H, W)`` or ``(H, W)`` of the model's input.
         feature_size: channels of the first stage.
-        window_size: of every axis.
+        window_size: along every axis.
         batch, dtype, training: as in `Block`.
 
     Raises:
@@ -238,7 +238,7 @@ def _run_block(block: Block, device: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a piece: the backend that `run` returned and the seconds it took, or why it failed."""
+    """The result of a piece: the backend that `run` returned and the seconds it took, or why it failed."""
 
     piece: Piece
     backend: str = ""
@@ -247,15 +247,15 @@ class Outcome:
 
 
 def warm_up(pieces: Sequence[Piece], device: str, jobs: int | None = None, limit: float = 600.0) -> Iterator[Outcome]:
-    """Run each piece in a process of its own, which no other suffers from.
+    """Run each piece in its own process, so that a crash ends no other.
 
     Args:
         device: "cuda", the current device, or "cpu".
-        jobs: processes at a time; one a core, at most `MOST_JOBS`, if None.
-        limit: seconds one may take.
+        jobs: processes at a time; None for one per core, at most `MOST_JOBS`.
+        limit: seconds that a piece may take.
 
     Yields:
-        what became of each, as they end.
+        the outcome of each piece as it ends.
     """
     waiting = deque(pieces)
     running: list[_Process] = []
@@ -275,7 +275,7 @@ def warm_up(pieces: Sequence[Piece], device: str, jobs: int | None = None, limit
 
 
 class _Process:
-    """A piece in a fresh interpreter that leads a group: compilers that it started end with it."""
+    """A piece in a fresh interpreter that leads a process group, so that compilers that it starts end with it."""
 
     def __init__(self, piece: Piece, device: str, limit: float) -> None:
         self.piece, self.limit, self.began = piece, limit, time.monotonic()
@@ -291,20 +291,20 @@ class _Process:
     def outcome(self) -> Outcome | None:
         """None while it runs."""
         seconds = time.monotonic() - self.began
-        # Not yet waited for, it keeps its number, so that `kill` reaches nobody else.
+        # It keeps its process id until it is waited for, so that `kill` hits no other process.
         ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if not ended and seconds <= self.limit:
             return None
         status = self.kill()
         if not ended:
-            return Outcome(self.piece, failure=f"not done after {self.limit:g} s")
+            return Outcome(self.piece, failure=f"not finished after {self.limit:g} s")
         if status == 0:
             return Outcome(self.piece, _last_line(self.output), seconds)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         return Outcome(self.piece, failure=": ".join(filter(None, (how, _last_line(self.errors)))))
 
     def kill(self) -> int:
-        """End it and all that it started; its exit status."""
+        """End it and all that it started; returns its exit status."""
         os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
 
@@ -316,7 +316,7 @@ def _last_line(file: BinaryIO) -> str:
 
 
 def show(outcomes: Iterator[Outcome], count: int) -> bool:
-    """Print a line for each of `count` outcomes as it comes; whether all got through."""
+    """Print a line for each of `count` outcomes as it comes; returns whether none failed."""
     began, failed = time.monotonic(), 0
     for outcome in outcomes:
         failed += bool(outcome.failure)

@@ -93,7 +93,7 @@ def test_a_kernel_with_other_parameters_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("backend", "message"),
-    [(object(), "accepted is an object with the members of Backend"), (None, "a backend 'cpu' is there already")],
+    [(object(), "accepted is an object with the members of Backend"), (None, "a backend 'cpu' is already registered")],
     ids=["no backend", "twice"],
 )
 def test_register_refuses(backend, message):

@@ -131,7 +131,7 @@ def test_a_block_that_fails_costs_itself(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     ends = {line.partition("  ")[0]: line.rpartition("FAILED: ")[2] for line in lines[:-1]}
     assert ends[str(blocks[0])] == "SIGSEGV: said last"
-    assert ends[str(blocks[1])] == "not done after 5 s"
+    assert ends[str(blocks[1])] == "not finished after 5 s"
     assert ends[str(blocks[2])] == "exit status 1: ZeroDivisionError: division by zero"
     assert ends[str(blocks[3])].endswith("s  on cpu")
     assert lines[-1].startswith("3 of 4 FAILED")

@@ -1,9 +1,9 @@
 """The engines, one folder each, and which of them runs a call.
 
-A backend is a column of the grid: a folder of this package that registers an object with the face of `Backend`; nothing
+A backend is a column of the grid: a folder of this package that registers an object that implements `Backend`; nothing
 else lists it. Its kernels are the modules of the folder that are named after operators. `select` asks the backends of a
-device in the order that they gave themselves and takes the first that supports the call. The same answers make the
-error when a backend is forced, the debug log, `swin_kernels.explain` and the doctor.
+device in the order of their `ranks` and takes the first that supports the call. The same answers appear in the error
+for a forced backend, in the debug log, in `swin_kernels.explain` and in the doctor.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import inspect
 import logging
 import os
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -30,13 +29,13 @@ REFERENCE = "reference"
 """The backend that defines what the others compute; it runs every call."""
 
 ENTRY_POINTS = ("forward", "backward", "forward_inplace")
-"""Functions of a kernel. It has those that its twin in the reference has, with the same parameters; None stands for one
-that is never called, because the backend declines what would call it."""
+"""Functions of a kernel. It has those of its twin in the reference, with the same parameters. None stands for one that
+is never called because the backend declines every call that needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a backend may need to know to accept or decline a call; each operator adds what matters there.
+    """What a backend may need to know to accept or decline a call; each operator adds fields of its own.
 
     Attributes:
         operator: name of the public function.
@@ -65,7 +64,7 @@ class Backend(Protocol):
 
     name: str
     summary: tuple[str, str]
-    ranks: Mapping[str, int]
+    ranks: ClassVar[dict[str, int]]
 
     def unavailable(self) -> str | None:
         """Why it cannot run on this machine at all, or None."""
@@ -74,7 +73,7 @@ class Backend(Protocol):
         """The module of this name with the `ENTRY_POINTS`, or None."""
 
     def declines(self, call: Call) -> str | None:
-        """Why it cannot run `call`, or None; asked where it is available and has the kernel."""
+        """Why it cannot run `call`, or None; asked only where it is available and has the kernel."""
 
 
 class Package:
@@ -82,7 +81,7 @@ class Package:
 
     name: str
     summary: tuple[str, str]
-    ranks: Mapping[str, int]
+    ranks: ClassVar[dict[str, int]]
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -92,12 +91,12 @@ class Package:
         return None
 
     @functools.cache  # noqa: B019 - backends live as long as the process
-    def kernel(self, name: str) -> ModuleType | None:
+    def kernel(self, name: str) -> Any:
         path = f"{self.package}.{name}"
         return importlib.import_module(path) if importlib.util.find_spec(path) else None
 
     def declines(self, call: Call) -> str | None:
-        """What the backend, or else its kernel's own `declines`, says."""
+        """The reason of the backend, or else that of its kernel's own `declines`."""
         return self.declines_any(call) or self.kernel(call.kernel).declines(call)
 
     def declines_any(self, call: Call) -> str | None:
@@ -114,20 +113,20 @@ def register(backend: Backend) -> None:
     """Add a column to the grid.
 
     Raises:
-        TypeError: `backend` has not the face of `Backend`.
-        ValueError: its name is taken.
+        TypeError: `backend` does not implement `Backend`.
+        ValueError: its name is already taken.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"register: backend is {backend!r}; accepted is an object with the members of Backend")
     if not all(isinstance(rank, int) for rank in backend.ranks.values()):
-        raise TypeError(f"register: {backend.name}.ranks is {backend.ranks!r}; accepted is an int by device type")
+        raise TypeError(f"register: {backend.name}.ranks is {backend.ranks!r}; accepted is an int for each device type")
     if backend.name in BACKENDS:
-        raise ValueError(f"register: a backend {backend.name!r} is there already")
+        raise ValueError(f"register: a backend {backend.name!r} is already registered")
     BACKENDS[backend.name] = backend
 
 
 def kernel_of(backend: Backend, name: str) -> Any:
-    """The kernel `name` of `backend`, held to the reference's; None if it has none.
+    """The kernel `name` of `backend`, checked against the reference's; None if it has none.
 
     Raises:
         TypeError: an entry point is missing, or has other parameters than the reference's.
@@ -140,7 +139,7 @@ def kernel_of(backend: Backend, name: str) -> Any:
 
 
 _CHECKED: dict[int, Any] = {}
-"""Kernels by identity, kept so that another never gets the same."""
+"""Kernels that were checked, by id; kept alive so that no other object gets the same id."""
 
 
 def _check_kernel(backend: str, name: str, kernel: Any) -> None:
@@ -157,7 +156,7 @@ def _check_kernel(backend: str, name: str, kernel: Any) -> None:
 
 
 def order(device: str) -> tuple[str, ...]:
-    """The backends of a device type, as they are asked; any device can have the reference."""
+    """The backends of a device type in the order in which they are asked; the reference is the last on every device."""
     ranked = [name for name, backend in BACKENDS.items() if device in backend.ranks and name != REFERENCE]
     return (*sorted(ranked, key=lambda name: BACKENDS[name].ranks[device]), REFERENCE)
 
@@ -183,8 +182,8 @@ def decline_reason(name: str, call: Call) -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Force every operator that is called within the context, in this thread or task, onto backend `name`.
 
-    A gradient is computed by the backend that its forward was forced onto, wherever it is asked for. A function of
-    `torch.compile` obeys for the operators in its graph; which operators these are was decided when it was compiled.
+    A gradient is computed by the backend that its forward was forced onto, wherever it is asked for. A function
+    compiled by `torch.compile` obeys for the operators in its graph, which were chosen when it was compiled.
 
     Raises:
         ValueError: `name` is not a backend of this package.
@@ -197,9 +196,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def as_forced_now() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of `torch.utils.checkpoint`: the forward as it is, its repetition forced as the forward is now.
+    """`context_fn` of `torch.utils.checkpoint`: the forward as it is, its repetition on the backend that is forced now.
 
-    Autograd repeats it after `use_backend` may have ended, and on GPUs in a thread of its own.
+    When autograd repeats it, `use_backend` may have ended, and on GPUs another thread does it.
     """
     name = _forced.get()
     return nullcontext(), use_backend(name) if name else nullcontext()
@@ -209,7 +208,7 @@ def forced_name(operator: str, backend: str | None) -> str:
     """The backend forced by an operator's `backend` argument or by `use_backend`; "" if the choice is free."""
     if backend is not None:
         return check_name(backend, f"{operator}: backend")
-    # Dynamo cannot read it; the operator does when the graph runs.
+    # Dynamo cannot read the context variable; the operator reads it when the graph runs.
     return "" if torch.compiler.is_dynamo_compiling() else _forced.get()
 
 
@@ -244,7 +243,7 @@ def select(call: Call, forced: str = "") -> Backend:
             raise RuntimeError(f"{call.operator}: backend {forced!r} cannot run this call: {reason}")
         log.debug("%s runs on %s, which is forced", call, forced)
         return BACKENDS[forced]
-    declined = []
+    declined: list[str] = []
     for name in order(call.device):
         reason = decline_reason(name, call)
         if reason is None:

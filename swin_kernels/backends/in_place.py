@@ -1,4 +1,4 @@
-"""What autograd must know of an operator that writes to its argument."""
+"""What autograd must know about an operator that writes to its argument."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One file an operator: contract, validation, call type, schema, shapes, gradients, autocast, examples.
+"""One file for each operator: contract, validation, call type, schema, shapes, gradients, autocast, examples.
 
-The files register their operators in `OPERATORS`; those with an underscore hold what operators share.
+The files register their operators in `OPERATORS`; those that begin with an underscore hold what operators share.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def explain(operator="window_attention", /, *arguments, **options) -> dict[str, 
     """Why each backend would decline a call: name to reason, None if it runs it.
 
     Args:
-        operator: a public function of an operator, or its name. A tensor in its place is the first argument of a call
-            of `window_attention`.
+        operator: a public function of an operator, or its name. A tensor in its place is taken as the first
+            argument of `window_attention`.
         arguments, options: of the function, without `backend`.
 
     Raises:
-        ValueError: there is no such operator; or as the function raises.
-        TypeError: as the function raises.
+        ValueError: there is no such operator.
+        TypeError, ValueError: as the function itself raises.
     """
     if not callable(operator) and not isinstance(operator, str):
         operator, arguments = "window_attention", (operator, *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -29,7 +30,7 @@ def per_axis(value: int | Sequence[int], axes: int, where: str) -> tuple[int, ..
     return tuple(value)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
@@ -54,12 +55,12 @@ def check_number(operator: str, name: str, value: object) -> float:
 
 
 def autocast_is_on(device: torch.device) -> bool:
-    """Whether autocast is on for `device`; some, as "meta", have none."""
+    """Whether autocast is on for `device`; some devices, such as "meta", have no autocast."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def check_tensor(operator: str, name: str, value: object, dtypes: Sequence[torch.dtype] = ()) -> None:
-    """Raise `TypeError` unless `value` is a dense tensor of one of `dtypes` (any if empty)."""
+def check_tensor(operator: str, name: str, value: object, dtypes: Sequence[torch.dtype] = ()) -> torch.Tensor:
+    """`value`; raises `TypeError` unless it is a dense tensor of one of `dtypes` (any if empty)."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{operator}: {name} is a {type(value).__name__}; accepted is a torch.Tensor")
     if value.layout != torch.strided:
@@ -67,12 +68,13 @@ def check_tensor(operator: str, name: str, value: object, dtypes: Sequence[torch
     if dtypes and value.dtype not in dtypes:
         accepted = ", ".join(str(d) for d in dtypes)
         raise TypeError(f"{operator}: {name} has dtype {value.dtype}; accepted are {accepted}")
+    return value
 
 
 def check_saved(
     operator: str, name: str, value: object, shape: Sequence[int], dtypes: Sequence[torch.dtype], like: torch.Tensor
 ) -> None:
-    """Check what a backward is given beside the arguments of the forward: gradients, and what the forward returned.
+    """Check what a backward gets besides the arguments of the forward: a gradient, or what the forward returned.
 
     Args:
         like: a tensor on the accepted device.
@@ -81,10 +83,10 @@ def check_saved(
         TypeError: not a dense tensor of one of `dtypes`.
         ValueError: another shape or device.
     """
-    check_tensor(operator, name, value, dtypes)
-    if value.shape != tuple(shape) or value.device != like.device:
+    tensor = check_tensor(operator, name, value, dtypes)
+    if tensor.shape != tuple(shape) or tensor.device != like.device:
         raise ValueError(
-            f"{operator}: {name} has shape {tuple(value.shape)} on {value.device}; accepted is {tuple(shape)} on "
+            f"{operator}: {name} has shape {tuple(tensor.shape)} on {tensor.device}; accepted is {tuple(shape)} on "
             f"{like.device}"
         )
 

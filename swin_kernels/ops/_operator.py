@@ -1,10 +1,10 @@
-"""A row of the grid: an operator, declared once in its file, from which everything around its kernels follows.
+"""An operator is a row of the grid: declared once, in its own file, which says all that is needed around its kernels.
 
-`Operator` registers the functions of `torch.library` that it is made of. To each it gives: checks, the choice of a
-backend with its reasons and the line in the log, contiguous arguments, the answer for an empty batch, shapes for
-tracing (the fake function), autograd, autocast and a count of FLOPs. What an operator does not do raises an error that
-says so: a second derivative, forward-mode AD below the public function, ONNX. Under the transforms of `torch.func` the
-public function runs the operator's definition, the reference's kernel.
+`Operator` registers its functions with `torch.library` and gives each of them argument checks, the choice of a backend
+with reasons and a line in the log, contiguous arguments, the results for an empty batch, shapes for tracing (the fake
+function), autograd, autocast and a count of FLOPs. What an operator cannot do raises an error that says so: a second
+derivative, forward-mode AD below the public function, ONNX. Under the transforms of `torch.func` the public function
+runs the operator's definition, which is the reference's kernel.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ OPERATORS: dict[str, Operator] = {}
 """Every operator, by the name of its public function."""
 
 WANTED = object()
-"""Among the arguments that `Operator.saved` returns: whether each differentiable argument needs its gradient."""
+"""Placeholder among the arguments that `Operator.saved` returns, for a list that says of each differentiable argument
+whether its gradient is needed."""
 
 
 def _no_flops(*shapes, out_shape=None) -> int:
-    return 0  # PyTorch's counter counts products of matrices alone
+    return 0  # PyTorch's counter counts only products of matrices
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Pass:
 
     Attributes:
         schema: its arguments and results, without the last argument, the backend's name.
-        check: raises TypeError or ValueError for arguments that do not fit; a raw call may bring any.
+        check: raises TypeError or ValueError for arguments that do not fit; a raw call may pass anything.
         call: the `Call` of the arguments.
-        run: called with a backend's kernel and the arguments; gives the results.
+        run: called with a backend's kernel and the arguments; returns the results.
         fake: results of the right shapes, dtypes and strides, with any values.
-        contiguous: whether `run` wants each tensor contiguous; else it brings them into shape itself.
+        contiguous: whether `run` needs each tensor contiguous; if not, it lays them out itself.
         flops: as `torch.utils.flop_counter.register_flop_formula` takes it.
     """
 
@@ -71,7 +72,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Example:
-    """A call of an operator, by which the tests, the doctor and `make verify-gpu` know it.
+    """A call of an operator that the tests, the doctor and `make verify-gpu` run.
 
     Attributes:
         name: what is special about it.
@@ -97,25 +98,25 @@ class Example:
 
 @dataclass
 class Operator:
-    """A row of the grid; `register` it.
+    """A row of the grid; creating it registers it.
 
     Attributes:
         public: the public function; its name is the operator's.
         summary: what it computes, a line for the README.
         call_type: its `Call`.
-        prepare: the public function's arguments but `backend`, checked, as those of `forward`.
-        forward: the forward.
-        examples: calls that every backend is held to the reference on; the first is the quick one.
+        prepare: checks the arguments of the public function, all but `backend`, and returns those of `forward`.
+        forward: computes the results.
+        examples: calls on which every backend is compared with the reference; the first is the quick one.
         timed: by device type, the call that the doctor times.
         backward: the gradients, in the order of `differentiable`; or the name of a function of the namespace that
             computes them.
-        saved: from the arguments and the results of the forward, those of the backward but the gradient that comes in,
-            which is of the first result; `WANTED` may be among them.
+        saved: called with the arguments and the results of the forward; returns the arguments of the backward after the
+            first, which is the gradient of the first result. `WANTED` may be among them.
         differentiable: positions of the forward's arguments that have gradients.
-        in_place: the forward that writes to its first argument.
-        autocast: the forward's arguments under autocast to a dtype, given it and them; None leaves them alone.
-        definition: the forward's arguments to its results in PyTorch's own operators; None for the reference's kernel.
-        exact: whether the operator only copies, so that backends agree to the bit.
+        in_place: the forward that writes its result to its first argument.
+        autocast: called with autocast's dtype and the forward's arguments; returns those to use. None changes nothing.
+        definition: computes the forward's results in PyTorch's own operators; None for the reference's kernel.
+        exact: whether the operator only copies, so that backends agree bit for bit.
     """
 
     public: Callable[..., Any]
@@ -140,12 +141,12 @@ class Operator:
     def __post_init__(self) -> None:
         name = self.name
         if name in OPERATORS:
-            raise ValueError(f"an operator {name!r} is there already")
+            raise ValueError(f"an operator {name!r} is already registered")
         _define(name, self.forward)
         if self.in_place:
             _define(f"{name}_", self.in_place)
             guard_write(library, f"{name}_")
-            # Views that are negated lazily: PyTorch resolves them for operators that return something.
+            # Lazily negated views: PyTorch resolves them only for operators that return something.
             library.impl(f"{name}_", torch.library.fallthrough_kernel, "Negative")
         if isinstance(self.backward, Pass):
             _define(f"{name}_backward", self.backward)
@@ -157,11 +158,11 @@ class Operator:
         self._function = getattr(getattr(torch.ops, NAMESPACE), name).default
         if self.autocast:
             for device in ("CPU", "CUDA"):
-                self._implement_autocast(device)
+                self._implement_autocast(device, self.autocast)
         OPERATORS[name] = self
 
     def __call__(self, arguments: tuple, backend: str | None) -> Any:
-        """The results of the forward, by the backend of the choice, or by the definition under a transform."""
+        """The results of the forward, from the chosen backend or, under a transform, from the definition."""
         if runs_definition(self.name, backend):
             return self.define(*arguments)
         return self._function(*arguments, forced_name(self.name, backend))
@@ -182,8 +183,9 @@ class Operator:
     def _save(self, ctx, inputs, output) -> None:
         results = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*results[1:])
-        ctx.set_materialize_grads(False)  # no zeros the size of a volume for what has no gradient
+        ctx.set_materialize_grads(False)  # so that no zeros the size of a volume stand for a missing gradient
         *arguments, ctx.backend = inputs
+        assert self.saved is not None  # what has a backward saves for it
         saved = self.saved(arguments, output)
         ctx.places = [isinstance(value, torch.Tensor) for value in saved]
         ctx.settings = [value for value, tensor in zip(saved, ctx.places, strict=True) if not tensor]
@@ -207,14 +209,14 @@ class Operator:
     def _second_backward(self, ctx, *gradients):
         raise RuntimeError(f"{self.name}: differentiable once; a second derivative was asked for (create_graph=True)")
 
-    def _implement_autocast(self, device: str) -> None:
+    def _implement_autocast(self, device: str, autocast: Callable[..., tuple]) -> None:
         key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
-        def run(*arguments):
-            *arguments, backend = arguments
-            arguments = self.autocast(torch.get_autocast_dtype(device.lower()), *arguments)
+        def run(*given):
+            *arguments, backend = given
+            cast = autocast(torch.get_autocast_dtype(device.lower()), *arguments)
             with torch._C._ExcludeDispatchKeyGuard(key):
-                return self._function(*arguments, backend)
+                return self._function(*cast, backend)
 
         library.impl(self.name, run, f"Autocast{device}")
 
@@ -235,11 +237,11 @@ def operator_of(function: Callable[..., Any] | str) -> Operator:
 def has_kernel(operator: str, **fields: Any) -> bool:
     """Whether a backend other than the reference would run such a call of `operator`.
 
-    A backend that is forced, for the attention for example, and has no kernel for this operator leaves it to PyTorch.
+    A backend that is forced but has no kernel for this operator leaves it to PyTorch.
 
     Args:
         operator: name of the public function.
-        fields: of its `Call`.
+        fields: the fields of its `Call`.
     """
     call = OPERATORS[operator].call_type(**fields)
     if forced := forced_or_environment(""):
@@ -248,15 +250,15 @@ def has_kernel(operator: str, **fields: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode AD is at work."""
+    """Whether a transform of `torch.func` or forward-mode AD is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def runs_definition(operator: str, backend: str | None) -> bool:
     """Whether `operator` runs as its definition, in PyTorch's own operators, which every transform knows.
 
-    So it does under `is_transformed`: of an operator of `torch.library` forward-mode AD would drop the tangent without
-    a word, and the transforms of `torch.func` refuse it.
+    It does where `is_transformed`: forward-mode AD would silently drop the tangent of an operator of `torch.library`,
+    and the transforms of `torch.func` refuse such operators.
 
     Raises:
         RuntimeError: a backend other than the reference is forced under a transform; ONNX has no such operator.
@@ -277,7 +279,7 @@ def runs_definition(operator: str, backend: str | None) -> bool:
             f"{operator}: backend {forced!r} cannot run under a transform of torch.func or forward-mode AD; accepted "
             f"is {REFERENCE!r}"
         )
-    if not compiling:  # which would break its graph at a line for the log
+    if not compiling:  # a line in the log would break the graph
         log.debug("%s runs on its definition in PyTorch, under a transform of torch.func or forward-mode AD", operator)
     return True
 
@@ -290,25 +292,25 @@ def _define(name: str, step: Pass) -> None:
         tags=(torch.Tag.pt2_compliant_tag,),
     )
 
-    def run(*arguments):
-        if _carry_tangent(arguments):
+    def run(*given):
+        if _carry_tangent(given):
             # A graph that was recorded before may run its backward meanwhile, in this thread or another.
             raise RuntimeError(
                 f"torch.ops.{NAMESPACE}.{name}: has no forward-mode derivative; the function of swin_kernels that "
                 "wraps it has"
             )
-        *arguments, backend = arguments
+        *arguments, backend = given
         step.check(*arguments)
         call = step.call(*arguments)
         engine = select(call, backend)
-        if arguments[0].numel() == 0:  # an empty batch: no kernel has to think of it
+        if arguments[0].numel() == 0:  # an empty batch: no kernel has to handle it
             return _zeros(step.fake(*arguments))
         if step.contiguous:
             arguments = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
         return step.run(engine.kernel(call.kernel), *arguments)
 
-    def fake(*arguments):
-        *arguments, _ = arguments
+    def fake(*given):
+        *arguments, _ = given
         step.check(*arguments)
         return step.fake(*arguments)
 
@@ -331,7 +333,7 @@ def _zeros(results: Any) -> Any:
 
 
 def _carry_tangent(arguments: Sequence[object]) -> bool:
-    """Whether a derivative in forward mode is wanted of an operator's result; `torch.func.jvp` hides the tangents."""
+    """Whether forward-mode AD wants a derivative of an operator's result; `torch.func.jvp` hides the tangents."""
     if forward_ad._current_level < 0:
         return False
     if eager_transforms.JVP_NESTING > 0:
@@ -340,9 +342,9 @@ def _carry_tangent(arguments: Sequence[object]) -> bool:
 
 
 def owned(view: torch.Tensor) -> torch.Tensor:
-    """`view`, of memory that nobody else uses, as a tensor of its own, for an operator to return.
+    """`view`, whose memory nothing else uses, as a tensor that is no view, for an operator to return.
 
-    What returns to a user as a view autograd does not let him modify in place, as activations do.
+    Autograd does not let users modify a view from an operator in place, as activations do.
     """
     storage = view.untyped_storage()
     return view.new_empty(0).set_(storage, view.storage_offset(), view.shape, view.stride())

@@ -1,4 +1,4 @@
-"""`convolution`: 3×3×3 and 1×1×1 convolutions of channels-last volumes, over a concatenation that is not written.
+"""`convolution`: 3×3×3 and 1×1×1 convolutions of channels-last volumes, over a concatenation that is never written.
 
 Contract: ``conv(cat([x, skip], 1), weight)`` with stride 1, zeros as padding that keeps the extents, no bias.
 """
@@ -37,17 +37,17 @@ def convolution(
 ) -> torch.Tensor:
     """Convolve `x`, or `x` and `skip` as if their channels were one tensor's.
 
-    The CPU kernel, for float32 in 3D, computes 3×3×3 by Winograd's F(4, 3) along the last axis: half the products, and
-    an infinite input makes NaN of up to three outputs more than it would. It takes bfloat16 and float16 too, by way of
-    float32, where the processor has no arithmetic for them. On GPUs there are kernels for bfloat16
-    and float16 in 3D, of few input or few output channels, as the first and the last layers of Swin UNETR have them;
-    gradients of weights are PyTorch's there.
+    The CPU kernel, for float32 in 3D, computes 3×3×3 by Winograd's F(4, 3) along the last axis: this halves the
+    products, but an infinite input turns up to three more outputs into NaN. It also takes bfloat16 and float16, by way
+    of float32, on processors without arithmetic for them. On GPUs there are kernels for bfloat16 and float16 in 3D with
+    few input or few output channels, as in the first and the last layers of Swin UNETR; gradients of weights are
+    PyTorch's there.
 
     Args:
         x: ``(B, C1, *S)`` with 2 or 3 spatial axes; float32, float64, bfloat16 or float16. Channels-last memory is
             not copied.
         weight: ``(C_out, C1 + C2, k, k[, k])`` with `k` 1 or 3, dtype and device of `x`; under autocast any dtype.
-        skip: ``(B, C2, *S)``; None for none, C2 is then 0.
+        skip: ``(B, C2, *S)``, or None; C2 is then 0.
         backend: force a backend; None chooses.
 
     Returns:
@@ -55,7 +55,7 @@ def convolution(
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
-        ValueError: shapes or devices that do not belong together, unknown backend.
+        ValueError: shapes or devices that do not match, unknown backend.
     """
     return _OPERATOR(_prepare(x, weight, skip), backend)
 
@@ -172,7 +172,7 @@ def _backward_flops(grad_shape, x_shape, skip_shape, weight_shape, wanted) -> in
 
 
 def _product_flops(x_shape: Sequence[int], weight_shape: Sequence[int], channels: int) -> int:
-    """Of the products between `channels` inputs and all outputs, as of a direct convolution."""
+    """FLOPs of the products between `channels` inputs and all outputs in a direct convolution."""
     return 2 * x_shape[0] * math.prod(x_shape[2:]) * weight_shape[0] * channels * math.prod(weight_shape[2:])
 
 

@@ -18,8 +18,8 @@ from ._checks import FLOATING, check_number, check_saved, check_tensor
 from ._operator import Example, Operator, Pass, is_transformed, owned
 
 LEAST_INVERTIBLE_SLOPE = 1e-3
-"""From here on ``norm(x)`` is read off the output in the backward, and `x` need not be kept. With a flatter slope too
-many digits of a 16-bit output would be gone."""
+"""Least slope for which the backward recovers ``norm(x)`` from the output, so that `x` need not be kept. With a flatter
+one, too many digits of a 16-bit output would be lost."""
 
 _NAME = "instance_norm_act"
 
@@ -41,19 +41,19 @@ def instance_norm_act(
     inplace: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``leaky_relu(instance_norm(x) + residual)``, without the tensors between.
+    """``leaky_relu(instance_norm(x) + residual)``, without the tensors in between.
 
     The kernels work on channels-last memory (`torch.channels_last`, `torch.channels_last_3d`); other layouts are
-    copied to it and back. Without a residual, the output is all that is kept for the backward beside one number
-    per channel; with one, `x` and the output, and `residual` if it is normalized.
+    copied to it and back. Without a residual, only the output and the statistics of each channel are kept for
+    the backward; with one, also `x`, and `residual` if it is normalized.
 
     Args:
-        x: ``(B, C, *S)`` with one to three spatial axes of more than one element together; float32, float64, bfloat16
-            or float16. Statistics and arithmetic are in float32, for float64 in float64.
-        residual: added before the activation: shape, dtype and device of `x`; None for nothing.
-        normalize_residual: add ``instance_norm(residual)`` in its place.
+        x: ``(B, C, *S)`` with one to three spatial axes and more than one voxel; float32, float64, bfloat16 or
+            float16. Statistics and arithmetic are in float32, for float64 in float64.
+        residual: added before the activation, or None; of the shape, dtype and device of `x`.
+        normalize_residual: add ``instance_norm(residual)`` instead.
         eps: added to the variance, ≥ 0.
-        negative_slope: slope of LeakyReLU below 0, ≥ 0; 1 is no activation, 0 is ReLU.
+        negative_slope: slope of LeakyReLU below 0, ≥ 0; 1 for no activation, 0 for ReLU.
         inplace: write the result to `x` and return it; only where no gradient is recorded.
         backend: force a backend; None chooses.
 
@@ -62,7 +62,7 @@ def instance_norm_act(
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
-        ValueError: shapes or devices that do not belong together, one element per channel, a number out of
+        ValueError: shapes or devices that do not match, one element per channel, a number out of
             range, unknown backend, `inplace` where a gradient is recorded.
     """
     arguments = _prepare(x, residual, normalize_residual=normalize_residual, eps=eps, negative_slope=negative_slope)
@@ -176,7 +176,7 @@ def _check_backward(grad_out, out, x, residual, statistics, has_residual, normal
         check_saved(operator, "x", x, out.shape, (out.dtype,), out)
     elif has_residual or negative_slope < LEAST_INVERTIBLE_SLOPE:
         raise ValueError(
-            f"{operator}: x is None; it can be only without a residual, and with a negative_slope of at least "
+            f"{operator}: x is None; it can be None only without a residual, and with a negative_slope of at least "
             f"{LEAST_INVERTIBLE_SLOPE} (here {negative_slope})"
         )
     dtype = torch.promote_types(out.dtype, torch.float32)

@@ -2,8 +2,8 @@
 
 Contract: ``y = (x − mean) / sqrt(variance + eps) · weight + bias``, mean and (biased) variance over the last axis, in
 float32 (float64 for float64), then rounded to `dtype`. Under autocast PyTorch's norm runs in float32 and the linear
-layer behind it casts: `x` is written in float32, read, the result written in float32, read, and written in 16 bits.
-Here it is read once and written once, to the same values. Source: Ba et al., "Layer Normalization",
+layer after it casts: `x` is written in float32, read, the result written in float32, read, and written in 16 bits.
+Here it is read once and written once, with the same values. Source: Ba et al., "Layer Normalization",
 https://arxiv.org/abs/1607.06450.
 """
 
@@ -20,7 +20,7 @@ from ._checks import FLOATING, autocast_is_on, check_number, check_saved, check_
 from ._operator import Example, Operator, Pass, has_kernel
 
 MOST_CHANNELS = 2**14
-"""A program of the GPU kernel holds all channels of a row."""
+"""A program of the GPU kernel holds all channels of a row, so there is a limit."""
 
 _NAME = "layer_norm"
 
@@ -55,7 +55,7 @@ def layer_norm(
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
-        ValueError: shapes or devices that do not belong together, `eps` out of range, unknown backend.
+        ValueError: shapes or devices that do not match, `eps` out of range, unknown backend.
     """
     return _OPERATOR(_prepare(x, weight, bias, eps, dtype=dtype), backend)
 
@@ -99,8 +99,8 @@ def autocast_layer_norm(
 
     Args:
         x, weight, bias, eps: as in `layer_norm`.
-        for_linear: the result goes to linear layers alone. Under autocast it may then have the dtype that those would
-            cast it to, in place of float32.
+        for_linear: whether only linear layers use the result. Under autocast it may then have the dtype to which they
+            would cast it, instead of float32.
     """
     if not autocast_is_on(x.device) or x.shape[-1] > MOST_CHANNELS:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

@@ -2,8 +2,8 @@
 
 Contract: ``linear(window_attention(linear(layer_norm(x), weight, bias), bias_table, ..., pad_qkv=bias), out_weight,
 out_bias)``. A kernel neither writes qkv, three times the size of `x`, to memory, nor keeps it for the backward, which
-projects again window by window. Where no backend has such a kernel the layers and `window_attention` one after the
-other are faster than the reference; `swin_kernels.modules.WindowAttention` runs them then.
+projects again window by window. Where no backend has such a kernel, the layers and `window_attention` one after the
+other are faster than the reference, and `swin_kernels.modules.WindowAttention` runs those.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .window_attention import product_flops
 
 _NAME = "projected_window_attention"
 _TENSORS = 8
-"""The first arguments of the operator."""
+"""The number of tensors, which are the first arguments of the operator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def _check(
 
 
 _OR_FLOAT32 = ("bias_table", "norm_weight", "norm_bias")
-"""Parameters that may be float32 beside a 16-bit `x`."""
+"""Parameters that may be float32 with a 16-bit `x`."""
 
 
 def _check_parameter(
@@ -193,7 +193,7 @@ def _call(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_b
     return ProjectedWindowAttentionCall(
         device=x.device.type,
         dtype=x.dtype,
-        backward=for_backward,  # what the forward keeps is of use to the same kernel only
+        backward=for_backward,  # only the same kernel can use what the forward keeps
         heads=heads,
         head_dim=weight.shape[1] // heads,
         window=WindowGrid.of(x.shape[1:-1], window, shift).window,
@@ -202,7 +202,7 @@ def _call(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_b
 
 
 def _call_backward(grad_out, attended, lse, *arguments) -> Call:
-    return _call(*arguments, True)
+    return _call(*(*arguments, True))
 
 
 def _forward(kernel, x, *arguments):
@@ -260,7 +260,7 @@ def _forward_flops(x_shape, *rest) -> int:
 
 
 def _backward_flops(grad_shape, attended_shape, lse_shape, x_shape, *rest) -> int:
-    # The gradients of a layer's input and weight. Before them qkv is projected again, from which attention has five.
+    # Gradients of each layer's input and weight; before them, qkv is projected again, for the five of the attention.
     again = 2 * math.prod(x_shape) * rest[0][0]
     return again + _flops(x_shape, rest, layer_products=2, attention_products=5)
 
@@ -283,7 +283,7 @@ def _example(
     head_dim: int,
     around: bool = True,
 ) -> Example:
-    """A call; `around`: with the layer norm before it and the linear layer after it."""
+    """A call; with `around`, the layer norm before it and the linear layer after it are included."""
     channels = heads * head_dim
     shapes = {
         "x": (1, *spatial, channels),
@@ -308,7 +308,7 @@ _OPERATOR = Operator(
     "that qkv is never written; a kernel on the CPU",
     call_type=ProjectedWindowAttentionCall,
     prepare=_prepare,
-    # The result, and for a backward the attention's output where a layer comes after it, and the log-sum-exp.
+    # Returns the result and, for a backward, the attention's output if a layer comes after it, and the log-sum-exp.
     forward=Pass(
         f"({_ARGUMENTS}, bool for_backward) -> (Tensor, Tensor, Tensor)",
         check=_check_raw,

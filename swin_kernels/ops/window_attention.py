@@ -70,8 +70,8 @@ def window_attention(
             then head_dim; float32, float64, bfloat16 or float16.
         bias_table: relative position bias ``(prod(2w - 1), heads)`` of the nominal window, in the
             dtype of `qkv` or float32; its second extent sets the number of heads.
-        window_size: nominal window, an int or one per axis. On an axis no longer than it, the
-            window becomes the axis and the shift 0.
+        window_size: nominal window, an int or one per axis. On an axis that is no
+            longer, the window is the whole axis and the shift 0.
         shift_size: cyclic shift, an int or one per axis, ``0 ≤ shift < window``.
         pad_qkv: ``(3C,)``, what a padding token carries (upstream: the bias of the qkv projection);
             zeros if None. Same dtype as `qkv`.
@@ -87,7 +87,7 @@ def window_attention(
 
     Raises:
         TypeError: an argument of the wrong type, dtype or layout.
-        ValueError: shapes or devices that do not belong together, window < 1, shift or dropout out of
+        ValueError: shapes or devices that do not match, window < 1, shift or dropout out of
             range, unknown backend.
         RuntimeError: the forced backend cannot run the call.
     """
@@ -97,7 +97,7 @@ def window_attention(
 
 def _prepare(
     qkv, bias_table, window_size, shift_size=0, *, pad_qkv=None, scale=None, dropout_p=0.0
-) -> tuple:  # of the operator's arguments; without the seed
+) -> tuple:  # the operator's arguments, with None for the seed
     mixed = isinstance(qkv, torch.Tensor) and autocast_is_on(qkv.device)
     window, shift = _check(qkv, bias_table, window_size, shift_size, pad_qkv, dropout_p, mixed)
     if scale is None:
@@ -154,7 +154,7 @@ def _check_pad_qkv(qkv: torch.Tensor, pad_qkv: torch.Tensor, mixed: bool) -> Non
 
 
 def _check_raw(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p) -> None:
-    """Check the arguments of the operator below the public function, which whoever calls it may have made up."""
+    """Check the arguments of the operator below the public function, which can be called with anything."""
     _check(qkv, bias_table, window, shift, pad_qkv, dropout_p)
     if dropout_p > 0 and seed is None:
         raise ValueError(f"{_NAME}: seed is None; dropout needs one, int64 of shape (1,)")
@@ -175,7 +175,7 @@ def _check_backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, window, 
         check_saved(f"{_NAME}_backward", name, tensor, (*volume, last), (dtype,), qkv)
 
 
-def _call(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, backward: bool = False) -> Call:
+def _call(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, *, backward: bool = False) -> Call:
     return WindowAttentionCall(
         device=qkv.device.type,
         dtype=qkv.dtype,
@@ -234,7 +234,7 @@ def _backward_flops(
 
 
 def product_flops(qkv_shape: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> int:
-    """Of one product of all pairs of tokens of a window, padding included, over C channels."""
+    """FLOPs of one product of all pairs of tokens of each window, padding included, over C channels."""
     grid = WindowGrid.of(qkv_shape[1:-1], window, shift)
     return 2 * qkv_shape[0] * grid.num_windows * grid.tokens**2 * (qkv_shape[-1] // 3)
 

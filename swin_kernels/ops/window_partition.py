@@ -51,8 +51,8 @@ def window_partition(
 
     Args:
         x: ``(B, *S, C)`` with ``S`` = (D, H, W) or (H, W); any dtype.
-        window_size: nominal window, an int or one per axis. On an axis no longer than it, the
-            window becomes the axis and the shift 0.
+        window_size: nominal window, an int or one per axis. On an axis that is no
+            longer, the window is the whole axis and the shift 0.
         shift_size: cyclic shift, an int or one per axis, ``0 ≤ shift < window``.
         backend: force a backend; None chooses.
 
@@ -88,7 +88,7 @@ def window_reverse(
 
     Raises:
         TypeError: an argument of the wrong type or layout.
-        ValueError: shapes that do not belong together, window < 1, shift out of range, unknown backend.
+        ValueError: shapes that do not match, window < 1, shift out of range, unknown backend.
     """
     return _REVERSE(_prepare_reverse(windows, window_size, shift_size, spatial_shape), backend)
 

@@ -22,8 +22,8 @@ def declines(call: ConvolutionCall) -> str | None:
 
 @functools.cache
 def converts(dtype: torch.dtype) -> bool:
-    """Whether float32 and back is the faster way for a 16-bit `dtype`: where the processor has no arithmetic for it,
-    PyTorch's convolution of it takes many times as long as of float32."""
+    """Whether it is faster to convert a 16-bit `dtype` to float32 and back: on a processor without arithmetic for it,
+    PyTorch's convolution takes many times as long as in float32."""
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -31,14 +31,14 @@ def converts(dtype: torch.dtype) -> bool:
     return dtype in supported and not supported[dtype]()
 
 
-def _float(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    return tuple(None if t is None else t.float() for t in tensors)
+def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
     """Arguments and result of the reference's `forward`."""
     if x.dtype != torch.float32:
-        return forward(*_float(x, skip, weight)).to(x.dtype)
+        return forward(x.float(), _float(skip), weight.float()).to(x.dtype)
     if x.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
     return torch.ops.swin_kernels_cpu.convolution_forward(x, skip, weight)
@@ -53,10 +53,12 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Arguments and results of the reference's `backward`."""
     if x.dtype != torch.float32:
-        gradients = backward(*_float(grad_out, x, skip, weight), wanted)
-        return tuple(None if g is None else g.to(x.dtype) for g in gradients)
+        found = backward(grad_out.float(), x.float(), _float(skip), weight.float(), wanted)
+        grad_x, grad_skip, grad_weight = (None if g is None else g.to(x.dtype) for g in found)
+        return grad_x, grad_skip, grad_weight
     sources = [x] if skip is None else [x, skip]
-    gradients, of_weight, first = [None, None], [], 0
+    gradients: list[torch.Tensor | None] = [None, None]
+    of_weight, first = [], 0
     for i, source in enumerate(sources):
         count = source.shape[-1]
         if wanted[i]:
@@ -64,7 +66,7 @@ def backward(
         if wanted[2]:
             of_weight.append(_backward_weight(grad_out, source, weight.shape[-1]))
         first += count
-    return *gradients, torch.cat(of_weight, 1) if wanted[2] else None
+    return gradients[0], gradients[1], torch.cat(of_weight, 1) if wanted[2] else None
 
 
 def _backward_input(grad_out: torch.Tensor, weight: torch.Tensor, first: int, count: int) -> torch.Tensor:
@@ -75,7 +77,7 @@ def _backward_input(grad_out: torch.Tensor, weight: torch.Tensor, first: int, co
 
 
 def _backward_weight(grad_out: torch.Tensor, source: torch.Tensor, kernel: int) -> torch.Tensor:
-    """The gradient of the weight's input channels that are those of `source`."""
+    """The gradient of the part of the weight that multiplies `source`."""
     shape = (grad_out.shape[-1], source.shape[-1], *[kernel] * 3)
     if source.shape[0] == 0:
         return source.new_zeros(shape)

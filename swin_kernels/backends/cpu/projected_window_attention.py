@@ -37,8 +37,7 @@ def forward(
     scale: float,
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(B, *S, C)``; and for a backward what `out_weight` was applied to and the scores' log-sum-exp ``(B, *S,
-    heads)``. What is not wanted, or is the output itself, is ``(0,)``."""
+    """Arguments and results of the reference's `forward`."""
     return torch.ops.swin_kernels_cpu.projected_window_attention_forward(
         *(x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, out_weight, out_bias),
         *(grid.nominal, grid.window, grid.shift, scale, for_backward),
@@ -61,7 +60,7 @@ def backward(
     grid: WindowGrid,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of `x`, `weight`, `bias`, `bias_table`, and norm's and output's weight and bias, given or not."""
+    """Arguments and results of the reference's `backward`."""
     grad_x, grad_projection, grad_bias_table = torch.ops.swin_kernels_cpu.projected_window_attention_backward(
         *(grad_out, x, weight, bias, bias_table, norm_weight, norm_bias, norm_eps, out_weight, out_bias),
         *(attended, lse),

@@ -17,8 +17,8 @@ BLOCK = 48
 """Channels that a block of the kernel reads at a time, and writes."""
 
 MOST_OUTPUTS = 64
-"""Output channels up to which it runs: of more, PyTorch's convolutions compute nothing in vain, and small volumes have
-too few blocks here."""
+"""Output channels up to which it runs. With more, PyTorch's convolutions waste nothing, and small volumes have too few
+blocks here."""
 
 
 def declines(call: ConvolutionCall) -> str | None:
@@ -28,7 +28,7 @@ def declines(call: ConvolutionCall) -> str | None:
     if call.window != (3, 3, 3):
         return f"a convolution by {'×'.join(map(str, call.window))}; there is a kernel for 3×3×3"
     if any(channels % BLOCK for channels in call.channels):
-        return f"channels {call.channels} have no kernel: accepted are multiples of {BLOCK}"
+        return f"channels {call.channels} have no kernel; there is one for multiples of {BLOCK}"
     if call.channels[2] > MOST_OUTPUTS:
         return f"PyTorch's convolution is as fast for {call.channels[2]} output channels"
     return None
@@ -48,7 +48,8 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Arguments and results of the reference's `backward`."""
     sources = [x] if skip is None else [x, skip]
-    gradients, of_weight, first = [None, None], [], 0
+    gradients: list[torch.Tensor | None] = [None, None]
+    of_weight, first = [], 0
     for i, source in enumerate(sources):
         part = weight[:, first : first + source.shape[-1]]
         first += source.shape[-1]
@@ -57,7 +58,8 @@ def backward(
         if wanted[2]:
             volumes = source.movedim(-1, 1), grad_out.movedim(-1, 1)  # (B, C, *S)
             of_weight.append(conv3d_weight(volumes[0], part.shape, volumes[1], padding=1))  # by PyTorch
-    return *gradients, torch.cat(of_weight, 1).contiguous() if wanted[2] else None  # cuDNN's is channels last
+    grad_weight = torch.cat(of_weight, 1).contiguous() if wanted[2] else None  # cuDNN's is channels last
+    return gradients[0], gradients[1], grad_weight
 
 
 def packed(weight: torch.Tensor) -> torch.Tensor:

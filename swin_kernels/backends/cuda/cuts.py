@@ -1,7 +1,8 @@
-"""How the CUDA kernels cut a call, and other ways to: for sweeps on a GPU and for tests.
+"""How the CUDA kernels cut a call into blocks, and other ways to cut it, for sweeps on a GPU and for tests.
 
 The kernels choose by themselves, from the call and the device (`cut` and `cut_half` in `csrc/cuda`). The fields are
-those of `SwinForwardCut` and `SwinBackwardCut` in `csrc/cuda/launchers.h`; in an override 0 leaves one to the kernels.
+those of `SwinForwardCut` and `SwinBackwardCut` in `csrc/cuda/launchers.h`; 0 in an override leaves the choice to the
+kernels.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from .window_attention import ELEMENTS, kernels_decline
 
 @dataclass(frozen=True)
 class ForwardCut:
-    """Of `attend`, where a block owns the bias of 16 queries for each of its warps.
+    """How `attend` is cut, where a block owns the bias of 16 queries for each of its warps.
 
     Attributes:
-        warps: of a block, at most 12 and no more than a window has sixteens of tokens.
-        together: blocks that a multiprocessor shall hold. It bounds the shared memory of each, and more of them make
+        warps: of a block, at most 12, and at most one for every 16 tokens of a window.
+        together: blocks that a multiprocessor should hold. It bounds the shared memory of each, and more of them make
             more `parts`. With `warps`, 16 warps at most; 12 where the kernels choose.
-        resident: 1 if the bias of a block lies in shared memory, -1 if it is read from memory in every window.
-        chunks: in which the keys of a window, rounded up to 32, pass through shared memory, evenly.
-        parts: that windows are dealt out to, at most one a window: each block walks over those of its part.
+        resident: 1 if the bias of a block stays in shared memory, -1 if it is read from memory in every window.
+        chunks: in how many even chunks the keys of a window, rounded up to 32, pass through shared memory.
+        parts: into how many parts the windows are divided, at most one each; a block walks over the windows of a part.
     """
 
     warps: int = 0
@@ -39,16 +40,16 @@ class ForwardCut:
 
 @dataclass(frozen=True)
 class BackwardCut:
-    """Of `differentiate_qkv`, where a warp owns keys, and `differentiate_bias`, where it owns 32 queries.
+    """How `differentiate_qkv` is cut, where a warp owns keys, and `differentiate_bias`, where it owns 32 queries.
 
     Attributes:
-        key_warps: of a block of the first, at most 8: each owns 48 keys up to head_dim 16, 32 at 32 and 16 at 64. What
-            they do not cover of a window is done in turns.
-        query_block: queries that pass through its shared memory at a time, a multiple of 16.
-        qkv_blocks: of it for each head, at most one a window; windows are dealt out to them.
+        key_warps: of a block of the first, at most 8: each owns 48 keys up to head_dim 16, 32 at 32 and 16 at 64. A
+            window with more keys is done in turns.
+        query_block: queries that pass through the shared memory of the first at a time, a multiple of 16.
+        qkv_blocks: blocks of the first for each head, at most one a window; the windows are divided among them.
         bias_warps: of a block of the second, at most 6.
-        parts: that windows are dealt out to in the second, at most one a window. Each has ``4 · heads · n²`` bytes of
-            workspace, n rounded up to 64.
+        parts: into how many parts the second divides the windows, at most one each. Each part needs ``4 · heads · n²``
+            bytes of workspace, n rounded up to 64.
     """
 
     key_warps: int = 0
@@ -58,14 +59,14 @@ class BackwardCut:
     parts: int = 0
 
 
-CUTS = {"forward": ForwardCut, "backward": BackwardCut}
+CUTS: dict[str, type[ForwardCut] | type[BackwardCut]] = {"forward": ForwardCut, "backward": BackwardCut}
 
 
 @contextmanager
 def override(cut: ForwardCut | BackwardCut) -> Iterator[None]:
     """Cut all calls of a direction by `cut` within the context, in the whole process.
 
-    A call that it does not fit raises RuntimeError, which names what does not. So does one of float32 tensors.
+    A call that it does not fit raises a RuntimeError that names the field; so does any call with float32 tensors.
     """
     _set(isinstance(cut, BackwardCut), astuple(cut))
     try:
@@ -76,13 +77,13 @@ def override(cut: ForwardCut | BackwardCut) -> Iterator[None]:
 
 def _set(backward: bool, values: tuple[int, ...]) -> None:
     library.operators().override_cut(backward, values)
-    kernels_decline.cache_clear()  # an override may decline what the kernels can run
+    kernels_decline.cache_clear()  # an override may make the kernels decline a call
 
 
 def chosen(
     direction: str, grid: WindowGrid, *, batch: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> ForwardCut | BackwardCut:
-    """The cut that a call of `window_attention` with a 16-bit `dtype` uses on the current device, no field 0."""
+    """The cut that a call of `window_attention` with a 16-bit `dtype` uses on the current device, without zeros."""
     of_grid = (grid.spatial, grid.nominal, grid.window, grid.shift)
     cut = _cut(direction)
     return cut(
@@ -96,14 +97,15 @@ def candidates(
     """Cuts that are worth timing on an A100 or H100, 16 at most; some do not fit into the shared memory of an A100.
 
     They vary what `tests/cuda/floor_model.py` leaves open: how many warps hide latency, whether two small blocks wait
-    less than one large one, what barriers and the ends of loops cost, how evenly windows are dealt out.
+    less than one large one, what barriers and the ends of loops cost, how evenly windows are divided.
 
     Args:
         direction: a key of `CUTS`.
-        head_dim, tokens: of the call; tokens of a window.
-        windows: of the call, in all of its volumes. Where it is given, cuts that need more are left out.
+        head_dim, tokens: of a head of the call, and of a window.
+        windows: of the call, in all its volumes. If given, cuts that need more windows are left out.
     """
-    found = _forward(head_dim, tokens) if _cut(direction) is ForwardCut else _backward(head_dim, tokens)
+    found: list[ForwardCut | BackwardCut]
+    found = [*_forward(head_dim, tokens)] if _cut(direction) is ForwardCut else [*_backward(head_dim, tokens)]
     for cut in dict.fromkeys(found):
         if windows is None or max(cut.parts, getattr(cut, "qkv_blocks", 0)) <= windows:
             yield cut
@@ -118,9 +120,9 @@ def _cut(direction: str) -> type[ForwardCut] | type[BackwardCut]:
 def _forward(head_dim: int, tokens: int) -> Iterator[ForwardCut]:
     steps = -(-tokens // 32)
     tiles = 2 * steps
-    even = -(-tiles // 2)  # two blocks of it have a window's queries
+    even = -(-tiles // 2)  # two such blocks cover the queries of a window
     blocks = [(6, 1), (8, 1), (even, 1), (12, 1), (4, 2), (6, 2), (4, 3)]
-    if head_dim <= 16:  # of more channels the registers of so many warps do not fit
+    if head_dim <= 16:  # with more channels there are not enough registers for so many warps
         blocks.append((8, 2))
     fitting = [(warps, together) for warps, together in blocks if warps <= min(tiles, 12)]
     yield from (ForwardCut(warps, together) for warps, together in fitting)

@@ -10,7 +10,7 @@ import torch
 LIBRARY = Path(__file__).resolve().parents[2] / "lib" / "libswin_kernels_cuda.so"
 
 OLDEST = (8, 0)
-"""Compute capability that the kernels need (cp.async, bfloat16 on tensor cores)."""
+"""Compute capability from which the kernels run (cp.async, bfloat16 on tensor cores)."""
 
 
 @functools.cache
@@ -36,5 +36,5 @@ def capability(device: int) -> tuple[int, int]:
 
 
 def operators():
-    """The operators of the loaded library; tests of the package's side put emulated ones in its place."""
+    """The operators of the loaded library; tests of this package replace them by emulated ones."""
     return torch.ops.swin_kernels_cuda

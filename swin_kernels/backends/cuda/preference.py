@@ -1,6 +1,6 @@
-"""Where another backend was measured to be faster: the calls that these kernels leave to it.
+"""The calls that these kernels leave to another backend, because it was measured to be faster.
 
-`MEASURED` is empty until a GPU has shown such a call; `make verify-gpu` times this backend beside Triton's.
+`MEASURED` is empty until such a call is found; `make verify-gpu` times this backend beside Triton's.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Measured:
         backward: the direction.
         dtype_bytes: size of an element, 2 or 4.
         head_dim: channels of a head.
-        tokens: tokens of a window, first and last of a closed range.
-        backend: who is faster.
-        ours_ms, theirs_ms: the medians that put the line here.
-        source: result file and commit they come from.
+        tokens: smallest and largest number of tokens in a window.
+        backend: the one that is faster.
+        ours_ms, theirs_ms: median times.
+        source: result file and commit that they come from.
     """
 
     capability: tuple[int, int]

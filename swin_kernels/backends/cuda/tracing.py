@@ -1,4 +1,4 @@
-"""Which kernel of `csrc/cuda` was the last to start: what a crash, an error or a hang is the doing of."""
+"""Which kernel of `csrc/cuda` was the last to start, to find the cause of a crash, an error or a hang."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from . import library
 
 @contextmanager
 def trace_launches(file: int | IO) -> Iterator[None]:
-    """Within the context every launch of the process writes its kernel's name to `file` before it starts.
+    """Write the name of every kernel to `file` before it starts, in the whole process, within the context.
 
-    Each launch also waits for its stream, unless that is being captured. What goes wrong on the stream until then is an
-    error of the call that names the kernel, even if it is the doing of other work that was started there before.
+    Each launch also waits for its stream, unless that is being captured. An error on the stream is then raised by the
+    call that launched the kernel named last, even if work that was started there before it caused the error.
 
     Args:
-        file: a file, or the descriptor of one; a line is written to it for each launch, such as
-            ``attend<BFloat16, 16>``, past any buffer.
+        file: a file or its descriptor; each launch writes a line to it, such as ``attend<BFloat16, 16>``, unbuffered.
     """
     if not isinstance(file, int):
         file.flush()

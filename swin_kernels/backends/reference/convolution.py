@@ -1,4 +1,4 @@
-"""Convolution over a concatenation by PyTorch's. Volumes are ``(B, *S, C)``."""
+"""Convolution over a concatenation, by PyTorch's convolution. Volumes are ``(B, *S, C)``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 LEAST_EXTENT = 3
-"""Of volumes of which PyTorch's gradient of a weight in bfloat16 is right on a CPU: see `_is_miscomputed`."""
+"""Extent from which PyTorch's gradient of a bfloat16 weight is right on a CPU: see `_is_miscomputed`."""
 
 
 def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def backward(
     if skip is not None:
         parts.append((skip, weight[:, x.shape[-1] :], wanted[1]))
     gradients = [source_gradients(grad_out, source, part, (asked, wanted[2])) for source, part, asked in parts]
-    of_sources, of_weight = [g[0] for g in gradients], [g[1] for g in gradients]
+    of_sources, of_weight = [g[0] for g in gradients], [g[1] for g in gradients if g[1] is not None]
     return of_sources[0], of_sources[1] if skip is not None else None, torch.cat(of_weight, 1) if wanted[2] else None
 
 
@@ -41,7 +41,7 @@ def source_gradients(
     if wanted[1] and _is_miscomputed(source):
         of_source, _ = source_gradients(grad_out, source, weight, (wanted[0], False))
         _, of_weight = source_gradients(grad_out.float(), source.float(), weight.float(), (False, True))
-        return of_source, of_weight.to(weight.dtype)
+        return of_source, None if of_weight is None else of_weight.to(weight.dtype)
     axes = weight.dim() - 2
     of_source, of_weight, _ = torch.ops.aten.convolution_backward(
         grad_out.movedim(-1, 1),
@@ -60,7 +60,7 @@ def source_gradients(
 
 
 def _is_miscomputed(source: torch.Tensor) -> bool:
-    """Whether PyTorch's gradient of the weight may hold memory that nobody wrote.
+    """Whether PyTorch's gradient of the weight may contain uninitialised memory.
 
     In bfloat16 on a CPU, for volumes thinner than a window of 3: 2×1×6 and 2×8×8 voxels on a Zen 4, 1×9×1 with AMX.
     """

@@ -17,7 +17,7 @@ def forward(
     """
     statistics = _statistics(x, eps)  # (B, 2, C)
     total = _normalized(x, statistics)
-    if normalize_residual:
+    if residual is not None and normalize_residual:
         of_residual = _statistics(residual, eps)
         total = total + _normalized(residual, of_residual)
         statistics = torch.cat([statistics, of_residual], 1)  # (B, 4, C)
@@ -47,7 +47,7 @@ def backward(
 
     Args:
         grad_out, out: gradient of the output, and the output.
-        x: None where it is read off `out`: without a residual LeakyReLU is all that lies between.
+        x: None where ``norm(x)`` is recovered from `out`: without a residual only LeakyReLU lies between.
         residual: None unless it is normalized.
         statistics: as `forward` returned them.
         has_residual: whether there was a residual.
@@ -59,7 +59,7 @@ def backward(
     grad_x = _norm_backward(grad, normalized, statistics[:, :2]).to(out.dtype)
     if not has_residual:
         return grad_x, None
-    if normalize_residual:
+    if residual is not None and normalize_residual:
         grad = _norm_backward(grad, _normalized(residual, statistics[:, 2:]), statistics[:, 2:])
     return grad_x, grad.to(out.dtype)
 
@@ -73,7 +73,7 @@ def _statistics(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _per_channel(values: torch.Tensor, axes: int) -> torch.Tensor:
-    """``(B, C)`` to ``(B, 1, …, C)``, which goes along with a volume of `axes` axes."""
+    """``(B, C)`` to ``(B, 1, …, C)``, which broadcasts to a volume of `axes` axes."""
     return values.view(values.shape[0], *[1] * (axes - 2), values.shape[1])
 
 

@@ -23,8 +23,10 @@ def forward(
     scale: float,
     for_backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(B, *S, C)``; and for a backward what `out_weight` was applied to and the scores' log-sum-exp ``(B, *S,
-    heads)``. What is not wanted, or is the output itself, is ``(0,)``."""
+    """``(B, *S, C)``; for a backward also the input of `out_weight` and the scores' log-sum-exp ``(B, *S, heads)``.
+
+    A result that is not wanted, or that is the output itself, is ``(0,)``.
+    """
     qkv = F.linear(_normalized(x, norm_weight, norm_bias, norm_eps), weight, bias)  # (B, *S, 3C)
     attended, lse = window_attention.forward(qkv, bias_table, bias, None, grid, scale, 0.0)
     nothing = attended.new_empty((0,))
@@ -50,7 +52,7 @@ def backward(
     grid: WindowGrid,
     scale: float,
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of `x`, `weight`, `bias`, `bias_table`, and norm's and output's weight and bias, given or not."""
+    """Gradients of `x`, `weight`, `bias`, `bias_table`, and weight and bias of norm and output, given or not."""
     channels = x.shape[-1]
     grad_out_weight, grad_out_bias = x.new_zeros(channels, channels), x.new_zeros(channels)
     if out_weight is not None:

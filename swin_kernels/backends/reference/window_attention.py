@@ -42,9 +42,10 @@ def _scores(
 
 
 def _survival(weights: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> torch.Tensor | float:
-    """What dropout multiplies the attention weights ``(B·nW, heads, n, n)`` with: 0 or ``1 / (1 - p)``."""
+    """What dropout multiplies the attention weights ``(B·nW, heads, n, n)`` by: 0 or ``1 / (1 - p)``."""
     if dropout_p == 0:
         return 1.0
+    assert seed is not None  # the operator checks it
     rows = torch.arange(weights[..., 0].numel(), device=weights.device).view(weights.shape[:-1])
     return dropout_keep(seed, rows, weights.shape[-1], dropout_p).to(weights.dtype) / (1 - dropout_p)
 
@@ -70,7 +71,7 @@ def forward(
         dropout_p: probability of dropping an attention weight.
     """
     heads = bias_table.shape[1]
-    if qkv.shape[0] == 0:  # whatever the windows are that it has none of
+    if qkv.shape[0] == 0:  # no windows, whatever their size
         volume, wide = qkv.shape[:-1], torch.promote_types(qkv.dtype, torch.float32)
         return qkv.new_empty((*volume, qkv.shape[-1] // 3)), qkv.new_empty((*volume, heads), dtype=wide)
     q, k, v = (_heads(x, heads) for x in _windows(qkv, pad_qkv, grid).chunk(3, dim=-1))  # (B·nW, heads, n, head_dim)

@@ -11,7 +11,7 @@ import torch
 from .. import Call, Package, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""That the kernels compute in; `window_partition` copies any."""
+"""Element types that the kernels compute in; `window_partition` copies any type."""
 
 
 class Triton(Package):

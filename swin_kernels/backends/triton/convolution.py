@@ -1,10 +1,10 @@
-"""Convolutions of 16-bit volumes on the GPU, where PyTorch's leave much undone: few input or few output channels.
+"""Convolutions of 16-bit volumes on the GPU with few input or few output channels, for which PyTorch's are slow.
 
-Of few input channels, as the first of the network has that reads an image, writing the result binds: a program gathers
-the input of every tap of its voxels, all channels side by side, and multiplies it by the weight as one matrix. With few
-output channels PyTorch's kernels compute for more of them than there are. Here a program has all output channels of its
-voxels and walks over the taps; a second input is read where it lies, no concatenation is written. Gradients are
-PyTorch's.
+With few input channels, as in the first layer, which reads an image, the time goes into writing the result: a program
+gathers the input of every tap of its voxels, all channels side by side, and multiplies it by the weight as one matrix.
+With few output channels PyTorch's kernels compute more of them than there are. Here a program has all output channels
+of its voxels and walks over the taps; a second input is read where it lies, and no concatenation is written. Gradients
+are PyTorch's.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from ...ops.convolution import ConvolutionCall
 
 FEW_INPUTS = 4
-"""Channels of an image."""
+"""Most input channels of `convolve_few`: those of an image."""
 
 FEW_VOXELS, FEW_CHANNELS, WARPS = 128, 64, 4
-"""Of a tile of the output, where the input has few channels."""
+"""Tile of the output, and warps of a program, of `convolve_few`."""
 
 MOST_OUTPUTS = 64
-"""Output channels up to which the other kernel runs; of more, PyTorch's compute nothing in vain."""
+"""Most output channels of `convolve`; with more, PyTorch's kernels waste nothing."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How that kernel is cut.
+    """How `convolve` is cut.
 
     Attributes:
         voxels: of a tile of the output; a power of two.
@@ -65,12 +65,12 @@ def override(tile: Tile) -> Iterator[None]:
 
 
 def tile_for(inputs: int, beside: int) -> Tile:
-    """The tile for so many channels of the two inputs."""
+    """The tile for inputs of `inputs` and `beside` channels."""
     if _override:
         return _override
     if max(inputs, beside) <= 64:
         return Tile()
-    return Tile(read=32 if inputs % 32 == beside % 32 == 0 else 16)  # a divisor: nothing is multiplied in vain
+    return Tile(read=32 if inputs % 32 == beside % 32 == 0 else 16)  # a divisor, so that nothing is wasted
 
 
 @triton.jit(do_not_specialize=["depth", "height", "width"])
@@ -175,7 +175,7 @@ def _declines_channels(inputs: int, beside: int, outputs: int) -> str | None:
     if inputs <= FEW_INPUTS and not beside:
         return None
     if inputs % 16 or beside % 16:
-        return f"{inputs} + {beside} input channels; multiples of 16 have a kernel, and up to {FEW_INPUTS} of one input"
+        return f"{inputs} + {beside} input channels; kernels take multiples of 16, or up to {FEW_INPUTS} of x alone"
     if outputs > MOST_OUTPUTS:
         return f"PyTorch's convolution is as fast for {outputs} output channels; up to {MOST_OUTPUTS} have a kernel"
     return None
@@ -210,4 +210,4 @@ def forward(x: torch.Tensor, skip: torch.Tensor | None, weight: torch.Tensor) ->
 
 
 backward = None
-"""Gradients are left to others: `declines`."""
+"""Gradients are left to other backends: see `declines`."""

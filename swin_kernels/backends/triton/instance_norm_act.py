@@ -1,9 +1,9 @@
 """Instance norm, residual and LeakyReLU on the GPU.
 
-Bytes bind: one pass reads a volume for its statistics, or for the sums that its gradient needs, a second one reads it
-again and writes the result. Voxels are dealt to programs in parts of consecutive rows; what programs find is joined in
-the order of the parts, so results repeat bit by bit. A small volume, whose launches would take longer than its bytes,
-is one launch, a program for a few channels.
+Memory is the bottleneck: one pass reads a volume for its statistics, or for the sums that its gradient needs, and a
+second one reads it again and writes the result. Each program gets a part of the voxels, consecutive rows; what programs
+find is joined in the order of the parts, so results repeat bit by bit. A small volume, for which launches take longer
+than memory, is done in one launch, with a program for every few channels.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ def declines(call: Call) -> str | None:
 
 
 ELEMENTS = 512 if INTERPRETED else 4096
-"""Of a tile: rows of voxels by channels."""
+"""Elements of a tile: voxels times channels."""
 
 WARPS = 8
 MAX_CHANNELS = 128
-"""Of a tile. Wider volumes are cut into blocks of as many channels."""
+"""Most channels of a tile. Wider volumes are cut into blocks of so many channels."""
 
 SMALL_VOXELS = 64 if INTERPRETED else 4096
 """Volumes up to this size are done in one launch."""
 
 SMALL_CHANNELS = 16
-"""Of a program that does a small volume alone: 32 bytes in 16 bits, the least that memory moves."""
+"""Channels of a program for a small volume: 32 bytes in 16 bits, the least that memory moves."""
 
 PROGRAMS = 6
-"""That a multiprocessor should get; voxels are dealt out to reach it."""
+"""Programs that each multiprocessor should get; voxels are divided accordingly."""
 
 STAGES, SUM_STAGES = tl.constexpr(4), tl.constexpr(3)
-"""Depth of the software pipeline over tiles, where statistics are taken and where gradients are summed."""
+"""Depth of the software pipeline over tiles, for statistics and for sums of gradients."""
 
 JOINED_CHANNELS = 8
-"""Of a program that joins what was found of the parts."""
+"""Channels of a program that joins what was found for the parts."""
 
 
 @triton.jit
@@ -374,7 +374,7 @@ def differentiate_small(
 
 @dataclass(frozen=True)
 class _Cut:
-    """How a volume is dealt out: tiles, blocks of channels, parts of voxels."""
+    """How a volume is divided: tiles, blocks of channels, parts of voxels."""
 
     small: bool
     rows: int

@@ -1,4 +1,4 @@
-"""Layer norm on the GPU: a program holds whole rows, so that a row is read once; the backward finds its mean again."""
+"""Layer norm on the GPU: a program holds whole rows, so that each is read once; the backward finds its mean again."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def declines(call: Call) -> str | None:
 
 
 ELEMENTS = 512 if INTERPRETED else 4096
-"""Of a tile: rows by channels."""
+"""Elements of a tile: rows times channels."""
 
 WARPS = 8
 PROGRAMS = 4
-"""That a multiprocessor should get in the backward; rows are dealt out to reach it."""
+"""Programs that each multiprocessor should get in the backward; rows are divided accordingly."""
 
 
 @triton.jit
@@ -117,7 +117,7 @@ def backward(
     grad_x, channels = torch.empty_like(x), x.shape[-1]
     if x.numel() == 0:
         nothing = x.new_zeros((2, channels), dtype=torch.float32)
-        return grad_x, *nothing.unbind()
+        return grad_x, nothing[0], nothing[1]
     rows, tile = x.numel() // channels, _tile(channels)
     part_rows = triton.cdiv(triton.cdiv(rows, PROGRAMS * multiprocessors(x.device)), tile["ROWS"]) * tile["ROWS"]
     parts = triton.cdiv(rows, part_rows)
@@ -126,4 +126,5 @@ def backward(
         differentiate_rows[(parts,)](
             grad_out, x, weight, grad_x, found, rows, channels, part_rows, eps, weight is not None, **tile
         )
-    return grad_x, *found.sum(0).unbind()
+    grad_weight, grad_bias = found.sum(0).unbind()
+    return grad_x, grad_weight, grad_bias

@@ -1,4 +1,4 @@
-"""How work is cut: one table of tile choices, keyed by pass, architecture, element size, head_dim and window.
+"""How work is divided: a table of tiles by pass, architecture, element size, head_dim and window.
 
 The entries follow from instruction counts (the compile gate's table, `tests/triton/instruction_mix.csv`)
 and from what fits in registers. `python -m swin_kernels.tune` times the candidates on a GPU and writes a table
@@ -32,9 +32,9 @@ class Tile:
     Attributes:
         rows: queries (keys, for dk and dv) that a program owns; a power of two, at least 16.
         columns: extent of a block in the loop over the other side; a power of two, at least 16.
-        warps: warps a program has. The bias comes in without a shuffle if ``16 · warps`` divides `rows`.
+        warps: warps of a program. The bias is loaded without a shuffle if ``16 · warps`` divides `rows`.
         stages: depth of the software pipeline over the loop.
-        programs: programs a multiprocessor should get; windows are dealt out to reach it.
+        programs: programs that each multiprocessor should get; windows are divided accordingly.
     """
 
     rows: int
@@ -144,7 +144,7 @@ def _architecture(device: torch.device) -> tuple[int, int]:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a device."""
+    """The number of multiprocessors of a device."""
     return _architecture(device)[1]
 
 
@@ -154,12 +154,12 @@ def key_of(step: str, device: torch.device, dtype: torch.dtype, head_dim: int, t
 
 
 def key_for(step: str, architecture: int, element_size: int, head_dim: int, tokens: int) -> Key:
-    """As `key_of`, for a device that need not be here."""
+    """As `key_of`, for a device that need not be present."""
     return Key(
         step, architecture, element_size, max(16, triton.next_power_of_2(head_dim)), 16 * triton.cdiv(tokens, 16)
     )
 
 
 def parts(tile: Tile, owners: int, windows: int, device: torch.device) -> int:
-    """Into how many parts the windows are dealt when `owners` programs each walk over all of a part's windows."""
+    """Into how many parts the windows are divided if `owners` programs walk over all windows of each part."""
     return max(1, min(windows, tile.programs * multiprocessors(device) // owners))

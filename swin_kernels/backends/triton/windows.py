@@ -40,7 +40,7 @@ class Windows(NamedTuple):
 def arguments(grid: WindowGrid) -> Windows:
     """The launch argument `w` of every kernel: `Windows` of a grid of two or three axes.
 
-    They travel as floats (exact to 2^24) because Triton compiles a kernel anew for every integer that is
+    They travel as floats (exact to 2^24) because Triton compiles a kernel again for every integer that is
     1 or a multiple of 16; so one binary serves every volume.
     """
     values: list[float] = []
@@ -54,7 +54,7 @@ LONGEST_AXIS, MOST_COUNTED = 2**24, 2**31 - 1
 
 
 def check_counts(operator: str, batch: int, grid: WindowGrid) -> None:
-    """Raise `RuntimeError` where a call has more of anything than its kernels can count."""
+    """Raise `RuntimeError` if a call has more tokens or windows than the kernels can count."""
     if max(grid.padded) > LONGEST_AXIS or math.prod(grid.padded) > MOST_COUNTED:
         raise RuntimeError(
             f"{operator}: the volume is {grid.spatial}; the Triton kernels take axes of at most {LONGEST_AXIS} tokens "
@@ -68,7 +68,7 @@ def check_counts(operator: str, batch: int, grid: WindowGrid) -> None:
 
 
 def device_of(tensor: torch.Tensor) -> AbstractContextManager:
-    """Makes the GPU of `tensor` current: Triton launches there, wherever its arguments lie."""
+    """Makes the GPU of `tensor` current: Triton launches on the current one, wherever its arguments lie."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
