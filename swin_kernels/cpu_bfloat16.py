@@ -15,9 +15,10 @@ import torch.nn as nn
 
 from .backends.reference.convolution import LEAST_EXTENT
 from .ops._checks import autocast_is_on
+from .ops._operator import constant_when_compiled
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 @functools.cache
 def has_bfloat16() -> bool:
     """Whether this processor has instructions for bfloat16 that PyTorch uses."""

@@ -40,7 +40,7 @@ def pytest_sessionstart() -> None:
 
 def unbuilt() -> str | None:
     """Why there are no C++ kernels, or None."""
-    return backends.load("cpu").unavailable()
+    return backends.BACKENDS["cpu"].unavailable()
 
 
 def read(file: Path) -> list[tuple[str, str]]:

@@ -66,6 +66,13 @@ def test_contract_holds_what_joined():
     assert "output: error" in done.stdout
 
 
+def test_import_is_light():
+    """The kernels of a backend, MONAI and Dynamo are imported by those who need them."""
+    heavy = ("monai", "torch._dynamo", "swin_kernels.backends.triton.window_attention")
+    done = run("-c", f"import swin_kernels, sys; print([m for m in {heavy} if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_readme_misses_what_joined():
     program = "import sys, tests.toy; sys.path.insert(0, 'scripts'); import readme_tables; readme_tables.main()"
     done = run("-c", program, "--check")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._functorch import eager_transforms
@@ -31,6 +31,8 @@ from ..backends import (
 )
 from ..backends.in_place import guard_write
 from ._checks import autocast_is_on
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 NAMESPACE = "swin_kernels"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -233,7 +235,13 @@ def operator_of(function: Callable[..., Any] | str) -> Operator:
     return OPERATORS[name]
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: T) -> T:
+    """`torch.compiler.assume_constant_result`, which would import all of Dynamo with this package."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # a function takes any attribute
+    return function
+
+
+@constant_when_compiled
 def has_kernel(operator: str, **fields: Any) -> bool:
     """Whether a backend other than the reference would run such a call of `operator`.
 

@@ -1,4 +1,4 @@
-"""Convolution over a concatenation on the processor: `csrc/cpu/convolution.h`, `convolution_weight_gradient.h`."""
+"""Convolution over a concatenation on the processor: `csrc/cpu/convolution`."""
 
 from __future__ import annotations
 

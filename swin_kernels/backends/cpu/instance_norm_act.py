@@ -1,4 +1,4 @@
-"""Instance norm, residual and LeakyReLU on the processor: `csrc/cpu/instance_norm_act.h`."""
+"""Instance norm, residual and LeakyReLU on the processor: `csrc/cpu/instance_norm_act`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Window attention with its projections inside, on the processor: `csrc/cpu/window_attention_projected.h`."""
+"""Window attention with its projections inside, on the processor: `csrc/cpu/projected_window_attention`."""
 
 from __future__ import annotations
 

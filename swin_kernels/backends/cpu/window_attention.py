@@ -1,4 +1,4 @@
-"""Shifted-window attention on the processor: `csrc/cpu/window_attention.h`."""
+"""Shifted-window attention on the processor: `csrc/cpu/window_attention`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST_WINDOW = 4096
-"""Tokens in a window (16³); `kLargestWindow` of csrc/torch."""
+"""Tokens in a window (16³); `kLargestWindow` of csrc/torch/cpu/attention.h."""
 
 
 def declines(call: WindowAttentionCall) -> str | None:

@@ -1,4 +1,4 @@
-"""Window partition and reverse on the processor: `csrc/cpu/window_partition.cpp`."""
+"""Window partition and reverse on the processor: `csrc/cpu/window_partition`."""
 
 from __future__ import annotations
 

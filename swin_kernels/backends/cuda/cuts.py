@@ -1,8 +1,8 @@
 """How the CUDA kernels cut a call into blocks, and other ways to cut it, for sweeps on a GPU and for tests.
 
 The kernels choose by themselves, from the call and the device (`cut` and `cut_half` in `csrc/cuda`). The fields are
-those of `SwinForwardCut` and `SwinBackwardCut` in `csrc/cuda/launchers.h`; 0 in an override leaves the choice to the
-kernels.
+those of `SwinForwardCut` and `SwinBackwardCut` in `csrc/cuda/window_attention.h`; 0 in an override leaves the choice to
+the kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shifted-window attention on the GPU: `csrc/cuda/window_attention_forward.cu` and `..._backward.cu`."""
+"""Shifted-window attention on the GPU: `csrc/cuda/window_attention_*.cu`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...ops.window_attention import WindowAttentionCall
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""dtypes of the kernels, and their numbers in csrc/cuda/launchers.h."""
+"""dtypes of the kernels, and their numbers in csrc/cuda/elements.h."""
 
 
 def declines(call: WindowAttentionCall) -> str | None:
