@@ -1,4 +1,4 @@
-"""The parts of a run in the order of their worth, and what each may take."""
+"""The parts of a run, the most valuable first, and how long each may take."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGET = 540
-"""Seconds that a run takes at most, unless it is told otherwise."""
+"""Seconds that a run takes at most, unless told otherwise."""
 
 ENDING = 6.0
-"""Seconds of the budget for ending: what is left is killed, the archive and the table are written."""
+"""Seconds of the budget for the end: what is left is killed, the archive and the table are written."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         name: as ``--part`` takes it.
-        seconds: of a budget of `BUDGET`; of another, as large a share.
+        seconds: out of a budget of `BUDGET`; of another budget, the same share.
         what: in words.
     """
 
@@ -49,7 +49,7 @@ NAMES = tuple(part.name for part in PARTS)
 def ends(chosen: list[Part], budget: float, elapsed: float) -> dict[str, float]:
     """When each of the chosen parts has to be over, in seconds from the start of the run.
 
-    A part has its share of the budget and what the parts before it left; `ENDING` comes last.
+    A part has its share of the budget and what the parts before it left over; `ENDING` comes last.
 
     Args:
         elapsed: seconds since the start.
@@ -73,7 +73,7 @@ def median_seconds(call: Callable[[], object], times: int = 3) -> float:
 
 @dataclass(frozen=True)
 class HostCosts:
-    """What starting things costs on this machine, in seconds, measured.
+    """What starting processes costs on this machine, in measured seconds.
 
     Attributes:
         imports: of this process: PyTorch and all that children use.
