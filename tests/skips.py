@@ -1,10 +1,10 @@
-"""Skips that are expected, and a run that fails of any other: a plugin of pytest.
+"""Expected skips, and a run that fails on any other: a pytest plugin.
 
-In CI (``CI`` is set) a test may only be skipped if `EXPECTED` lists it with the reason that it gives, or a file that
-``--expect-skips`` names does. There the C++ kernels must be built, too. Elsewhere a machine may lack what it likes.
+In CI (``CI`` is set) a test may only be skipped if `EXPECTED`, or a file that ``--expect-skips`` names, lists it with
+the reason that it gives. There the C++ kernels must be built, too. Elsewhere a machine may lack anything.
 
-A line of such a file is ``test | reason``. The test is the id of one or, without ``[...]``, of a test with all its
-parameters; or a file, where the file as a whole is skipped. The reason is the beginning of the one that is given.
+A line of such a file is ``test | reason``. The test is the id of one test or, without ``[...]``, of a test with all its
+parameters; or a file, if the file as a whole is skipped. The reason is the beginning of the reason given.
 """
 
 from __future__ import annotations
