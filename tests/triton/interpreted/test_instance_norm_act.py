@@ -18,7 +18,7 @@ from tests.ops.test_instance_norm_act import (  # noqa: F401 - collected here to
 )
 
 MANY_PROGRAMS = 10_000
-"""Channels from which on a volume has too many programs for an interpreter."""
+"""From this many channels on, a volume has too many programs for an interpreter."""
 
 
 @pytest.fixture
