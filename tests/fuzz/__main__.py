@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def described(report: driver.Report) -> str:
-    """A line on what was done, and each different finding with the command that repeats its first case."""
+    """A line on what was done, and each distinct finding with the command that repeats its first case."""
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.most_common())
     lines = [
         f"{report.subject}: {report.cases} cases in {report.seconds:.0f} s ({outcomes}), memory grew "
