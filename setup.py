@@ -227,12 +227,12 @@ def architecture_flags(nvcc: str, wanted: str) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
         if match is None:
             raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST: {word!r} is not an architecture; accepted are such as 8.0, 9.0a+PTX"
+                f"TORCH_CUDA_ARCH_LIST: {word!r} is not an architecture; accepted are values such as 8.0, 9.0a+PTX"
             )
         major, minor, family, ptx = match.groups()
         name = f"{major}{minor}{family}"
         if int(f"{major}{minor}") < OLDEST_ARCHITECTURE:
-            print(f"TORCH_CUDA_ARCH_LIST: {word} is left out, the CUDA kernels need 8.0 or later", file=sys.stderr)
+            print(f"TORCH_CUDA_ARCH_LIST: {word} is left out: the CUDA kernels need 8.0 or later", file=sys.stderr)
         elif wanted or f"sm_{major}{minor}" in known:
             code = f"[compute_{name},sm_{name}]" if ptx else f"sm_{name}"
             flags.append(f"-gencode=arch=compute_{name},code={code}")
@@ -334,7 +334,7 @@ class BuildCpp(Command):
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         ninja = [ninja_program(), "-f", str(folder / "build.ninja"), "-j", jobs]
         if subprocess.run(ninja).returncode:
-            raise SystemExit(f"{compiler} is there but did not compile the {what}, see above")
+            raise SystemExit(f"{compiler} was found but did not compile the {what}, see above")
         # A process may have the old library mapped: replace the file, never write into it.
         target = self.target(library)
         target.parent.mkdir(parents=True, exist_ok=True)
