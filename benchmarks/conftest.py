@@ -42,7 +42,7 @@ def pytest_addoption(parser):
         "--extent",
         type=int,
         default=IMAGE_EXTENT,
-        help="extent of the image in voxels, a multiple of 32 from 64 on; goals are held at the default",
+        help="extent of the image in voxels, a multiple of 32, at least 64; goals apply at the default",
     )
 
 

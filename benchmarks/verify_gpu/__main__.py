@@ -35,24 +35,24 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="parts:\n" + "\n".join(f"  {part.name:12} {part.seconds:3} s  {part.what}" for part in plan.PARTS),
         allow_abbrev=False,
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the result; an earlier one in it is added to")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the result; adds to an earlier one in it")
     parser.add_argument("--budget", type=float, default=plan.BUDGET, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument(
         "--part",
         choices=plan.NAMES,
         action="append",
-        help="run this part alone, within the whole budget; may be given again (default: all)",
+        help="run this part alone, within the whole budget; may be repeated (default: all)",
     )
-    parser.add_argument("--commit", help="commit of these sources, where git does not tell it")
+    parser.add_argument("--commit", help="commit of these sources, if git cannot tell")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and what starting costs here; run nothing"
+        "--dry-run", action="store_true", help="print the plan and what starting processes costs here; run nothing"
     )
     parser.add_argument(
         "--silence",
         type=float,
         default=tasks.SILENCE,
         metavar="SECONDS",
-        help="after which a child counts as hung (default: %(default)s)",
+        help="of silence after which a child counts as hung (default: %(default)s)",
     )
     parser.add_argument(
         "--simulated",

@@ -95,7 +95,7 @@ class Child:
 
     def poll(self) -> bool:
         """Whether it has ended. What it left running in its group is killed."""
-        # Not yet waited for, it keeps its number, so that the signal reaches nobody else.
+        # As long as it is not waited for, it keeps its number, so that the signal reaches no other process.
         if self.status is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             self._signal_group()
             _, status = os.waitpid(self.pid, 0)

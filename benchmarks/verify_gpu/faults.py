@@ -33,7 +33,7 @@ def planted(where: str) -> str | None:
     for entry in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(";"))):
         kind, at, pattern = entry.partition("@")
         if kind not in KINDS or not at or not pattern:
-            raise ValueError(f"{VARIABLE}: {entry!r} is no fault; accepted are kind@where with {', '.join(KINDS)}")
+            raise ValueError(f"{VARIABLE}: {entry!r} is not a fault; accepted are kind@where with {', '.join(KINDS)}")
         if pattern in where:
             return kind
     return None

@@ -112,7 +112,7 @@ def compare(
         expected = guarded(reporter, device, reference, "compute", truth)
     if expected is None:
         for row in open_.values():
-            reporter.row(replace(row, status="failed: there is no truth to hold it to"))
+            reporter.row(replace(row, status="failed: there is no truth to compare it with"))
         return
 
     errors: dict[str, float] = {}

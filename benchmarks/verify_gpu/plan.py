@@ -34,13 +34,13 @@ class Part:
 
 PARTS = (
     Part("probe", 30, "the machine and its ceilings; every kernel once, forward and backward, against float64"),
-    Part("correctness", 110, "the GPU tests; compilations for later parts beside them"),
-    Part("model", 90, "Swin UNETR, inference and training step, ours and MONAI's; the dearest kernels"),
+    Part("correctness", 110, "the GPU tests, and at the same time compilations for later parts"),
+    Part("model", 90, "Swin UNETR, inference and training step, ours and MONAI's; the most expensive kernels"),
     Part("operators", 90, "attention at stages 1 to 4 beside floor, Triton, SDPA, FlexAttention; time per kernel"),
-    Part("decoder", 20, "norms and convolutions beside PyTorch's"),
+    Part("decoder", 20, "norms and convolutions, compared with PyTorch's"),
     Part("counters", 50, "hardware counters of the three hot kernels"),
     Part("sanitizers", 60, "four sanitizers over every kernel"),
-    Part("sweeps", 50, "other cuts of the CUDA kernels, other tiles of Triton's"),
+    Part("sweeps", 50, "other cuts of the CUDA kernels, other tiles of the Triton kernels"),
     Part("rest", 40, "128³, feature size 24, partition"),
 )
 NAMES = tuple(part.name for part in PARTS)

@@ -37,7 +37,7 @@ limit = pytest.StashKey[float]()  # of a test: the seconds it may last
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--verify-results", metavar="FILE", help="write a JSON line for every test when it has ended")
+    parser.addoption("--verify-results", metavar="FILE", help="write a JSON line for every test as it ends")
     parser.addoption("--verify-kernels", metavar="FILE", help="write the name of every kernel of ours before it starts")
 
 
@@ -168,7 +168,7 @@ class Results:
     @property
     def terminal(self) -> pytest.TerminalReporter:
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        assert terminal is not None, "-p no:terminal leaves nobody to show failures"
+        assert terminal is not None, "with -p no:terminal, failures cannot be shown"
         return terminal
 
     def write(self, test: str, outcome: str, message: str, seconds: float) -> None:

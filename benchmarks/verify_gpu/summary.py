@@ -52,7 +52,7 @@ def _kernels(rows: list[Row]) -> list[str]:
     if not own:
         return []
     lines = [f"  {r.p50:9.4f} ms  {r.kernel}  {r.measure.split(', ')[1]}, {r.shape}" for r in own[:MOST_KERNELS]]
-    return ["dearest kernels:", *lines]
+    return ["most expensive kernels:", *lines]
 
 
 def _sweeps(rows: list[Row]) -> list[str]:
