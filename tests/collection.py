@@ -23,7 +23,9 @@ DURATIONS = Path(__file__).with_name("durations.json")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--store-durations", action="store_true", help="write what each file took to tests/durations.json")
+    parser.addoption(
+        "--store-durations", action="store_true", help="write the seconds of each file to tests/durations.json"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,7 +24,9 @@ def in_ci() -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--expect-skips", action="append", default=[], metavar="FILE", help="skips to expect too, in CI")
+    parser.addoption(
+        "--expect-skips", action="append", default=[], metavar="FILE", help="file of further skips to expect in CI"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="cases of each subject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to repeat a finding")
-    parser.add_argument("--keep", type=Path, help="folder in which the files of findings stay")
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the files of findings")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         folder = options.keep or Path(temporary)
