@@ -11,20 +11,20 @@ demo: export SWIN_KERNELS_CUDA ?= device
 demo: install
 	$(BIN)/swin-unetr demo
 
-# Each process takes the next file, the longest first (tests/collection.py); with CI=true a skip that
-# tests/expected_skips.txt does not expect fails the run.
+# Each process takes the next file, the longest first (tests/collection.py); with CI=true, a skip that
+# tests/expected_skips.txt does not list fails the run.
 PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: install
 	$(BIN)/pytest --quiet --durations=10 $(PROCESSES)
 
-# The same, measured; fails if the coverage is below what pyproject.toml asks for.
+# The same, measuring coverage; fails below the bound in pyproject.toml.
 coverage: install
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(BIN)/coverage run -m pytest --quiet --durations=10 $(PROCESSES)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-# Write what each file takes on this machine to tests/durations.json.
+# Write the time that each file takes on this machine to tests/durations.json.
 durations: install
 	$(BIN)/pytest --quiet --store-durations $(PROCESSES)
 
@@ -42,13 +42,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
-# setuptools never deletes from build/lib*, and would pack what the sources no longer have.
+# setuptools never deletes from build/lib*, and would pack files that are no longer in the sources.
 wheel: $(STAMP)
 	rm -rf build/lib* build/bdist*
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
-# .venv with the pinned packages and this one, editable; then the kernels as the sources are now.
+# .venv with the pinned packages and this one, editable; then the kernels, built from the current sources.
 install: $(STAMP)
 	@$(BIN)/python setup.py -q build_cpp --inplace
 
@@ -58,10 +58,11 @@ $(STAMP): requirements/lock.txt pyproject.toml setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-# The tests of operators and of bad input on kernels built with AddressSanitizer, in a copy that leaves the library in use alone.
+# The tests of operators and of bad input on kernels built with AddressSanitizer, in a copy of the tree, so that the
+# library in use stays as it is.
 # Python and PyTorch do not free everything at exit: leaks are not looked for.
 # libstdc++ is named too: ASan looks for __cxa_throw when Python starts, and dies of the first exception without it.
-# Fresh memory is filled with 0xff, NaN in every floating dtype, so that reading what nobody wrote shows.
+# Fresh memory is filled with 0xff, NaN in every floating dtype, so that reads of uninitialised memory show.
 ASAN_LIBRARIES = "$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)"
 ASAN_OPTIONS = detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255
 asan: $(STAMP)
@@ -71,15 +72,16 @@ asan: $(STAMP)
 	cd build/asan && LD_PRELOAD=$(ASAN_LIBRARIES) ASAN_OPTIONS=$(ASAN_OPTIONS) \
 		$(CURDIR)/$(BIN)/python -m pytest --quiet --capture=no tests/ops tests/test_bad_input.py
 
-# Random calls, mutated files and random kills, COUNT of each, which `make test` tries briefly; tests/fuzz/__init__.py says what
-# they are held to. `make fuzz SUBJECT=images`; another SEED draws others; KEEP=dir keeps the files of what is found.
+# Random calls, mutated files and random kills, COUNT of each, a few of which `make test` tries too;
+# tests/fuzz/__init__.py says what is checked. `make fuzz SUBJECT=images` runs one subject; another SEED draws other
+# cases; KEEP=dir keeps the files of what is found.
 COUNT ?= 10000
 SEED ?= 0
 fuzz: install
 	$(BIN)/python -m tests.fuzz $(SUBJECT) --count $(COUNT) --seed $(SEED) $(KEEP:%=--keep "%")
 
-# Proves, times and tunes the GPU kernels within BUDGET seconds; docs/cuda.md says what PYTHON needs and what to send back.
-# `make verify-gpu OUT=dir`; PART=model runs that part alone, COMMIT=... names the sources where git does not.
+# Tests, times and tunes the GPU kernels within BUDGET seconds; docs/cuda.md says what PYTHON needs and what to send
+# back. `make verify-gpu OUT=dir`; PART=model runs that part alone, COMMIT=... names the sources where git does not.
 OUT ?= build/gpu
 BUDGET ?= 540
 verify-gpu:

@@ -5,13 +5,13 @@
 ``pip install .``, ``pip install -e .`` and the wheel run the same command. The environment decides:
 
 - ``SWIN_KERNELS_CXX``, else ``CXX``, else the first of c++, g++, clang++ is the compiler (arguments are allowed, as in
-  ``ccache g++``); with none found the kernels are skipped and the package runs on its PyTorch reference,
-- ``CXXFLAGS`` and ``LDFLAGS`` are appended, ``MAX_JOBS`` bounds the parallel compilations,
-- ``SWIN_KERNELS_SANITIZE=address`` (or another list for ``-fsanitize``) builds the C++ kernels with a sanitizer, the
-  CUDA kernels not at all,
-- ``SWIN_KERNELS_CUDA`` is ``auto`` (the default: CUDA kernels are built where nvcc is), ``device`` (the same, if this
-  machine has an NVIDIA device), ``0`` (never) or ``1`` (a missing nvcc is an error),
-- ``CUDACXX`` is the nvcc, else that of ``CUDA_HOME``, else the first of the PATH and of ``/usr/local/cuda``,
+  ``ccache g++``); if none is found, the kernels are skipped and the package runs on its PyTorch reference,
+- ``CXXFLAGS`` and ``LDFLAGS`` are appended, ``MAX_JOBS`` limits the parallel compilations,
+- ``SWIN_KERNELS_SANITIZE=address`` (or another list for ``-fsanitize``) builds the C++ kernels with a sanitizer, and
+  does not build the CUDA kernels,
+- ``SWIN_KERNELS_CUDA`` is ``auto`` (the default: CUDA kernels are built if nvcc is found), ``device`` (the same, if
+  this machine has an NVIDIA device), ``0`` (never) or ``1`` (a missing nvcc is an error),
+- ``CUDACXX`` is the nvcc, else that of ``CUDA_HOME``, else the one on the PATH, else that of ``/usr/local/cuda``,
 - ``TORCH_CUDA_ARCH_LIST`` lists the architectures, as in ``8.0;9.0a+PTX``; `CUDA_ARCHITECTURES` is the default.
 """
 
@@ -48,7 +48,7 @@ ISA_FLAGS = {
 # A further build, of every kernels_amx.cpp: AVX-512's flags, and an assembler that knows Intel's matrix unit.
 AMX_PROBE = 'void probe() { asm volatile("tilerelease"); }'
 
-# Machine code for A100, Hopper and Blackwell; whatever else is 8.0 or later compiles the PTX when it is first used.
+# Machine code for A100, Hopper and Blackwell; other GPUs of 8.0 or later compile the PTX when it is first used.
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a;10.0a"
 OLDEST_ARCHITECTURE = 80  # the kernels need cp.async and bfloat16 on tensor cores
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
@@ -117,7 +117,7 @@ NVCC, CUDA_SKIPPED = find_nvcc()
 
 
 def target_machine(compiler: list[str]) -> str:
-    """What the compiler compiles for, as in ``x86_64``."""
+    """The machine that the compiler compiles for, such as ``x86_64``."""
     answer = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
     if answer.returncode:
         raise SystemExit(
@@ -127,7 +127,7 @@ def target_machine(compiler: list[str]) -> str:
 
 
 def assembles(compiler: list[str], source: str) -> bool:
-    """Whether the compiler makes an object of ``source``."""
+    """Whether the compiler can compile ``source`` to an object."""
     command = [*compiler, "-x", "c++", "-c", "-o", os.devnull, "-"]
     return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
 
@@ -162,7 +162,7 @@ def path(value: Path) -> str:
 def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
     """The text of build.ninja, with objects and library in ``folder``; and the library.
 
-    Paths are relative to the source tree, so that a copy of the tree has nothing to compile again.
+    Paths are relative to the source tree, so that a copy of the tree need not be compiled again.
     """
     isas = ISA_FLAGS.get(target_machine(compiler), {})
     has_amx = "avx512" in isas and assembles(compiler, AMX_PROBE)
@@ -170,9 +170,9 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
     sanitizers = os.environ.get("SWIN_KERNELS_SANITIZE", "")
     sanitize = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
     compile_flags = [*COMPILE_FLAGS.split(), *sanitize]
-    # An undefined symbol is an error of the link, not of the user's first import. Sanitizers' symbols come at run time.
+    # An undefined symbol fails the link, not the user's first import. Sanitizers' symbols are resolved at run time.
     link_flags = [*sanitize, *([] if sanitizers else ["-Wl,-z,defs"])]
-    # Python loads libtorch privately, so the library has to name it; torch has it in memory by then: no run path.
+    # Python loads libtorch privately, so the library has to name it; torch is loaded by then, so it needs no run path.
     torch_libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
 
     objects: list[tuple[Path, Path, list[str]]] = []  # source, object, flags
@@ -216,10 +216,10 @@ def ninja_rules(compiler: list[str], folder: Path) -> tuple[str, Path]:
 def architecture_flags(nvcc: str, wanted: str) -> list[str]:
     """nvcc's options for a list of architectures as in ``TORCH_CUDA_ARCH_LIST``; the default one for "".
 
-    Of the default list, what this nvcc does not know is left out. Of the user's, what is older than the kernels need.
+    From the default list, what this nvcc does not know is left out; from the user's, what is too old for the kernels.
 
     Raises:
-        SystemExit: the list cannot be read, or nothing of it is left.
+        SystemExit: the list cannot be read, or nothing is left of it.
     """
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     flags = []
@@ -227,12 +227,12 @@ def architecture_flags(nvcc: str, wanted: str) -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
         if match is None:
             raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST: {word!r} is not an architecture; accepted are such as 8.0, 9.0a+PTX"
+                f"TORCH_CUDA_ARCH_LIST: {word!r} is not an architecture; accepted are values such as 8.0, 9.0a+PTX"
             )
         major, minor, family, ptx = match.groups()
         name = f"{major}{minor}{family}"
         if int(f"{major}{minor}") < OLDEST_ARCHITECTURE:
-            print(f"TORCH_CUDA_ARCH_LIST: {word} is left out, the CUDA kernels need 8.0 or later", file=sys.stderr)
+            print(f"TORCH_CUDA_ARCH_LIST: {word} is left out: the CUDA kernels need 8.0 or later", file=sys.stderr)
         elif wanted or f"sm_{major}{minor}" in known:
             code = f"[compute_{name},sm_{name}]" if ptx else f"sm_{name}"
             flags.append(f"-gencode=arch=compute_{name},code={code}")
@@ -244,9 +244,9 @@ def architecture_flags(nvcc: str, wanted: str) -> list[str]:
 
 
 def cuda_ninja_rules(nvcc: str, compiler: list[str], folder: Path) -> tuple[str, Path]:
-    """As `ninja_rules`, for the CUDA kernels. The runtime is linked in: no version of libcudart is asked for."""
+    """As `ninja_rules`, for the CUDA kernels. The runtime is linked statically: no version of libcudart is needed."""
     torch = torch_folder()
-    host = [f"-ccbin={compiler[0]}"] if len(compiler) == 1 else []  # nvcc takes no arguments there
+    host = [f"-ccbin={compiler[0]}"] if len(compiler) == 1 else []  # nvcc does not accept arguments there
     flags = architecture_flags(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     library = folder / CUDA_LIBRARY.name
     kernels = {folder / f"{source.stem}.o": source for source in sorted(Path("csrc", "cuda").glob("*.cu"))}
@@ -324,7 +324,7 @@ class BuildCpp(Command):
             self.compile(CUDA_LIBRARY, folder, *cuda_ninja_rules(NVCC, COMPILER, folder), "CUDA kernels", NVCC)
 
     def skip(self, library: Path, reason: str) -> None:
-        # A library left by an earlier build would contradict what is said here.
+        # A library left by an earlier build would contradict this message.
         self.target(library).unlink(missing_ok=True)
         self.warn(reason)
 
@@ -334,7 +334,7 @@ class BuildCpp(Command):
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         ninja = [ninja_program(), "-f", str(folder / "build.ninja"), "-j", jobs]
         if subprocess.run(ninja).returncode:
-            raise SystemExit(f"{compiler} is there but did not compile the {what}, see above")
+            raise SystemExit(f"{compiler} was found but did not compile the {what}, see above")
         # A process may have the old library mapped: replace the file, never write into it.
         target = self.target(library)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -358,14 +358,14 @@ class Build(build):
 
 
 class PlatformDistribution(Distribution):
-    """Installs beside platform code exactly when there is any."""
+    """Installs into the platform-specific folder exactly when there is platform code."""
 
     def has_ext_modules(self) -> bool:
         return COMPILER is not None
 
 
 class Wheel(bdist_wheel):
-    """The library is no Python extension: one wheel serves every Python of the platform."""
+    """The library is not a Python extension: one wheel serves every Python of the platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()

@@ -42,7 +42,7 @@ def pytest_addoption(parser):
         "--extent",
         type=int,
         default=IMAGE_EXTENT,
-        help="extent of the image in voxels, a multiple of 32 from 64 on; goals are held at the default",
+        help="extent of the image in voxels, a multiple of 32, at least 64; goals apply at the default",
     )
 
 
@@ -72,7 +72,7 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 @pytest.fixture
 def record(benchmark, pytestconfig, extent, capsys):
-    """Store one comparison, print it, and hold it against the goals; see `versus` for the arguments."""
+    """Store one comparison, print it, and check it against the goals; see `versus` for the arguments."""
 
     def store(
         name: str, unit: str, costs: dict[str, dict[str, float]], gate: Gate, sizes: str, dtype: torch.dtype, **more

@@ -1,4 +1,4 @@
-"""What the project promises, in one table: the benchmark of that name fails below its goal.
+"""What the project promises, in one table: a benchmark named here fails below its goal.
 
 A goal is a ratio, MONAI's cost divided by ours, both measured in the same run on 2 CPU threads in
 float32 at the image extent named. Other extents, dtypes and rows are reported without a goal.

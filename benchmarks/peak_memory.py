@@ -1,6 +1,6 @@
 """Run training steps of one variant in this process and print its memory as JSON.
 
-``python benchmarks/peak_memory.py {MONAI,ours} --extent 96``. `test_memory.py` starts one process a
+``python benchmarks/peak_memory.py {MONAI,ours} --extent 96``. `test_memory.py` starts one process per
 variant, since a process only ever reports its highest peak. Linux only (``/proc/self/status``).
 """
 
@@ -16,7 +16,7 @@ from peers import CLASSES, FEATURE_SIZE, training_batch, training_step
 
 import swin_kernels
 
-STEPS = 2  # the optimizer's state is allocated in the first
+STEPS = 2  # the first allocates the optimizer's state
 
 
 def status(field: str) -> int:

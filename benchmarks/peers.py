@@ -1,4 +1,4 @@
-"""MONAI's side and ours, built with the same weights, and the gate that holds their results together."""
+"""MONAI's side and ours, built with the same weights, and the gate that compares their results."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def stage_tokens(image_extent: int, stage: int) -> int:
 
 
 def mask_of(tokens: int, shifted: bool) -> torch.Tensor | None:
-    """What MONAI's layer would hand its block, built outside the measurement: ``(nW, n, n)``."""
+    """The mask that MONAI's layer would pass to its block, built outside the measurement: ``(nW, n, n)``."""
     if not shifted:
         return None
     window, shift = get_window_size((tokens,) * 3, (WINDOW,) * 3, (WINDOW // 2,) * 3)

@@ -77,7 +77,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def operator_table(rows: list[dict]) -> list[str]:
-    """Markdown lines of the operators beside plain PyTorch."""
+    """Markdown lines of the operators compared with plain PyTorch."""
     lines = ["| operator | PyTorch | swin-kernels | vs PyTorch |", "|---|--:|--:|--:|"]
     for row in rows:
         cells = [f"{row['name']}; {row['sizes']}", cost(row, "PyTorch"), cost(row, "ours"), ratio(row, "PyTorch")]
@@ -86,7 +86,7 @@ def operator_table(rows: list[dict]) -> list[str]:
 
 
 def memory_note(row: dict) -> str:
-    """What the peak of a process is made of."""
+    """What makes up the peak of a process."""
     sides = [
         f"{name} {row['base'][side]:.2f} GiB before the first step + {row['growth'][side]:.2f} GiB"
         for side, name in (("MONAI", "MONAI"), ("ours", "swin-kernels"))

@@ -1,7 +1,7 @@
 """The attention branch of a Swin block: norm, qkv, window attention, projection (MONAI's `forward_part1`).
 
 Both sides start from the same contiguous ``(B, *S, C)`` volume and the same weights; MONAI's mask is
-built beforehand. MONAI's flash attention serves inference only, so it has no backward row.
+built beforehand. MONAI's flash attention works for inference only, so it has no backward row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def sides():
 
 
 def precision(dtype: torch.dtype):
-    """float32 as it is; a lower one through autocast, as users run it."""
+    """float32 as it is; a lower precision through autocast, as users run it."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast("cpu", dtype)

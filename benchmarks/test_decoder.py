@@ -114,7 +114,7 @@ def test_decoder_block(versus, extent, direction):
         return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
 
     sides = {"MONAI": theirs, "ours": ours}
-    # Gradients are compared without LeakyReLU's kink, on whose sides rounding decides.
+    # Gradients are compared without LeakyReLU's kink, where rounding decides which side a value is on.
     smooth = {side: copy.deepcopy(block) for side, block in sides.items()}
     for block in smooth.values():
         block.conv_block.lrelu = torch.nn.SiLU()

@@ -1,4 +1,4 @@
-"""Peak resident memory of a training step, one process a variant."""
+"""Peak resident memory of a training step, one process per variant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 2.0**30
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status (Linux)")
 def test_peak_memory(benchmark, record, extent):
-    """The goal holds the peak of the whole process: stricter than its growth over the built model."""
+    """The goal is for the peak of the whole process, which is stricter than for its growth over the built model."""
 
     def measure(variant: str) -> dict:
         options = ["--extent", str(extent), "--threads", str(torch.get_num_threads())]

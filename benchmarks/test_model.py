@@ -36,8 +36,8 @@ def test_inference(versus, sides, extent):
 def smooth(model: torch.nn.Module) -> torch.nn.Module:
     """A copy with SiLU for LeakyReLU, whose kink makes float32 gradients of equal models differ.
 
-    Activations that round to either side of 0 flip the slope: MONAI's own float32 gradients lie as far from
-    its float64 ones. Everything else that the gate is there to compare stays.
+    Activations that round to either side of 0 flip the slope: MONAI's own float32 gradients are as far from
+    its float64 ones. Everything else that the gate has to compare stays.
     """
     result = copy.deepcopy(model)
     for parent in list(result.modules()):
@@ -48,7 +48,7 @@ def smooth(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def loss_and_gradients(model: torch.nn.Module, image: torch.Tensor, label: torch.Tensor) -> list[torch.Tensor]:
-    """The loss, and all gradients in one vector: one that cancels to nearly 0 has no scale of its own."""
+    """The loss, and all gradients in one vector: a gradient that cancels to nearly 0 has no scale by itself."""
     loss = training_loss(model, image, label)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return [loss.detach(), torch.cat([g.flatten() for g in gradients])]

@@ -1,4 +1,4 @@
-"""Every operator of the registry beside plain PyTorch, the reference backend, on the call that the doctor times."""
+"""Every operator of the registry against plain PyTorch, the reference backend, on the call that the doctor times."""
 
 from __future__ import annotations
 

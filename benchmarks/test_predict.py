@@ -1,4 +1,4 @@
-"""`predict` from file to file, beside the same work by MONAI's model, transforms, sliding window and inverse."""
+"""`predict` from file to file, against the same work by MONAI's model, transforms, sliding window and inverse."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FEATURE_SIZE = 24
 OVERLAP = 0.25
 BATCH = 4
 CT = (512, 512, 61)
-"""Voxels at `IMAGE_EXTENT`; at another extent of the window, as much smaller or larger on each axis."""
+"""Voxels at `IMAGE_EXTENT`; for another extent of the window, scaled by the same factor on each axis."""
 
 DIFFERING_VOXELS_LIMIT = 1e-4
-"""Part of the voxels whose label may be another: interpolated probabilities of two classes can tie."""
+"""Share of the voxels whose label may differ: interpolated probabilities of two classes can tie."""
 
 
 def ct(extent: int, path: Path) -> tuple[int, ...]:

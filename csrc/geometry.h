@@ -1,6 +1,6 @@
-// Where windows lie in a volume: the one C++ truth of window arithmetic, for host and device.
-// Twin of swin_kernels/geometry.py, whose docstring gives the rules; tests/test_geometry.py holds the
-// two against each other. Clipping of window and shift is done by the caller (WindowGrid.of).
+// Where windows lie in a volume: the one C++ definition of window arithmetic, for host and device.
+// Twin of swin_kernels/geometry.py, whose docstring gives the rules; tests/test_geometry.py compares
+// the two. Clipping of window and shift is done by the caller (WindowGrid.of).
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,7 @@ SWIN_INLINE int64_t natural_position(const WindowGrid& g, int axis, int64_t inde
   return position < g.spatial[axis] ? position : -1;
 }
 
-// Whether window `index` of `axis` holds tokens of two regions: the last one of a shifted axis does.
+// Whether window `index` of `axis` holds tokens of two regions, as the last window of a shifted axis does.
 SWIN_INLINE bool has_seam(const WindowGrid& g, int axis, int64_t index) {
   return g.shift[axis] > 0 && index == g.counts[axis] - 1;
 }

@@ -2,7 +2,7 @@
 
     python scripts/make_demo_data.py FOLDER_WITH_THE_NRRD_FILES [--out swin_unetr/data]
 
-The folder is `data/` of the source distribution pyradiomics 3.1.0. The labels are made by rule, not by
+The folder is `data/` of the source distribution pyradiomics 3.1.0. The labels are made by a rule, not by
 an expert: 0 background, 1 body (everything inside the skin that is not lung), 2 lung. Each function
 below states its part of the rule; `swin_unetr/data/README.md` states the whole.
 """
@@ -43,7 +43,7 @@ def check_sources(folder: Path) -> None:
 def body_mask(ct: sitk.Image) -> sitk.Image:
     """Everything inside the skin: uint8 0/1 on the grid of `ct` (HU).
 
-    What is denser than air, opened by 6 mm so that table, blankets and cables come off; of that the
+    Everything denser than air, opened by 6 mm to detach table, blankets and cables; of that the
     largest component, with the holes of every axial slice filled.
     """
     dense = sitk.BinaryMorphologicalOpening(ct > AIR, _flat_radius(ct, 6.0))
@@ -53,9 +53,9 @@ def body_mask(ct: sitk.Image) -> sitk.Image:
 def airway_mask(air: sitk.Image) -> sitk.Image:
     """Trachea and main bronchi: the parts of `air` (uint8 0/1) that are followed down its axial slices.
 
-    The following starts with all air of the top slice, and takes from each slice below the parts smaller
-    than 500 mm² that lie within 5 mm of the airway above. A bronchus that opens into the lung is no part
-    of its own any more, and ends.
+    This starts with all air of the top slice, and takes from each slice below the parts smaller than
+    500 mm² that lie within 5 mm of the airway above. A bronchus ends where it opens into the lung, since
+    there it is no longer a separate part.
     """
     airway = air[:, :, air.GetSize()[2] - 1]
     slices = [airway]
@@ -69,12 +69,12 @@ def airway_mask(air: sitk.Image) -> sitk.Image:
 
 
 def lung_mask(ct: sitk.Image, body: sitk.Image, lesion: sitk.Image) -> sitk.Image:
-    """Both lungs, vessels and `lesion` included, trachea and main bronchi not: uint8 0/1.
+    """Both lungs, including vessels and `lesion`, without trachea and main bronchi: uint8 0/1.
 
     Air inside `body` without the airway; of that the two largest components, the lungs (bowel gas is
-    smaller). Then, in each axial slice, each lung with its lesion is closed by 6 mm, apart from the
-    other lung so that the tissue between them stays out, and holes below 150 mm² are filled: vessels
-    and bronchi are, the dome of the diaphragm is not.
+    smaller). Then, in each axial slice, each lung with its lesion is closed by 6 mm, separately from
+    the other lung so that the tissue between them stays out, and holes below 150 mm² are filled: those
+    of vessels and bronchi, but not the dome of the diaphragm.
     """
     air = sitk.And(ct < AIR, body)
     by_size = _components_by_size(sitk.And(air, sitk.Not(airway_mask(air))))
@@ -94,8 +94,8 @@ def label_map(ct: sitk.Image, lesion: sitk.Image) -> sitk.Image:
 def resample(ct: sitk.Image, labels: sitk.Image) -> tuple[sitk.Image, sitk.Image]:
     """`ct` as int16 and `labels` as uint8 at `SPACING`, over the same field of view.
 
-    The CT is smoothed against aliasing on the axes where the new spacing is coarser. Labels are
-    interpolated linearly one by one, and the largest wins.
+    The CT is smoothed against aliasing on the axes where the new spacing is coarser. Each label is
+    interpolated linearly, and the largest wins.
     """
     old = ct.GetSpacing()
     size = [max(1, round(n * a / b)) for n, a, b in zip(ct.GetSize(), old, SPACING, strict=True)]
@@ -129,7 +129,7 @@ def _components_by_size(mask: sitk.Image, at_least: float = 0.0) -> sitk.Image:
 
 
 def _fill_slices(mask: sitk.Image, below: float = math.inf) -> sitk.Image:
-    """`mask` with the holes of every axial slice filled, those below `below` mm²."""
+    """`mask` with the holes below `below` mm² of every axial slice filled."""
     slices = []
     for z in range(mask.GetSize()[2]):
         filled = sitk.BinaryFillhole(mask[:, :, z], foregroundValue=1)

@@ -1,7 +1,7 @@
 """Write the tables of operators and backends into the README: ``python scripts/readme_tables.py``.
 
-What stands between the markers comes from the registries (`swin_kernels.ops.OPERATORS`,
-`swin_kernels.backends.BACKENDS`). ``--check`` writes nothing and exits with 1 if the README does not say what they say.
+The text between the markers comes from the registries (`swin_kernels.ops.OPERATORS`,
+`swin_kernels.backends.BACKENDS`). ``--check`` writes nothing and exits with 1 if the README does not agree with them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PARTS = {"operators": operators, "backends": backends}
 
 
 def updated(text: str) -> str:
-    """`text` of a README with its generated parts as they are to be."""
+    """`text` of a README with its generated parts up to date."""
     for name, part in PARTS.items():
         begin, end = (marker.format(name) for marker in MARKERS)
         before, found_begin, rest = text.partition(begin)

@@ -1,11 +1,11 @@
-"""How data parallel training would scale: communication of a step against its compute, from a few numbers.
+"""How data-parallel training would scale: communication of a step against its compute, from a few numbers.
 
     python scripts/scaling_model.py [--write]
 
 A model, not a measurement. A ring all-reduce of gradients moves 2 (n - 1) / n of their bytes through the slowest link;
-what the backward hides of it is given as a part. Defaults are Swin UNETR's own (parameters and multiply-adds are
-counted from the model) on H100 nodes of eight as their data sheets have them, at an assumed part of the peak. Replace
-them by measured ones.
+the fraction that the backward hides is given. Defaults are Swin UNETR's own (parameters and multiply-adds are
+counted from the model) on H100 nodes of eight as in their data sheets, at an assumed fraction of the peak. Replace
+them with measured ones.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ GPUS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Job:
-    """One step of data parallel training on every GPU.
+    """One step of data-parallel training on every GPU.
 
     Attributes:
-        parameters: whose gradients are summed, 4 bytes each.
+        parameters: how many gradients are summed, 4 bytes each.
         multiply_adds: of one crop's forward; the backward takes twice as many.
         crops: on each GPU.
-        peak: 16-bit operations a second of a GPU.
-        achieved: part of the peak that a step reaches.
-        inside, between: bytes a second that a GPU moves to others of its node, and a node's share of one GPU to others.
-        gpus_per_node: of them.
+        peak: 16-bit operations per second of a GPU.
+        achieved: fraction of the peak that a step reaches.
+        inside, between: bytes per second that a GPU moves within its node, and as its share between nodes.
+        gpus_per_node: GPUs in a node.
         latency: seconds of a ring's step between nodes.
-        hidden: part of the communication that the backward can hide, at most its own time.
+        hidden: fraction of the communication that the backward can hide, at most its own time.
     """
 
     parameters: int = 62_187_296
@@ -60,17 +60,17 @@ class Job:
         return 2 * (gpus - 1) / gpus * 4 * self.parameters / link + 2 * (nodes - 1) * self.latency
 
     def step(self, gpus: int) -> float:
-        """Seconds of a step: what the backward, two thirds of the compute, hides does not count."""
+        """Seconds of a step, without what the backward, two thirds of the compute, hides."""
         communication = self.communication(gpus)
         return self.compute + communication - min(self.hidden * communication, 2 / 3 * self.compute)
 
     def efficiency(self, gpus: int) -> float:
-        """Crops a second over those of `gpus` times one GPU."""
+        """Crops per second relative to `gpus` times those of one GPU."""
         return self.step(1) / self.step(gpus)
 
 
 def table(job: Job) -> str:
-    """The model as Markdown, its assumptions with it."""
+    """The model as Markdown, with its assumptions."""
     lines = [
         f"Assumed: {job.parameters:,} gradients of 4 bytes; {job.crops} crops of 96³ a GPU, "
         f"{job.multiply_adds / 1e9:.1f} G multiply-adds each in the forward and twice that in the backward, at "

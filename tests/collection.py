@@ -1,9 +1,10 @@
 """Which tests a run collects, and in which order: a pytest plugin.
 
-- GPU: tests marked `gpu` are left out where there is no CUDA device, and the header of the output says so; a skip of
-  any other test then means something (`skips`). ``pytest -m gpu`` asks for them, and fails without a device.
-- order: the files that take longest come first, by the seconds in `DURATIONS`, so that processes that share the files
-  (``--dist loadfile --no-loadscope-reorder``) end at about the same time. New files, which have none, come before them.
+- GPU: tests marked `gpu` are left out where there is no CUDA device, and the top of the output says so. So a skip of
+  any other test means something (`skips`). ``pytest -m gpu`` asks for them and fails without a device.
+- order: files that take longest come first, by the seconds in `DURATIONS`, so that processes that share the files
+  (``--dist loadfile --no-loadscope-reorder``) end at about the same time. A file without seconds there is new and
+  comes before all others.
 
 ``pytest --store-durations``, which ``make durations`` calls, writes the seconds of this run to `DURATIONS`.
 """
@@ -18,11 +19,13 @@ import pytest
 import torch
 
 DURATIONS = Path(__file__).with_name("durations.json")
-"""Seconds by file, in whole numbers: that is enough for the order, and few of them change from run to run."""
+"""Seconds by file, in whole numbers: precise enough for the order, and few of them change from run to run."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--store-durations", action="store_true", help="write what each file took to tests/durations.json")
+    parser.addoption(
+        "--store-durations", action="store_true", help="write the seconds of each file to tests/durations.json"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def leaves_out_gpu(config: pytest.Config) -> bool:
-    """Whether tests marked `gpu` are not for this run."""
+    """Whether this run leaves out tests marked `gpu`."""
     return not torch.cuda.is_available() and "gpu" not in config.getoption("markexpr")
 
 
@@ -56,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Stopwatch:
-    """Adds up what the tests of each file take, and writes it at the end."""
+    """Adds up the time that the tests of each file take, and writes it at the end."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()

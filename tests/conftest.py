@@ -1,13 +1,13 @@
 """Settings of the whole test session. There are no fixtures for tests to ask for here; `seeded` acts on every test.
 
-- plugins: `collection` leaves out tests that need a GPU and orders the files, `skips` fails a run in CI that skips a
-  test unexpectedly,
+- plugins: `collection` leaves out the tests that need a GPU and orders the files; `skips` fails a run in CI with
+  unexpected skips,
 - random numbers: Python's, NumPy's and PyTorch's generators are seeded before each test,
-- threads: PyTorch computes on at most two, so that times and memory are alike on small and large machines; on one
-  where several processes share the tests (pytest-xdist), since threads that wait spin,
+- threads: PyTorch uses at most two, so that times and memory are alike on small and large machines; and only one if
+  several processes share the tests (pytest-xdist), since waiting threads spin,
 - hypothesis: the profile "repeatable" draws the same examples in every run and has no deadline, since the machine may
   be busy; `pytest --hypothesis-profile=explore` draws new ones,
-- a backend forced from outside (`SWIN_KERNELS_BACKEND`) is forgotten: tests name the backends they mean.
+- a backend forced from outside (`SWIN_KERNELS_BACKEND`) is ignored: tests name the backends they mean.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from .fuzz.driver import PRELOADED
 
 
 def on_ranks(function: Callable[..., None], arguments: tuple, ranks: int) -> None:
-    """Run ``function(rank, *arguments)`` in so many processes; raises what one of them raises.
+    """Run ``function(rank, *arguments)`` in that many processes; raises what one of them raises.
 
     Importing PyTorch and MONAI takes five seconds, so one process does it for all. Where the fuzzers have started it,
     it has imported what they need, and each rank imports the rest.

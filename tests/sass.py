@@ -13,12 +13,12 @@ KINDS = {
     "shared": r"LDS|STS|LDSM|STSM",
     "global_": r"LDG|STG|LDGSTS",
 }
-"""Kinds of instructions; what is of none of them computes integers and predicates, converts, moves and branches."""
+"""Kinds of instructions; all others compute integers and predicates, convert, move and branch."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `target` is the place of the instruction that a branch may go on with.
+    """One instruction; `target` is the place of the instruction that a branch may jump to.
 
     `predicated`: whether it is executed only where a predicate holds; `conditional`: whether the next one may follow.
     """
@@ -62,8 +62,8 @@ def read(sass: str) -> list[Instruction]:
 def loops(instructions: list[Instruction]) -> list[range]:
     """Every loop, by the instructions from its first to the branch that goes back to it.
 
-    Code that was put behind the end of the kernel goes back to where it came from too: that is no loop. Nor is the
-    branch to itself that every kernel ends with.
+    Code that was moved behind the end of the kernel also jumps back to where it came from: that is not a loop. Nor is
+    the branch to itself that every kernel ends with.
     """
     backward = (
         range(i.target, end + 1) for end, i in enumerate(instructions) if i.target is not None and i.target < end
@@ -76,11 +76,11 @@ def count(body: list[Instruction], pattern: str) -> int:
 
 
 def common_path(instructions: list[Instruction], loop: range, work: str, exponentials: int) -> list[int]:
-    """One turn of `loop`: of the paths with so many exponentials and no more, that which does the most work, and of
-    these the one of fewest instructions.
+    """One turn of `loop`: of the paths with exactly that many exponentials, the one that does the most work, and among
+    equals the one with the fewest instructions.
 
-    What a turn seldom does (the mask of a seam, the last keys of a window, a new maximum) is behind branches and no
-    `work`, a pattern of instructions. Loops within are taken once. Returns the places of the path's instructions.
+    What a turn seldom does (the mask of a seam, the last keys of a window, a new maximum) is behind branches and is not
+    `work`, a pattern of instructions. Inner loops are taken once. Returns the places of the path's instructions.
     """
     # best[i][e]: how the instruction at i is best reached with e exponentials: work, minus the instructions so far; and
     # the one before with its e

@@ -1,10 +1,10 @@
-"""Skips that are expected, and a run that fails on any other: a pytest plugin.
+"""Expected skips, and a run that fails on any other: a pytest plugin.
 
-In CI (``CI`` is set) a test may be skipped only if `EXPECTED`, or a file named by ``--expect-skips``, lists it with the
-reason that it gives; and the C++ kernels must be built. Elsewhere any test may be skipped.
+In CI (``CI`` is set) a test may only be skipped if `EXPECTED`, or a file that ``--expect-skips`` names, lists it with
+the reason that it gives. There the C++ kernels must be built, too. Elsewhere a machine may lack anything.
 
-A line of such a file is ``test | reason``. The test is an id; without ``[...]`` it stands for every parameter, and a
-file stands for itself where it is skipped as a whole. The reason is how the one that is given begins.
+A line of such a file is ``test | reason``. The test is the id of one test or, without ``[...]``, of a test with all its
+parameters; or a file, if the file as a whole is skipped. The reason is the beginning of the reason given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def in_ci() -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--expect-skips", action="append", default=[], metavar="FILE", help="skips to expect too, in CI")
+    parser.addoption(
+        "--expect-skips", action="append", default=[], metavar="FILE", help="file of further skips to expect in CI"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -95,7 +95,7 @@ def test_restored_model_runs_monais_code():
 
 
 def test_monai_does_not_run_its_own_attention(monkeypatch):
-    """Nothing of the slow path is reached any more: not the mask, not the partition."""
+    """Nothing of the slow path is reached any more, neither the mask nor the partition."""
     model = accelerate(monai_encoder())
     for name in ("compute_mask", "window_partition", "window_reverse"):
         monkeypatch.setattr(monai, name, None)
@@ -294,7 +294,7 @@ def test_other_norms_run_monais_code(norm_name):
 
 
 def test_changed_convolution_blocks():
-    """A subclass, a replaced forward and hooks on what the fused forward does not call keep their effect."""
+    """A subclass, a replaced forward, and hooks on modules that the fused forward does not call keep their effect."""
     model = monai_model()
     model.encoder2.layer.__class__ = OtherResBlock
     calls = []
@@ -330,7 +330,7 @@ def test_logits_are_contiguous_and_inputs_are_kept():
 
 
 def test_autocast_takes_the_operator_where_its_dtype_has_a_kernel(monkeypatch):
-    """The weight is float32 then; where there is no kernel, as on CPUs in bfloat16, PyTorch's convolution runs."""
+    """The weight is then float32; where there is no kernel, as on CPUs in bfloat16, PyTorch's convolution runs."""
     torch.manual_seed(0)
     module = nn.Sequential()
     module.add_module("conv", nn.Conv3d(48, 16, 3, padding=1, bias=False))
@@ -375,7 +375,7 @@ def test_without_a_kernel_a_concatenation_is_written_once(monkeypatch):
 
 
 def test_torch_export_keeps_the_operator():
-    """And takes nothing of what this machine can run into the graph."""
+    """And does not put what this machine can run into the graph."""
     model = accelerate(monai_encoder()).eval()
     program = torch.export.export(model, (image(),))
     ours = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("swin_kernels")]

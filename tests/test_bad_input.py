@@ -254,7 +254,7 @@ print("done")
 
 
 def test_an_empty_batch_of_huge_volumes_costs_nothing(backend):
-    """Its 2**34 windows, of which there are none, would take minutes and gigabytes to list."""
+    """The 2**34 windows of an empty batch would take minutes and gigabytes to list."""
     command = [sys.executable, "-c", EMPTY_PROGRAM, backend]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -282,7 +282,7 @@ def test_windows_beyond_the_volume_are_clipped(backend):
 
 
 def test_an_automatic_choice_never_fails_on_size():
-    """What the C++ kernels have no room for, the reference takes."""
+    """The reference takes what the C++ kernels have no room for."""
     x = torch.randn(1, 260, 260, 1)
     assert window_partition(x, 260).shape == (1, 260 * 260, 1)
     x = torch.randn(1, 1, 2**16 + 1, 1)
@@ -470,7 +470,7 @@ def test_any_call_gives_a_result_or_a_named_error(call):
             assert grad.shape == leaf.shape
 
 
-# The operators below the public functions check for themselves what would make them read or write out of bounds.
+# The operators below the public functions check themselves what would make them read or write out of bounds.
 
 
 @st.composite
@@ -490,7 +490,7 @@ def raw_calls(draw):
     grid = WindowGrid(tuple(spatial), tuple(window), tuple(window), tuple(shift))
     batch, heads, head_dim = draw(st.integers(0, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
     channels = heads * head_dim
-    # Nothing between some dozen and 2³¹, where a good call would fill the memory of the machine.
+    # Nothing between a few dozen and 2³¹, where a good call would fill the machine's memory.
     odd = st.sampled_from([-(2**63), -(2**31), -1, 0, 1, 7, 2**31, 2**40, 2**62, 2**63 - 1])
 
     def ints(good: list[int]) -> list[int]:
@@ -557,7 +557,7 @@ def raw():
 @example(call=("dropout_keep", (torch.tensor([5]), torch.arange(3), 4, -1.0)))
 @given(call=raw_calls())
 def test_raw_operators_raise_or_return(raw, call):
-    """They compute, or refuse by the name of the operator; what may not happen is a crash, or memory that runs out."""
+    """They compute, or refuse with the operator's name; they may not crash or run out of memory."""
     operator, arguments = call
     try:
         getattr(raw, operator)(*(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments))
@@ -567,7 +567,7 @@ def test_raw_operators_raise_or_return(raw, call):
 
 
 def is_accepted(error: RuntimeError, operator: str, arguments: tuple) -> bool:
-    """Whether an operator of the C++ library may refuse the arguments by this error."""
+    """Whether an operator of the C++ library may refuse the arguments with this error."""
     wordings = {
         RuntimeError: [rf"{operator.removesuffix('_forward')}: "],
         NotImplementedError: [  # PyTorch, which finds no kernel for the layout or the device of a tensor
@@ -581,7 +581,7 @@ def is_accepted(error: RuntimeError, operator: str, arguments: tuple) -> bool:
 
 
 def test_more_windows_than_32_bits_count_are_refused(raw, tmp_path):
-    """Of a volume that has no memory: a file of 13 GB that nobody wrote to."""
+    """In a volume without memory: a file of 13 GB that nothing was written to."""
     shape = (1, 2**16, 2**15 + 1, 3)
     volume = torch.from_file(str(tmp_path / "volume"), shared=True, size=math.prod(shape), dtype=torch.float16)
     arguments = (torch.zeros(1, 1, dtype=torch.float16), None, None, [1, 1], [1, 1], [0, 0], 1.0, 0.0)
@@ -670,7 +670,7 @@ def test_raw_error_names_the_argument(operator, argument, arguments):
 
 @pytest.mark.parametrize(
     ("operator", "argument", "arguments"),
-    [case for case in RAW if case[1] not in ("backend", "inplace")],  # which nothing runs on or writes to
+    [case for case in RAW if case[1] not in ("backend", "inplace")],  # with shapes alone nothing runs or is written
     ids=described,
 )
 def test_raw_error_names_the_argument_where_shapes_alone_are_known(operator, argument, arguments):

@@ -35,7 +35,7 @@ def models() -> dict[int, nn.Module]:
 
 @pytest.fixture(scope="module")
 def by_monai(models) -> Callable[[str | int], tuple[torch.Tensor, torch.Tensor | None]]:
-    """What MONAI's model computes with a change of `CHANGES`, or of so many axes without one: output and gradient.
+    """What MONAI's model computes with a change of `CHANGES`, or without one with that many axes: output and gradient.
 
     It is the same for every test. Quantised layers have no backward, and so no gradient.
     """
@@ -64,7 +64,7 @@ def gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def parts(model: nn.Module, ending: str) -> Iterator[nn.Module]:
-    """The modules of the encoder whose name ends so, and those of one decoder block and one skip connection."""
+    """The encoder's modules whose names end so, and those of one decoder block and one skip connection."""
     roots = ("swinViT.", "decoder1.", "encoder2.")
     found = [m for name, m in model.named_modules() if name.endswith(ending) and name.startswith(roots)]
     assert found
@@ -119,7 +119,7 @@ class LoRA(nn.Module):
 
 
 class Scaled(LoRA):
-    """An adapter as (IA)³: of zeros it does not make the bias."""
+    """An adapter like (IA)³: it does not turn zeros into the bias."""
 
     bias = property(lambda self: self.layer.bias)
 
@@ -270,7 +270,7 @@ def appended_block(model: nn.Module) -> None:
 
 
 class Flat(nn.Module):
-    """A block whose tokens come in one row."""
+    """A block whose tokens come in a single row."""
 
     def forward(self, x, mask):
         return torch.tanh(2 * x.flatten(1, -2)) + 0.3
@@ -371,7 +371,7 @@ CHANGES = {
 
 
 UNCHANGED = ("no dropout", "attention dropout alone in e", "observer")
-"""What these do leaves the model's numbers as they are."""
+"""These changes leave the model's numbers as they are."""
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -400,7 +400,7 @@ def test_hooks_for_every_module_are_called_as_with_monai(models, kind):
     seen: list[str] = []
     calls = []
     for model in (copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))):
-        if "backward" in kind:  # which MONAI's decoder does not survive: its activations work in place
+        if "backward" in kind:  # with which MONAI's decoder fails: its activations work in place
             model.forward = lambda x, encoder=model.swinViT: encoder(x)[-1]
         handle = register(lambda module, *_: seen.append(type(module).__name__) if type(module) in layers else None)
         try:
@@ -433,7 +433,7 @@ def test_hooks_see_the_attention_maps_that_monai_computes(models):
 
 
 def test_a_hook_inside_the_mlp_is_called_once_a_step(models):
-    """The MLP is not computed a second time in the backward while somebody looks."""
+    """The MLP is not computed a second time in the backward while a hook watches."""
     model = accelerate(copy.deepcopy(models[2]))
     calls: list[int] = []
     block = model.swinViT.layers1[0].blocks[0]
@@ -443,7 +443,7 @@ def test_a_hook_inside_the_mlp_is_called_once_a_step(models):
 
 
 def test_gradients_of_an_adapter(models):
-    """Padding tokens carry what the adapter makes of zeros, and the adapter's gradient has their share."""
+    """Padding tokens get what the adapter turns zeros into, and contribute to the adapter's gradient."""
     gradients = []
     for fused in (False, True):
         model = copy.deepcopy(models[2]).double()
@@ -585,7 +585,7 @@ def test_traced_and_compiled(models, name):
 
 
 def test_nothing_is_written_to_what_others_hold(models):
-    """Where a part of the block is not our own operator or PyTorch's plain convolution, its output may be anyone's."""
+    """Unless a part of the block is our own operator or PyTorch's plain convolution, others may hold its output."""
     model = accelerate(copy.deepcopy(models[3]))
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -667,7 +667,7 @@ def test_fused_within_a_default_device(models, monkeypatch):
 
 
 def test_no_mask_is_no_mask(models):
-    """None, which MONAI takes for no mask, is something else than leaving the argument out."""
+    """Passing None, which MONAI takes for no mask, differs from leaving the argument out."""
     expected, model = copy.deepcopy(models[2]), accelerate(copy.deepcopy(models[2]))
     x = torch.randn(1, 12, 12, 12, generator=torch.Generator().manual_seed(1))
     own, block = (network.swinViT.layers1[0].blocks[1] for network in (expected, model))
@@ -691,12 +691,12 @@ class TestAttentionStaysFused:
         def counting(own):
             return lambda x, *rest, **named: calls.append(x.shape) or own(x, *rest, **named)
 
-        for name in ("projected_window_attention", "window_attention"):  # which of them, the processor decides
+        for name in ("projected_window_attention", "window_attention"):  # the processor decides which of them
             monkeypatch.setattr(modules, name, counting(getattr(modules, name)))
         return calls
 
     def test_in_a_block_with_hooks(self, models, fused):
-        """The block's mask is for whoever looks at it."""
+        """The block's mask is there for hooks that look at it."""
         model = accelerate(copy.deepcopy(models[2]))
         masks: list[torch.Tensor] = []
         model.swinViT.layers1[0].blocks[1].register_forward_hook(lambda _, inputs, out: masks.append(inputs[1]))
@@ -751,7 +751,7 @@ def test_a_replaced_method_leaves_the_block(models, method):
 
 
 class TestIndexOfRelativePositions:
-    """The fused attention computes the index; a module or a checkpoint may carry another."""
+    """The fused attention computes the index; a module or a checkpoint may hold another."""
 
     def test_a_block_with_another_index_is_left(self, models):
         model = copy.deepcopy(models[2])
@@ -775,7 +775,7 @@ class TestIndexOfRelativePositions:
 
 
 class TestChange:
-    """The predicate itself, which every shortcut around a layer asks."""
+    """The predicate itself, which every shortcut around a layer consults."""
 
     def test_plain(self):
         assert change(nn.Linear(2, 2)) is None

@@ -61,7 +61,7 @@ def test_without_instructions_no_layer_computes_in_bfloat16(monai, image, no_ins
     assert dtype == torch.bfloat16
     assert relative(out, expected) < 4e-3
     for name, gradient in gradients.items():
-        other = relative(theirs[name], gradient)  # of the deepest maps PyTorch's may hold anything, NaN too
+        other = relative(theirs[name], gradient)  # for the deepest maps PyTorch's may hold anything, even NaN
         assert relative(own[name], gradient) < (other if math.isfinite(other) else 1.0), name
 
 
@@ -79,7 +79,7 @@ def test_the_encoder_returns_the_dtypes_that_monais_does(monai, image, no_instru
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2), (2, 3, 3), (1, 3, 1)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_thin_volumes(monai, shape, threads):
-    """At 64 voxels the deepest level has two. PyTorch's gradient holds what was left in memory, here NaN."""
+    """At 64 voxels the deepest level has two. PyTorch's gradient holds whatever was left in memory, here NaN."""
     block = accelerate(copy.deepcopy(monai), strict=True).encoder10.layer
     weight = block.conv1.conv.weight
     random = torch.Generator().manual_seed(2)
@@ -128,7 +128,7 @@ def adapted(model: nn.Module) -> None:
 )
 @pytest.mark.parametrize("has", [True, False], ids=["instructions", "no instructions"])
 def test_weights_in_bfloat16_are_computed_with_as_monai_does(monai, image, monkeypatch, has, change):
-    """Autocast takes weights of either dtype; float32 alone is no choice where a weight is not in it."""
+    """Autocast takes weights of either dtype; plain float32 is not an option if a weight has another dtype."""
     monkeypatch.setattr(cpu_bfloat16, "has_bfloat16", lambda: has)
     results = []
     for model in (copy.deepcopy(monai), accelerate(copy.deepcopy(monai), strict=True)):
@@ -159,7 +159,7 @@ def test_compiled_under_autocast(monai, image, no_instructions):
 
 @pytest.mark.parametrize("axes", [2, 3])
 def test_the_heads_of_pretraining_take_thin_maps(axes):
-    """The deepest map of 64 voxels has two an axis; what was left in memory stands in no gradient."""
+    """The deepest map of 64 voxels has two per axis; nothing left in memory appears in a gradient."""
     from swin_unetr import SwinUNETR as OwnSwinUNETR
     from swin_unetr.pretraining.network import PretrainingNetwork
 

@@ -80,7 +80,7 @@ def test_says_why_a_call_is_no_graph():
         assert torch.equal(run(x), 3 * x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(x)  # said once
+        run(x)  # logged once
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`swin-kernels doctor`: what it says of a sound machine, and that a wrong kernel does not get past it."""
+"""`swin-kernels doctor`: what it says about a sound machine, and that a wrong kernel does not get past it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """The C++ backend, or where it is not built the reference in its place."""
+    """The C++ backend, or the reference in its place if it is not built."""
     backend = backends.BACKENDS["cpu"]
     if backend.unavailable():
         monkeypatch.setattr(backend, "unavailable", lambda: None)

@@ -1,4 +1,4 @@
-"""The README's table of what runs where, held row by row: a row without a check here fails, and so does the reverse."""
+"""The README's table of what runs where, checked row by row: a row without a check here fails, and vice versa."""
 
 from __future__ import annotations
 

@@ -19,14 +19,14 @@ READING = [
         rf"environ(?:\.get|\.setdefault|\.pop)?[\[(]\s*[\"']{NAME}[\"']",
         rf"[\"']{NAME}[\"'] (?:not )?in (?:os\.)?environ",
         rf"getenv\(\"{NAME}\"",
-        r"\"(SWIN_(?:KERNELS|UNETR|VERIFY)_[A-Z_]*[A-Z])\"",  # by a name that is given elsewhere, or to a process
+        r"\"(SWIN_(?:KERNELS|UNETR|VERIFY)_[A-Z_]*[A-Z])\"",  # by a name that is passed elsewhere, or to a process
         rf"^{NAME} \?=",  # make
         rf"\$\({NAME}:%=",
         r"\$\{?\"?(SLURM_[A-Z_]+)",
     )
 ]
 UNSEEN = {"SUBJECT"}
-"""Variables that are read in another way: as `$(SUBJECT)` of make."""
+"""Variables that are read in another way: as make's `$(SUBJECT)`."""
 
 
 def sources() -> dict[str, str]:

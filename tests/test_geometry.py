@@ -68,7 +68,7 @@ def test_token_index(grid):
 @EXAMPLES
 @given(grid=grids())
 def test_region_labels(grid):
-    """Only whether two labels agree matters; MONAI numbers the regions otherwise."""
+    """Only whether two labels agree matters; MONAI numbers the regions differently."""
     labels = geometry.region_labels(grid)  # (nW, n)
     mask = geometry.MASK_VALUE * (labels[:, :, None] != labels[:, None, :])
     assert torch.equal(mask, monai.compute_mask(grid.padded, grid.window, grid.shift, "cpu"))
@@ -127,7 +127,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_dropout_is_uncorrelated():
-    """Between neighbouring rows, neighbouring keys, and seeds one apart or differing in the high word alone."""
+    """Between neighbouring rows, neighbouring keys, and seeds that are one apart or differ only in the high word."""
     keep = keep_sample(11, 0.5)
     pairs = [
         (keep[:-1], keep[1:]),

@@ -1,4 +1,4 @@
-"""A stranger's operator and backend join the grid by their files alone: `tests/toy` shows up wherever the grid does."""
+"""A new operator and backend join the grid by their files alone: `tests/toy` appears wherever the grid does."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_explain_and_doctor_show_what_joined():
 
 
 def test_contract_holds_what_joined():
-    """The generic tests take the new row and column, and hold them: a wrong kernel fails."""
+    """The generic tests include the new row and column, and check them: a wrong kernel fails."""
     base = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.toy", "tests/ops/test_contract.py"]
     done = run(*base, "-k", "toy_scale", "--verbose")
     assert done.returncode == 0, done.stdout
@@ -123,12 +123,12 @@ FLOORS = {
     "backends": {"backends", "geometry"},
     "ops": {"ops", "backends", "geometry"},
 }
-"""What may be imported where, of this package."""
+"""Which parts of this package may be imported where."""
 
 
 @pytest.mark.parametrize("floor", FLOORS)
 def test_imports_point_down(floor):
-    """Types that only annotate are free: `if TYPE_CHECKING`."""
+    """Types used only in annotations are exempt: `if TYPE_CHECKING`."""
     place = PACKAGE / floor
     for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
         for module in _imported(ast.parse(file.read_text()), file):

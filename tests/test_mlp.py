@@ -1,4 +1,4 @@
-"""The MLP of a block runs once a step, as MONAI's does: the backward is that of what the forward drew and read."""
+"""A block's MLP runs once per step, as MONAI's does: the backward belongs to what the forward drew and read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def image() -> torch.Tensor:
 def gradients(
     model: nn.Module, parameters: dict[str, torch.Tensor], between: Callable[[nn.Module], object] = lambda model: None
 ) -> dict[str, torch.Tensor]:
-    """Of the image and of `parameters`, with which `model` is called; `between` is done before the backward."""
+    """Gradients of the image and of `parameters`, with which `model` is called; `between` runs before the backward."""
     wanted = {"image": image(), **parameters}
     torch.manual_seed(3)
     loss = torch.func.functional_call(model, parameters, (wanted["image"],)).square().mean()

@@ -51,7 +51,7 @@ def test_block_against_upstream(extents, window, shift, qkv_bias):
 
 
 def test_attention_is_called_as_a_module():
-    """Hooks on the attention and the norms see volumes, those on layers of the attention windows."""
+    """Hooks on the attention and the norms see volumes; those on the attention's layers see windows."""
     b = block((3, 4, 2), (1, 2, 1))
     shapes = {}
     for name in ("norm1", "attn", "attn.qkv", "attn.proj", "attn.proj_drop"):
@@ -86,7 +86,7 @@ class TestDropout:
         assert 0.8 < z.square().mean() < 1.25
 
     def test_probability_is_attn_drop(self):
-        """With values of one and no projection, an output is the kept share of the weights over 1 - p."""
+        """With all values 1 and no projection, an output is the kept share of the weights over 1 - p."""
         p = 0.4
         attention = modules.WindowAttention(8, 1, (4, 4), qkv_bias=True, attn_drop=p)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The package as users get it: built, installed beside nothing but its dependencies, with and without a compiler."""
+"""The package as users get it: built, installed with nothing but its dependencies, with and without a compiler."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ needs_compiler = pytest.mark.skipif(NO_COMPILER, reason=f"no C++ compiler: none 
 
 
 def run(command: list, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """The finished command, both outputs in `stdout`; the environment names no other compiler, backend or path.
+    """The finished command, with both outputs in `stdout`; the environment names no other compiler, backend or path.
 
-    CUDA kernels are only built where `environment` says so: nvcc takes a minute.
+    CUDA kernels are only built if `environment` says so: nvcc takes a minute.
     """
     hidden = {"CXX", "SWIN_KERNELS_CXX", "SWIN_KERNELS_SANITIZE", "PYTHONPATH", "SWIN_KERNELS_BACKEND", "LD_PRELOAD"}
     hidden |= {"CUDACXX", "TORCH_CUDA_ARCH_LIST"}
@@ -55,7 +55,7 @@ def succeed(command: list, cwd: Path, **environment: str) -> str:
 
 
 def copy_sources(target: Path) -> Path:
-    """A copy of the tree, with the objects compiled so far: ninja goes by their times, which the copy keeps."""
+    """A copy of the tree, with the objects compiled so far: ninja relies on their times, which the copy keeps."""
     target.mkdir()
     for file in (*ROOT.glob("*.*"), ROOT / "LICENSE"):
         if file.is_file():
@@ -75,7 +75,7 @@ def build_wheel(sources: Path, **environment: str) -> tuple[Path, str]:
 
 
 def make_environment(folder: Path) -> Path:
-    """The Python of a new environment that finds the dependencies, but not this package, where they are now."""
+    """The Python of a new environment that finds the installed dependencies, but not this package."""
     succeed([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
     python = folder / "bin" / "python"
     own = succeed([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip()
@@ -142,7 +142,7 @@ def test_wheel_with_kernels(sources: Path, tmp_path: Path):
 @needs_compiler
 def test_editable_install_builds_in_place(sources: Path, tmp_path: Path):
     python = make_environment(tmp_path / "environment")
-    # The ninja that wrote the log of the objects so far: another version would compile everything again.
+    # The ninja that wrote the log of the existing objects: another version would compile everything again.
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     install(python, sources, "--editable", PATH=path)
     assert (sources / LIBRARY).is_file()
@@ -251,7 +251,7 @@ def test_broken_cuda_settings_are_an_error(sources: Path, environment: dict[str,
     ],
 )
 def test_architectures(monkeypatch, wanted: str, expected: list[str]):
-    """The list is the user's; of the default, what nvcc does not know is left out."""
+    """The user's list is kept; from the default, what nvcc does not know is left out."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     flags = runpy.run_path(str(ROOT / "setup.py"))["architecture_flags"]
 
@@ -302,7 +302,7 @@ def test_cuda_library_asks_for_no_version_of_cuda(cuda_library: Path):
 
 
 def objects_by_build() -> dict[str, list[Path]]:
-    """Every object that the library was linked from. What is compiled once, for any processor, is the baseline's."""
+    """Every object that the library was linked from. Those compiled once, for any processor, are the baseline's."""
     rules = ROOT / "build" / "cpp" / "build.ninja"
     if not rules.exists():
         pytest.skip("build/cpp is missing: python setup.py build_cpp --inplace has not run")
@@ -318,7 +318,7 @@ def objects_by_build() -> dict[str, list[Path]]:
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is missing")
 def test_no_symbol_is_shared_between_builds():
-    """A weak symbol in two builds is kept once: a processor without AVX-512 could end up in the AVX-512 copy."""
+    """The linker keeps a weak symbol of two builds once: a processor without AVX-512 might run the AVX-512 copy."""
     symbols = {}
     for build, files in objects_by_build().items():
         listing = succeed(["nm", "--defined-only", "--extern-only", "--format=posix", *files], ROOT)
@@ -397,7 +397,7 @@ for isa in ("baseline", "avx2", "avx512", "amx"):
 
 @needs_compiler
 def test_new_operator_is_two_files(tmp_path: Path):
-    """Kernels in a folder of their own and a registration: no list names them, and every build has them."""
+    """Kernels in a new folder and a registration: no list names them, and every build has them."""
     sources = copy_sources(tmp_path / "sources")
     (sources / "csrc" / "cpu" / "toy").mkdir()
     (sources / "csrc" / "cpu" / "toy" / "kernels.cpp").write_text(TOY_KERNELS)
@@ -428,7 +428,7 @@ def test_compiles_for_aarch64(source: str):
 
 
 def test_lock_pins_every_dependency():
-    """Exact versions and nothing that holds on one machine only: local builds, paths, hosts."""
+    """Exact versions, and nothing that is valid on one machine only: local builds, paths, hosts."""
     tomllib = pytest.importorskip("tomllib", reason="tomllib is missing: Python 3.11 brought it")
     lines = (ROOT / "requirements" / "lock.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if not line.startswith("#")]

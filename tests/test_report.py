@@ -1,4 +1,4 @@
-"""The README's tables: what `benchmarks/report.py` makes of result files. Numbers here are made up, and stay here."""
+"""The README's tables as `benchmarks/report.py` makes them from result files. The numbers here are made up."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def report(monkeypatch, tmp_path):
-    """`benchmarks/report.py`, on a folder of results of its own."""
+    """`benchmarks/report.py`, on a separate folder of results."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.delitem(sys.modules, "report", raising=False)
     import report
@@ -91,7 +91,7 @@ def test_gpu_section_says_what_was_missed(report, tmp_path):
 
 @pytest.mark.parametrize("parts", [c for n in range(len(PARTS) + 1) for c in itertools.combinations(PARTS, n)], ids=str)
 def test_gpu_section_of_any_parts(report, tmp_path, parts):
-    """Whatever is not there is unmeasured."""
+    """Whatever is missing is unmeasured."""
     write(tmp_path, [one for one in rows() if one["part"] in parts])
     text = report.measured()
     measured = 3 * ("operators" in parts) + ("rest" in parts)
@@ -107,7 +107,7 @@ def test_rows_that_were_cut_are_counted(report, tmp_path):
 
 
 def test_later_rows_count(report, tmp_path):
-    """A part that was run again."""
+    """A part that was repeated."""
     found = rows()
     again = next(one for one in found if one["measure"] == "attention core, forward")
     write(tmp_path, [*found, again | {"p50": 0.06}])
@@ -126,7 +126,7 @@ def test_simulated_run_is_no_result(report, tmp_path):
 
 
 def test_operators_are_shown_beside_pytorch(report):
-    """In a table of their own: they have no counterpart in MONAI."""
+    """In a separate table: they have no counterpart in MONAI."""
     result = json.loads((BENCHMARKS / "results" / "epyc-zen4-2threads-attention.json").read_text())
     of_operator = {
         "name": "layer_norm, forward + backward",

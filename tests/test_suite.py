@@ -16,11 +16,11 @@ def ci(monkeypatch):
 
 @pytest.fixture
 def suite(pytester, monkeypatch):
-    """A suite of its own that runs with the plugins of this one; `expect` writes its list of expected skips."""
+    """A separate suite that runs with the plugins of this one; `expect` writes its list of expected skips."""
     pytester.makepyprojecttoml('[tool.pytest.ini_options]\nmarkers = ["gpu: needs a CUDA device"]')
     monkeypatch.setattr(skips, "EXPECTED", pytester.path / "expected_skips.txt")
     monkeypatch.setattr(collection, "DURATIONS", pytester.path / "durations.json")
-    monkeypatch.setattr(skips, "unbuilt", lambda: None)  # it imports, which `runpytest_inprocess` would undo
+    monkeypatch.setattr(skips, "unbuilt", lambda: None)  # it imports modules, which `runpytest_inprocess` would undo
     skips.EXPECTED.write_text("")
     return pytester
 
@@ -149,7 +149,7 @@ def test_gpu_tests_that_are_asked_for_are_collected(suite, monkeypatch):
 
 
 def test_files_that_take_longest_come_first(suite):
-    """New ones before all others; within a file the order stays."""
+    """New files before all others; within a file the order stays."""
     names = ("brief", "fresh", "long", "medium")
     suite.makepyfile(**{f"test_{name}": "def test_b(): pass\ndef test_a(): pass" for name in names})
     collection.DURATIONS.write_text(json.dumps({"test_brief.py": 0, "test_long.py": 90, "test_medium.py": 8}))

@@ -1,4 +1,4 @@
-"""`swin-kernels warmup`: it runs what a model runs, beside each other, and a block that fails costs itself alone."""
+"""`swin-kernels warmup`: it runs a model's blocks in parallel, and a block that fails does not affect the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def command_line(*arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(("extent", "window"), [(64, 7), (96, 7), (64, 5)])
 def test_blocks_are_those_of_the_model(extent, window):
-    """What chooses compiled kernels in each block of a real network, recorded on its way; nothing beside that."""
+    """Exactly what decides the compiled kernels in each block of a real network, recorded as it runs."""
     from swin_unetr import SwinUNETR
 
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def test_blocks_are_those_of_the_model(extent, window):
 
 
 def test_levels_are_those_of_the_model():
-    """Shapes of what `instance_norm_act` normalizes in a real network, recorded on its way."""
+    """Shapes that `instance_norm_act` normalizes in a real network, recorded as it runs."""
     from swin_kernels import convolution_blocks
     from swin_unetr import SwinUNETR
 
@@ -71,7 +71,7 @@ def test_levels_are_those_of_the_model():
 
 @pytest.mark.parametrize("image", [(32, 32), (32, 32, 32)])
 def test_pieces_run_here(image):
-    """In this process, forward and backward; the backend is said. As JSON they are the same pieces."""
+    """In this process, forward and backward; the backend is named. Pieces are the same after a trip through JSON."""
     for piece in warmup.pieces_of(image, 12, dtype="float32"):
         again = warmup.read(json.loads(json.dumps(warmup.written(piece))))
         assert again == piece
@@ -106,7 +106,7 @@ print("said last", file=sys.stderr)
 
 
 def alive_in(group: int) -> list[str]:
-    """Processes of a group, those that nobody has waited for left out."""
+    """Processes of a group, without those that have ended but not been waited for."""
     states = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

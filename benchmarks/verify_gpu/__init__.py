@@ -1,6 +1,6 @@
-"""One command that proves, times and tunes the GPU kernels in minutes, whatever crashes or hangs: docs/cuda.md.
+"""One command that tests, times and tunes the GPU kernels in minutes, whatever crashes or hangs: docs/cuda.md.
 
 The process of `__main__` never touches the GPU. It walks through `plan.PARTS` by the clock and gives every measurement
-to a child in a process group of its own (`children`), which reports steps and rows as JSON lines (`reporter`). A child
-that dies or falls silent costs the row it was at; a fresh one goes on with the others. `result` keeps the rows.
+to a child in its own process group (`children`), which reports steps and rows as JSON lines (`reporter`). A child
+that dies or falls silent costs the row it was at; a fresh one continues with the others. `result` keeps the rows.
 """

@@ -1,8 +1,8 @@
-"""Prove the GPU kernels on this machine, time them, and try other cuts: ``python -m benchmarks.verify_gpu OUT``.
+"""Test the GPU kernels on this machine, time them, and try other cuts: ``python -m benchmarks.verify_gpu OUT``.
 
 Needs PyTorch, Triton, NumPy, pytest, pytest-xdist, pytest-timeout and hypothesis, and no network. The
-CUDA library is the one that was built beside the package, here or on a machine without a GPU. MONAI's rows appear where
-MONAI can be imported, the sanitizers' and counters' where compute-sanitizer and ncu are found. docs/cuda.md says what
+CUDA library is the one that was built beside the package, here or on a machine without a GPU. There are rows of MONAI
+if it can be imported, and of sanitizers and counters if compute-sanitizer and ncu are found. docs/cuda.md says what
 to send back. Exit status 0 means that everything ran and was correct, 1 that something was wrong or not done in time,
 2 that it could not begin.
 """
@@ -35,24 +35,24 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         epilog="parts:\n" + "\n".join(f"  {part.name:12} {part.seconds:3} s  {part.what}" for part in plan.PARTS),
         allow_abbrev=False,
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the result; an earlier one in it is added to")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the result; adds to an earlier one in it")
     parser.add_argument("--budget", type=float, default=plan.BUDGET, metavar="SECONDS", help="default: %(default)s")
     parser.add_argument(
         "--part",
         choices=plan.NAMES,
         action="append",
-        help="run this part alone, within the whole budget; may be given again (default: all)",
+        help="run this part alone, within the whole budget; may be repeated (default: all)",
     )
-    parser.add_argument("--commit", help="commit of these sources, where git does not tell it")
+    parser.add_argument("--commit", help="commit of these sources, if git cannot tell")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan and what starting costs here; run nothing"
+        "--dry-run", action="store_true", help="print the plan and what starting processes costs here; run nothing"
     )
     parser.add_argument(
         "--silence",
         type=float,
         default=tasks.SILENCE,
         metavar="SECONDS",
-        help="after which a child counts as hung (default: %(default)s)",
+        help="of silence after which a child counts as hung (default: %(default)s)",
     )
     parser.add_argument(
         "--simulated",
@@ -73,7 +73,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class WithoutCuPy(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Has importing CuPy fail. Asking whether it is there does not: not everybody expects an error from that."""
+    """Makes importing CuPy fail. Asking whether it exists does not fail: not all callers expect an error from that."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(name, self) if name == "cupy" else None
@@ -89,7 +89,7 @@ def interrupted(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    for name in ("stdout", "stderr"):  # either may be closed, or know no more than ASCII
+    for name in ("stdout", "stderr"):  # either may be closed, or limited to ASCII
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
         getattr(sys, name).reconfigure(errors="backslashreplace")
@@ -97,15 +97,15 @@ def main() -> int:
     if given.out.exists() and not given.out.is_dir():
         print(f"verify_gpu: OUT: {given.out} is a file; accepted is a folder", file=sys.stderr)
         return 2
-    # Children are copies of this process, and CUDA does not survive being copied: nothing here may touch it. PyTorch
-    # then asks the driver's management library whether there is a GPU; CuPy, which MONAI imports, is kept out.
+    # Children are copies of this process, and CUDA does not survive being copied: nothing here may touch it. So PyTorch
+    # asks the driver's management library whether there is a GPU, and CuPy, which MONAI imports, is kept out.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     sys.meta_path.insert(0, WithoutCuPy())
     from . import run
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupted)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a connection that is lost ends no run: its budget does
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a lost connection does not end a run: its budget does
     try:
         return run.run(given, BEGAN)
     except ValueError as error:
@@ -118,5 +118,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = main()
-    gc.freeze()  # else Python takes seconds at its end, on a busy machine, to free what the system frees at once
+    gc.freeze()  # otherwise, on a busy machine, Python takes seconds at exit to free what the system frees at once
     sys.exit(status)

@@ -1,7 +1,7 @@
 """The attention core and its peers, all on tensors in natural layout, and the branch of a block around them.
 
-Peers partition by PyTorch's operators, as users of theirs do: nothing that is held against ours, the float64 truth
-least of all, runs on our kernels.
+Peers partition with PyTorch's operators, as their users do: nothing that ours is compared with, least of all the
+float64 truth, runs on our kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WINDOW = (7, 7, 7)
 
 @dataclass(frozen=True)
 class Shape:
-    """A block of Swin UNETR: `extent` voxels an axis, stage 1 to 4."""
+    """A block of Swin UNETR: `extent` voxels per axis, stage 1 to 4."""
 
     extent: int
     stage: int
@@ -120,7 +120,7 @@ def _compiled_flex() -> Callable:
     if "flex" not in _cache:
         from torch.nn.attention.flex_attention import flex_attention
 
-        # The backward alone is timed by running it again and again on what the forward kept.
+        # The backward alone is timed by running it repeatedly on what the forward kept.
         torch._functorch.config.donated_buffer = False
         _cache["flex"] = torch.compile(flex_attention, dynamic=False)
     return _cache["flex"]
@@ -177,7 +177,7 @@ def branch(core: Callable, weights: tuple[torch.Tensor, ...]) -> Callable:
 
     def run(shape: Shape, t: Inputs) -> torch.Tensor:
         x = F.layer_norm(t.qkv[..., : shape.channels], (shape.channels,))
-        qkv = F.linear(x, weights[0].to(x.dtype), t.pad)  # a padding token carries the bias of the projection
+        qkv = F.linear(x, weights[0].to(x.dtype), t.pad)  # a padding token has the bias of the projection
         return F.linear(core(shape, Inputs(qkv, t.table, t.pad, t.grad)), weights[1].to(x.dtype))
 
     return run

@@ -1,6 +1,6 @@
 """Children: started, watched and killed with all that they started; and what became of them.
 
-A `Child` leads a process group of its own, so that `kill` reaches what it started too. A guardian, started once, kills
+A `Child` leads its own process group, so that `kill` reaches what it started too. A guardian, started once, kills
 whatever children are left when the run itself is killed. Nothing here waits: the caller asks `poll` by the clock.
 """
 
@@ -41,7 +41,7 @@ for group in groups:
 
 
 DEATH = 2.0
-"""Seconds that a child may take to die of SIGKILL; a driver may hold it for ever."""
+"""Seconds that a child may take to die of SIGKILL; a driver may hold it forever."""
 
 
 class Guardian:
@@ -55,7 +55,7 @@ class Guardian:
         self._groups = self._process.stdin
 
     def _say(self, sign: str, group: int) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it was killed: children are still ended by the run itself
+        with contextlib.suppress(BrokenPipeError):  # the guardian was killed: the run itself still ends the children
             self._groups.write(f"{sign}{group}\n")
             self._groups.flush()
 
@@ -95,7 +95,7 @@ class Child:
 
     def poll(self) -> bool:
         """Whether it has ended. What it left running in its group is killed."""
-        # Not yet waited for, it keeps its number, so that the signal reaches nobody else.
+        # As long as it is not waited for, it keeps its number, so that the signal reaches no other process.
         if self.status is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             self._signal_group()
             _, status = os.waitpid(self.pid, 0)
@@ -113,7 +113,7 @@ class Child:
         self.status = -signal.SIGKILL
 
     def signal(self) -> float:
-        """Have it and all that it started end, without waiting; when that was first asked for (monotonic seconds)."""
+        """Ask it and all that it started to end, without waiting; returns when it was first asked (monotonic)."""
         if self._signalled is None:
             if self.status is None:
                 self._signal_group()
@@ -121,7 +121,7 @@ class Child:
         return self._signalled
 
     def _signal_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody is left in it
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no process is left in it
             os.killpg(self.pid, signal.SIGKILL)
 
     @property
@@ -156,7 +156,7 @@ class Reading:
         self.done = False
 
     def read(self) -> bool:
-        """Take in what is new; whether anything was."""
+        """Read what is new; whether there was anything."""
         if not self._lines.exists():
             return False
         with self._lines.open("rb") as file:
@@ -194,13 +194,13 @@ class Reading:
 
 
 def function_of(name: str) -> Callable[..., None]:
-    """The function behind ``module.function`` of this package."""
+    """The function that ``module.function`` of this package names."""
     module, _, function = name.rpartition(".")
     return getattr(importlib.import_module(f"{__package__}.{module}"), function)
 
 
 def fork(name: str, function: str, arguments: dict, folder: Path, left_out: tuple[str, ...], guardian: Guardian):
-    """Start ``function(reporter, **arguments)`` in a copy of this process, which has to have one thread alone.
+    """Start ``function(reporter, **arguments)`` in a copy of this process, which must have only one thread.
 
     It starts in a hundredth of a second, with everything imported that this process has imported.
     """
@@ -226,14 +226,14 @@ def fork(name: str, function: str, arguments: dict, folder: Path, left_out: tupl
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    with contextlib.suppress(PermissionError, ProcessLookupError):  # the child was quicker
+    with contextlib.suppress(PermissionError, ProcessLookupError):  # the child was faster
         os.setpgid(pid, pid)
     guardian.watch(pid)
     return Child(name, pid, log, guardian)
 
 
 def run_here(function: str, arguments: dict, folder: Path, left_out: tuple[str, ...] = ()) -> None:
-    """The whole of a child that reports."""
+    """All that a child that reports does."""
     from .measure import in_words
 
     reporter = Reporter(folder, left_out)
@@ -249,7 +249,7 @@ def run_here(function: str, arguments: dict, folder: Path, left_out: tuple[str, 
 def start(
     name: str, command: list[str], folder: Path, guardian: Guardian, environment: dict[str, str] | None = None
 ) -> Child:
-    """Start a program of its own."""
+    """Start a separate program."""
     log = folder / "log"
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -267,5 +267,5 @@ def start(
 
 
 def command_of(function: str, arguments: dict, folder: Path, left_out: tuple[str, ...] = ()) -> list[str]:
-    """The command line that does what `fork` does in an interpreter of its own, for tools that need a program."""
+    """The command line that does what `fork` does in a fresh interpreter, for tools that need a program."""
     return [sys.executable, "-m", f"{__package__}.child", function, json.dumps(arguments), str(folder), *left_out]

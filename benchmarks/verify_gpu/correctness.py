@@ -1,4 +1,4 @@
-"""The GPU tests, dealt out to processes, and four sanitizers."""
+"""The GPU tests, divided among processes, and four sanitizers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .result import Row
 TESTS = "tests/ops/test_on_gpu.py"
 WORKERS = 8
 GIB_OF_WORKER = 6
-"""Of GPU memory: its context, and the float64 truth of the largest test."""
+"""GPU memory for a process: its context, and the float64 truth of the largest test."""
 
 GIB_BESIDE = 24
-"""Of GPU memory, for what runs beside the tests: models that are compiled."""
+"""GPU memory for what runs beside the tests: models that are compiled."""
 
 SECONDS_OF_TEST, SECONDS_OF_SANITIZER = 1.5, 60
-"""Expected on a GPU: Triton compiles in most tests, a sanitizer is a hundred times slower than the kernels."""
+"""Expected on a GPU: Triton compiles in most tests, and a sanitizer makes kernels a hundred times slower."""
 
 SLOWNESS = 2
 """How many times as long a child may be silent under a sanitizer."""
@@ -55,7 +55,7 @@ def pytest_command(folder: Path, path: str, test_limit: float, *more: str) -> li
 def tests(
     place: Workplace, path: str, test_limit: float, limit: Callable[[], float], on_loss: Callable[[str, str], None]
 ) -> Program:
-    """pytest on `path`; a row for every test that fails, as it fails, and one for all.
+    """pytest on `path`; a row for every test as soon as it fails, and one for all tests.
 
     Args:
         on_loss: called with the name of each test in which a process or the device was lost, and how.
@@ -101,7 +101,7 @@ def tests(
 
 
 def traced_test(place: Workplace, path: str, name: str, kind: str, test_limit: float) -> Program:
-    """A test in which a process or the device was lost, again, alone, with its kernels traced: which one it was.
+    """Repeat a test in which a process or the device was lost, alone and with its kernels traced, to find the kernel.
 
     Args:
         path, name: of the test.
@@ -136,7 +136,7 @@ KINDS = {
 
 LOSSES = ("crashed", "timed out", "device lost")
 MOST_TRACED = 8
-"""Tests that are run again to find the kernel."""
+"""Tests that are repeated to find the kernel."""
 
 
 def find_tool(name: str) -> str | None:
@@ -184,15 +184,15 @@ def verdict(row: Row, findings: list[str], why: str, ended: str, where: str) -> 
     Args:
         findings: as `counters.sanitizer_findings` gives them.
         why: the status of one that was stopped, else "".
-        ended: how the program ended, "" if as it should.
-        where: it was.
+        ended: how the program ended, "" if normally.
+        where: where it was.
     """
     if why:
         return replace(row, status=f"{why}{where}")
     complete = not findings or not findings[-1].startswith("no summary")
     if ended or not complete:
         return replace(row, status=f"crashed: {'; '.join(filter(None, [ended, *findings]))}{where}")
-    # initcheck watches PyTorch's kernels too: what they do is not ours to prove.
+    # initcheck watches PyTorch's kernels too: what they do is not for us to check.
     foreign = [finding for finding in findings if " at::" in finding]
     if len(findings) > len(foreign) + 1:  # the last says how many there are
         return replace(row, status=f"wrong: {'; '.join(findings)}")

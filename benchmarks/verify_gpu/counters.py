@@ -28,7 +28,7 @@ METRICS = {
     "L2, %": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
     "DRAM, %": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
 }
-"""What `read` looks for, by what a reader is told. Pipes are in % of the SM's active cycles, memories of all cycles."""
+"""What `read` looks for, by the label shown. Pipes are in % of the SM's active cycles, memories of all cycles."""
 
 _STAND_INS = {
     "smsp__cycles_elapsed.avg.per_second": ("sm__cycles_elapsed.avg.per_second", "gpc__cycles_elapsed.avg.per_second"),
@@ -37,7 +37,7 @@ _STAND_INS = {
         "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active",
     ),
 }
-"""What says the same where a version of ncu or a GPU lacks a metric."""
+"""Equivalent metrics for where a version of ncu or a GPU lacks one."""
 
 _UNITS = {
     "time, ns": {"ns": 1, "nsecond": 1, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6, "s": 1e9, "second": 1e9},
@@ -46,11 +46,11 @@ _UNITS = {
         **{"cycle/second": 1, "cycle/msecond": 1e3, "cycle/usecond": 1e6, "cycle/nsecond": 1e9},
     },
 }
-"""Units that ncu scales, as its versions name them. It is told not to, but a wrong power of ten would go unseen."""
+"""Units that ncu scales, as its versions name them. It is told not to, but a wrong power of ten would go unnoticed."""
 
 _STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 STALL = "stall: "
-"""How labels of stall reasons begin. Values are the warps that wait for this reason, of a scheduler, as one issues."""
+"""How labels of stall reasons begin. Values are the warps of a scheduler that wait for this reason as one issues."""
 
 KERNELS = ("attend", "differentiate_qkv", "differentiate_bias")
 
@@ -70,9 +70,9 @@ def command(ncu: str, child: list[str], log: Path, launches: int) -> list[str]:
 
     What it measures is written to `log`, for `read`. The child's own output stays on its stdout.
     """
-    # A metric by its full name that a GPU does not have is an error that loses the launch. A metric of a section is
-    # not: it is a warning. So metrics come from sections, and as a regex, which may well match nothing. One regex
-    # for all sections, too: a section by its full name that does not exist ends the run before it starts.
+    # Asking for a metric by its full name that a GPU does not have is an error that loses the launch; in a section it
+    # is only a warning. So metrics come from sections, and from a regex, which may well match nothing. All sections
+    # come from one regex, too: asking by its full name for one that does not exist ends the run before it starts.
     sections = "regex:^(" + "|".join(_SECTIONS) + ")$"
     metrics = ",".join(f"regex:^{re.escape(name)}$" for name in _BESIDE_SECTIONS)
     return [
@@ -106,8 +106,8 @@ def read(csv_text: str) -> list[dict]:
         ValueError: there is no table, or no launch in it.
     """
     header, units, launches = None, {}, []
-    # Rows of the table are quoted throughout; what else is there, from ncu or the program, is seldom, and no such row.
-    # Line by line, so that a stray quotation mark does not take what follows with it.
+    # Rows of the table are quoted throughout; other output, from ncu or the program, seldom is, and is not such a row.
+    # Line by line, so that a stray quotation mark does not swallow what follows.
     for row in (next(csv.reader([line])) for line in csv_text.splitlines() if line.startswith('"')):
         if row[0] == "ID" and "Kernel Name" in row:
             header = row
@@ -133,7 +133,7 @@ def _values(launch: dict[str, str], units: dict[str, str]) -> dict[str, float]:
                 break
     stalls = {}
     for name, text in launch.items():
-        # "selected" is the warp that issues: the one state that is no wait.
+        # "selected" is the warp that issues: the only state that is not a wait.
         if (match := _STALL.fullmatch(name)) and match[1] != "selected" and (number := _number(text)):
             stalls[STALL + match[1].replace("_", " ")] = number
     return values | dict(sorted(stalls.items(), key=lambda stall: -stall[1])[:5])
@@ -174,8 +174,8 @@ def short_name(signature: str, *, templates: bool = False) -> str:
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 """For the child of `sanitizer_command`. PyTorch's allocator cuts tensors from blocks it keeps: an access beyond a
-tensor is then inside some block, and memory counts as written that an earlier tensor wrote. Without it, each tensor
-is an allocation of its own to the checks."""
+tensor is then inside some block, and memory that an earlier tensor wrote counts as written. Without it, the checks
+see each tensor as a separate allocation."""
 ERROR_EXIT_CODE = 99
 _OURS = "4swin"
 """Part of the mangled name of all that is in namespace swin."""
@@ -184,7 +184,7 @@ _OURS = "4swin"
 def sanitizer_command(tool: str, check: str, child: list[str]) -> list[str]:
     """The command that runs `child` under one of `CHECKS`. Its output is mixed into the child's, for
     `sanitizer_findings`, and it exits with `ERROR_EXIT_CODE` if it found something in a child that did not itself
-    fail. Whether it checked anything is for its output to say: other exit codes also stand for a check that never was.
+    fail. Only its output tells whether it checked anything: other exit codes may also mean that no check took place.
 
     Raises:
         ValueError: there is no such check.
@@ -192,9 +192,9 @@ def sanitizer_command(tool: str, check: str, child: list[str]) -> list[str]:
     if check not in CHECKS:
         raise ValueError(f"no check {check!r}; there are {', '.join(CHECKS)}")
     options = {
-        # Errors of calls to CUDA's API that PyTorch makes on purpose and handles are none of our kernels'.
+        # Errors of CUDA API calls that PyTorch makes on purpose and handles do not concern our kernels.
         "memcheck": ["--report-api-errors", "no"],
-        # Copies of memory only partly written, as of a padded tensor, are none of our kernels' either.
+        # Neither do copies of partly written memory, as of a padded tensor.
         "initcheck": ["--check-api-memory-access", "no"],
     }.get(check, [])
     # initcheck must see all kernels: what is written by kernels left out counts as never written
@@ -238,7 +238,7 @@ def sanitizer_findings(text: str) -> list[str]:
         elif reports:  # details of the report above are indented
             reports[-1].append(line.strip())
     findings = list(dict.fromkeys(_finding(*report) for report in reports if not _NO_FINDING.match(report[0])))
-    # racecheck has a summary of its own, of hazards, which are errors or warnings.
+    # racecheck has a different summary, of hazards, which are errors or warnings.
     summary = re.compile(r"\w+ SUMMARY: (\d+) (error|hazard)")
     summaries = [(int(match[1]), match[2]) for match in map(summary.match, lines) if match]
     if not summaries:

@@ -1,4 +1,4 @@
-"""What surrounds the attention beside PyTorch's, at the shapes of 96³, f48: norms, and the decoder's convolutions."""
+"""What surrounds the attention, against PyTorch's, at the shapes of 96³, f48: norms, and the decoder's convolutions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Work:
 
 
 def works(extent: int) -> dict[str, Work]:
-    """By name, of volumes of `extent` voxels an axis."""
+    """Operators by name, for volumes of `extent` voxels per axis."""
     volume, weight = (1, CHANNELS, *(extent,) * 3), (CHANNELS, CHANNELS, 3, 3, 3)
     tokens, parameter = ((extent // 2) ** 3, CHANNELS), (CHANNELS,)
 
@@ -106,7 +106,7 @@ def under(tile, call: Callable[[], list[torch.Tensor]]) -> Callable[[], list[tor
 
 
 def small_calls(device: str, dtype: torch.dtype) -> None:
-    """Every operator once, forward and backward, on a volume that is dealt out to many programs, and on a small one."""
+    """Every operator once, forward and backward, on a volume divided among many programs, and on a small one."""
     for extent in (18, 8):
         for work in works(extent).values():
             inputs = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in work.shapes]
@@ -116,7 +116,7 @@ def small_calls(device: str, dtype: torch.dtype) -> None:
 def time_work(
     reporter: Reporter, row: dict, name: str, direction: str, extent: int, simulated: bool, seconds: float
 ) -> None:
-    """One operator in one direction beside PyTorch's on contiguous volumes, as MONAI's are, and on channels last."""
+    """One operator in one direction against PyTorch's on contiguous volumes, as MONAI's are, and on channels last."""
     device, work = device_of(simulated), works(extent)[name]
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator).to(device.name, torch.bfloat16) for shape in work.shapes]

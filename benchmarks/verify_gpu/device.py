@@ -1,4 +1,4 @@
-"""The GPU as the measurements see it, and one that is simulated on the CPU, where every time is made up."""
+"""The GPU as the measurements see it, and one simulated on the CPU, whose times are all made up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import faults
 
 ROUNDS, FEWEST_ROUNDS = 30, 5
 SPIN_CYCLES = 2_000_000
-"""Of the wait before a call is timed, about a millisecond."""
+"""Cycles of the wait before a call is timed, about a millisecond."""
 
 FLUSHED_BYTES = 256 << 20
 """Read before a call is timed: more than any second-level cache holds. Writes would be written back while it runs."""
@@ -71,7 +71,7 @@ class Cuda:
     simulated = False
 
     def check(self) -> None:
-        """Raises what went wrong on the device so far; after an error that stays, always."""
+        """Raises whatever went wrong on the device so far; after a sticky error, always."""
         faults.check_device()
         torch.cuda.synchronize()
 
@@ -84,7 +84,7 @@ class Cuda:
         flush = torch.zeros(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
         found = {name: Times() for name in calls}
         end = time.monotonic() + seconds
-        for round_ in range(-1, ROUNDS):  # the first is not kept: whatever is set up once is set up then
+        for round_ in range(-1, ROUNDS):  # the first is not kept: one-time setup happens then
             if round_ >= FEWEST_ROUNDS and time.monotonic() > end:
                 break
             for name, call in calls.items():
@@ -112,7 +112,7 @@ class Cuda:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
     def kernels(self, call: Call, repeats: int = 5) -> list[KernelTime]:
-        """What a call's kernels take, each a call, the dearest first."""
+        """How long each of a call's kernels takes per call, the most expensive first."""
         from torch.profiler import ProfilerActivity, profile
 
         torch.cuda.synchronize()
@@ -132,7 +132,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def traced(self, descriptor: int) -> Iterator[None]:
-        """Within the context every kernel of ours writes its name to a file before it starts, and is waited for."""
+        """In this context every kernel of ours writes its name to a file before it starts, and is waited for."""
         import os
 
         from swin_kernels.backends import BACKENDS
@@ -161,7 +161,7 @@ class Cuda:
     def graph(self, call: Call) -> Call:
         """`call` captured into a CUDA graph, as a call that replays it and returns what the capture returned.
 
-        It holds on to `call`: the graph reads whatever memory `call` does, weights of a network for instance.
+        It keeps `call` alive: the graph reads whatever memory `call` does, such as a network's weights.
         """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -190,7 +190,7 @@ class Cuda:
 
 
 class Simulated:
-    """The CPU in the place of a GPU, for the tests of this tool: results are real, times follow from names alone."""
+    """The CPU in place of a GPU, for the tests of this tool: results are real, times follow from names alone."""
 
     name = "cpu"
     simulated = True

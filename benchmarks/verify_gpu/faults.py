@@ -1,12 +1,12 @@
 """Faults planted on purpose, to test that a run survives them: ``SWIN_VERIFY_FAULTS="kind@where; kind@where"``.
 
-`where` is a part of the name of a step. A step is named after its measure, shape, variant and what it does, as in
+`where` is part of the name of a step. A step is named after its measure, shape, variant and what it does, as in
 ``attention core, forward | f48 96³ stage 1 shifted | ours | check``, a GPU test after its id. Kinds:
 
 - ``crash``: the process dies by SIGSEGV,
-- ``hang``: the step never ends and heeds no SIGTERM,
+- ``hang``: the step never ends and ignores SIGTERM,
 - ``sticky``: a CUDA error after which every call to the device fails, as after an illegal memory access,
-- ``memory``: what PyTorch says when memory ran out,
+- ``memory``: the error that PyTorch raises when memory has run out,
 - ``wrong``: results are off; the step itself applies `spoiled` to them.
 """
 
@@ -33,7 +33,7 @@ def planted(where: str) -> str | None:
     for entry in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(";"))):
         kind, at, pattern = entry.partition("@")
         if kind not in KINDS or not at or not pattern:
-            raise ValueError(f"{VARIABLE}: {entry!r} is no fault; accepted are kind@where with {', '.join(KINDS)}")
+            raise ValueError(f"{VARIABLE}: {entry!r} is not a fault; accepted are kind@where with {', '.join(KINDS)}")
         if pattern in where:
             return kind
     return None

@@ -1,4 +1,4 @@
-"""What the GPU kernels have to reach, and whether rows show it; docs/cuda.md derives the floors."""
+"""What the GPU kernels have to reach, and whether the rows show it; docs/cuda.md derives the floors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Goal:
     Attributes:
         wording: the goal.
         measure, shape: the rows.
-        figure: from the rows by their variants, None where they do not have it.
-        limit: of the figure; `most` says whether it must not exceed it or must reach it.
+        figure: computed from the rows by variant, None where they lack it.
+        limit: of the figure; `most` says whether it is an upper or a lower bound.
         form: how the figure is written.
     """
 
@@ -59,7 +59,7 @@ def _copy(measure: str) -> Goal:
 
 
 def _times(measure: str, peer: str, limit: float, called: str = "") -> Goal:
-    """The peer takes at least `limit` times as long as ours beside it."""
+    """The peer takes at least `limit` times as long as ours, measured beside it."""
 
     def ratio(rows: dict[str, Row]) -> float | None:
         return rows[peer].ratio if peer in rows else None
@@ -69,7 +69,7 @@ def _times(measure: str, peer: str, limit: float, called: str = "") -> Goal:
 
 
 def _in_a_graph(mode: str, limit: float) -> Goal:
-    """MONAI's network as it is takes at least `limit` times as long as ours in a CUDA graph."""
+    """MONAI's unchanged network takes at least `limit` times as long as ours in a CUDA graph."""
 
     def ratio(rows: dict[str, Row]) -> float | None:
         monai, ours = (rows[name].p50 if name in rows else None for name in ("MONAI", "ours in a CUDA graph"))

@@ -1,7 +1,7 @@
 """What the run waits for: measurements in children that report, and programs whose output is read.
 
-A job is started, polled by the clock until it has ended, and stopped where its time is over. Whatever becomes of it, it
-has added rows that say so.
+A job is started, polled by the clock until it has ended, and stopped when its time is over. Whatever becomes of it, it
+adds rows that say so.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .result import Result, Row, show
 from .tasks import Task
 
 MOST_ATTEMPTS = 20
-"""Of one measurement; each loses a variant at least."""
+"""Attempts at one measurement; each lost attempt costs at least one variant."""
 
 LOG_BYTES = 2 << 20
-"""Of a log that the archive keeps: its end."""
+"""Bytes of a log's end that the archive keeps."""
 
 INTERPRETER = 30.0
-"""Seconds more that a fresh interpreter may be silent at first: it imports PyTorch."""
+"""Additional seconds that a fresh interpreter may be silent at first: it imports PyTorch."""
 
 MOST_SILENT_END = 10.0
-"""Seconds of silence that are a fault of a job that is stopped where its time is over."""
+"""Seconds of silence that count as a fault if a job is stopped because its time is over."""
 
 PAUSE = 0.01
 """Seconds between two looks at the children."""
@@ -93,19 +93,19 @@ class Workplace:
         self.result.keep("logs.zip", new.read_bytes())
 
     def close(self) -> None:
-        """Kill whoever is left; keep what was printed."""
+        """Kill the children that are left; keep what was printed."""
         self.guardian.close()
         self.archive(now=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Measurement:
-    """A task in a child. One that is lost costs the row it was at: another attempt goes on with the others."""
+    """A task in a child. A lost child costs the row it was at: another attempt continues with the other rows."""
 
     def __init__(self, place: Workplace, task: Task, seconds: Callable[[], float] = lambda: 0.0) -> None:
         """
         Args:
-            seconds: asked when it starts: what it may spend on timing.
+            seconds: called when it starts: what it may spend on timing.
         """
         self.task = task
         self.found: list[Row] = []
@@ -130,7 +130,7 @@ class Measurement:
             self._child = children.start(self.task.row.label, command, self._folder, self._place.guardian)
 
     def poll(self) -> bool:
-        """Take in what is new; whether it has ended."""
+        """Read what is new; whether it has ended."""
         child, reading = self._child, self._reading
         assert child is not None, "start comes before poll"
         ended = child.poll()
@@ -174,20 +174,20 @@ class Measurement:
         return row, what, started[-1] if started else row.kernel
 
     def _lost(self, how: str) -> bool:
-        """The attempt is over before its end. Starts another; whether there is none."""
+        """Handle an attempt that ended too early: start another; returns whether there is none."""
         row, what, kernel = self._at()
         if row.label not in self._left_out:
             in_kernel = f" in {kernel}" if kernel else ""
             self._add(replace(row, status=f"{how}{in_kernel} (step: {what})", kernel=kernel))
         if len(self.found) == self._found_before or self._attempts >= MOST_ATTEMPTS:
-            # Nothing is gained by another.
+            # Another would gain nothing.
             self._add(replace(row, variant="others", status=f"{how} again (step: {what}); given up", kernel=kernel))
             return True
         self.start()
         return False
 
     def stop(self, why: str) -> None:
-        """End it; a row says where it was, and one that what it is about is not there."""
+        """End it; one row says where it was, and another that what it is about is missing."""
         if self._child is None:
             return self.skip(why)
         silent = time.monotonic() - self._child.heard
@@ -214,7 +214,7 @@ class Measurement:
 
 
 class Program:
-    """A program of its own, with a limit; what it leaves is read when it has ended, and as it comes."""
+    """A separate program with a time limit; its output is read as it comes, and when it has ended."""
 
     def __init__(
         self,
@@ -231,10 +231,10 @@ class Program:
         Args:
             row: what it is about.
             command: the command line, given a folder for its files.
-            read: rows, from the folder, the ended child and, where it was stopped, the status that says why ("" else).
-            limit: asked when it starts: the seconds it may take.
-            watch: further rows, from the folder, asked again and again.
-            silence: seconds that a child with a `Reporter` within it may be silent; None where there is none.
+            read: makes rows from the folder, the ended child and the status that says why it was stopped ("" if not).
+            limit: called when it starts: the seconds it may take.
+            watch: makes further rows from the folder, called repeatedly.
+            silence: seconds that a child with a `Reporter` in it may be silent; None where there is none.
         """
         self.row = row
         self._place, self._command, self._read, self._limit = place, command, read, limit
@@ -292,11 +292,11 @@ Job = Measurement | Program
 
 CUT = "cut: the time of this part was over"
 SPARED = "skipped: no time was left"
-"""Statuses of what is not done when the time of a part is over: a fault, or none where the part takes what is left."""
+"""Statuses of what is not done when a part's time is over: a fault, or none where the part takes what is left."""
 
 
 class Queue:
-    """Jobs that run beside each other.
+    """Jobs that run side by side.
 
     Attributes:
         most: how many at a time.
@@ -309,16 +309,16 @@ class Queue:
         self._running: list[Job] = []
 
     def add(self, job: Job) -> None:
-        """One more job, before the queue is empty."""
+        """Add a job, before the queue is empty."""
         self._waiting.append(job)
 
     def turn(self) -> bool:
-        """Start what may start, look at what runs; whether anything is left."""
+        """Start what may start, poll what runs; whether anything is left."""
         while self._waiting and len(self._running) < self.most:
             job = self._waiting.popleft()
             try:
                 job.start()
-            except OSError as error:  # no process, no descriptor or no room: the next may find one
+            except OSError as error:  # out of processes, descriptors or space: the next may find some
                 job.skip(f"failed: it could not be started: {error}")
             else:
                 self._running.append(job)
@@ -355,7 +355,7 @@ def together(place: Workplace, end: float, *queues: Queue) -> None:
 
 
 def json_lines(file: Path) -> list[dict]:
-    """The whole lines of a file of JSON lines."""
+    """The complete lines of a file of JSON lines."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]

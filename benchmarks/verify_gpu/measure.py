@@ -1,4 +1,4 @@
-"""Hold variants of a call to a more precise truth, and time those that are sound."""
+"""Check variants of a call against a more precise truth, and time those that are sound."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOST = ("CUDA error", "illegal memory access", "launch failure", "misaligned add
 
 
 class DeviceLost(RuntimeError):
-    """The device answers nothing any more in this process: the rest of the work is another's."""
+    """The device no longer answers in this process: the rest of the work is left to another."""
 
 
 def relative_error(values: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
@@ -33,7 +33,7 @@ def relative_error(values: list[torch.Tensor], truth: list[torch.Tensor]) -> flo
 
 
 def in_words(error: BaseException) -> str:
-    """The status of a row that met `error`: its kind, then what it says in one line."""
+    """The status of a row that met `error`: its kind, then its message on one line."""
     said = " ".join(str(error).split())[:240] or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said:
         return f"out of memory: {said}"
@@ -88,17 +88,17 @@ def compare(
     limits: dict[str, float] | None = None,
     most_kernels: int | None = None,
 ) -> None:
-    """Report a row for every variant: its error and, where that is allowed, its time beside that of "ours".
+    """Report a row for every variant: its error and, if that is allowed, its time beside that of "ours".
 
     Args:
         about: part, measure and shape of the rows.
         variants: calls that return what `truth` returns.
-        allowed: the largest error, from the errors of the variants.
+        allowed: the largest allowed error, from the errors of the variants.
         seconds: for timing.
-        exponentials: that a call computes at least, which gives the floor.
-        profiled: variants whose kernels get rows of their own, of the measure "..., kernels".
-        limits: seconds of silence for the first call of a variant, where they are not the child's.
-        most_kernels: rows that a profiled variant gets at most, the dearest kernels.
+        exponentials: how many a call computes at least, which gives the floor.
+        profiled: variants whose kernels get separate rows, of the measure "..., kernels".
+        limits: seconds of silence for the first call of a variant, where they differ from the child's.
+        most_kernels: how many kernels of a profiled variant get rows, the most expensive ones.
     """
     rows = {name: replace(about, variant=name) for name in variants}
     tables = {name: rows[name].of_kernels for name in profiled if name in rows}
@@ -112,7 +112,7 @@ def compare(
         expected = guarded(reporter, device, reference, "compute", truth)
     if expected is None:
         for row in open_.values():
-            reporter.row(replace(row, status="failed: there is no truth to hold it to"))
+            reporter.row(replace(row, status="failed: there is no truth to compare it with"))
         return
 
     errors: dict[str, float] = {}
@@ -161,7 +161,7 @@ def _checked(row: Row, call: Values, truth: list[torch.Tensor]) -> float:
 
 
 def announcing(reporter: Reporter, row: Row) -> Callable[[str], None]:
-    """What says, before each call that is timed, that it is `row` that is timed."""
+    """A function that says, before each timed call, that `row` is being timed."""
 
     def announce(name: str) -> None:
         reporter.step(row, "time")
@@ -172,7 +172,7 @@ def announcing(reporter: Reporter, row: Row) -> Callable[[str], None]:
 def timing_row(row: Row, device: Cuda | Simulated, times: Times, exponentials: float | None = None) -> Row:
     """`row` with percentiles, clock and floor.
 
-    A multiprocessor starts 16 exponentials a clock; the clock is the one it ran at (docs/cuda.md).
+    A multiprocessor starts 16 exponentials per clock; the clock is the one it ran at (docs/cuda.md).
     """
     p20, _, _, p80 = statistics.quantiles(times.ms, n=5)
     clock = clock_of(times)

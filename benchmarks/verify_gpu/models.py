@@ -1,4 +1,4 @@
-"""The whole Swin UNETR, inference and a training step: MONAI's as it is, with its flash attention, compiled, and in a
+"""The whole Swin UNETR, inference and a training step: MONAI's unchanged, with its flash attention, compiled, and in a
 CUDA graph; ours on fused kernels, compiled, and in a CUDA graph.
 """
 
@@ -30,7 +30,7 @@ EAGER = {
     "training step": ("ours", "MONAI", GRAPH, MONAI_GRAPH),
 }
 COMPILED_SIZE = SIZES[0]
-"""The one that is compiled: it takes minutes of a processor, before times are taken."""
+"""The size that is compiled: that takes minutes on a processor, before times are taken."""
 
 FIRST_CALL_LIMIT = 60.0
 """Seconds that a compiled variant may be silent: it is traced again, and its kernels come from the cache on disk."""
@@ -45,11 +45,11 @@ def tasks(simulated: bool, compiled: tuple[tuple[str, str], ...]) -> list[Task]:
     """Every size and mode, the most useful first.
 
     Args:
-        compiled: variant and mode of those whose kernels are there.
+        compiled: variant and mode of those whose kernels are compiled.
     """
     sizes = SIZES[:1] if simulated else SIZES
     found = [_task(size, mode, EAGER[mode], simulated) for size in sizes for mode in MODES]
-    for mode in MODES:  # tracing takes them half a minute: they cost no other row its time
+    for mode in MODES:  # tracing them takes half a minute, which must not cost other rows their time
         variants = tuple(variant for variant, its in compiled if its == mode)
         found += [_task(COMPILED_SIZE, mode, ("ours", "MONAI", *variants), simulated)] if variants else []
     return found
@@ -111,7 +111,7 @@ class Models:
         self.target = torch.randint(LABELS, (batch, *image), device=self.device.name)
 
     def network(self, variant: str) -> torch.nn.Module:
-        """A network of its own for `variant`."""
+        """A separate network for `variant`."""
         import swin_kernels
 
         if variant == "MONAI flash":
@@ -151,12 +151,12 @@ class Models:
         return run
 
     def truth(self, mode: str) -> list[torch.Tensor]:
-        """What MONAI's network computes in float32 proper."""
+        """What MONAI's network computes in true float32."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return [value.double() for value in self.call("MONAI", mode, low=False)()]
 
     def _autocast(self, low: bool) -> torch.autocast:
-        # Weights in 16 bits that autocast keeps would be of the capture of a CUDA graph, and gone after it.
+        # The 16-bit weights that autocast caches would belong to the capture of a CUDA graph, and be gone after it.
         kind = torch.bfloat16 if low else None
         return torch.autocast(self.device.name, kind, enabled=low, cache_enabled=False)
 
@@ -182,7 +182,7 @@ def time_model(
     simulated: bool,
     seconds: float,
 ) -> None:
-    """`variants` beside MONAI's network in float32, then timed; the dearest kernels of ours and of MONAI's."""
+    """`variants` against MONAI's network in float32, then timed; the most expensive kernels of ours and of MONAI's."""
     about = Row(**row)
     reporter.step(replace(about, variant="MONAI"), "build")
     models = Models(extent, batch, simulated)

@@ -1,4 +1,4 @@
-"""The operators at the shapes of Swin UNETR's stages: smoke, times beside floor and peers, a single call for tools."""
+"""The operators at the shapes of Swin UNETR's stages: smoke tests, times beside floor and peers, calls for tools."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ OTHERS = (
 )
 DIRECTIONS = ("forward", "backward")
 EXPONENTIALS = {"forward": 1, "backward": 2, "forward + backward": 3}
-"""Of a score, at least: delta can be found without one more (docs/cuda.md), which `find_delta` does not yet do."""
+"""Per score, at least: delta needs no further one (docs/cuda.md), though `find_delta` still computes one."""
 
 YARDSTICK = 1e-2
-"""Error of plain PyTorch in 16 bits where it could not run itself."""
+"""The error assumed for plain PyTorch in 16 bits where it could not run."""
 
 FLEX_LIMIT = 60.0
 """Seconds that the first call of FlexAttention may be silent: it compiles."""
@@ -50,12 +50,12 @@ TINY = Shape(24, 1, window=(5, 5, 5))
 
 
 def some(shapes: tuple[Shape, ...], simulated: bool) -> tuple[Shape, ...]:
-    """`shapes`; the first alone where the device is simulated, since all are the same there."""
+    """`shapes`; only the first if the device is simulated, since all are the same there."""
     return shapes[:1] if simulated else shapes
 
 
 def shape_in(arguments: dict, simulated: bool) -> Shape:
-    """The shape that a task names; tiny where the device is simulated."""
+    """The shape that a task names; tiny if the device is simulated."""
     return SIMULATED if simulated else Shape(**{**arguments, "window": tuple(arguments["window"])})
 
 
@@ -87,7 +87,7 @@ def smoke_tasks(simulated: bool) -> list[Task]:
 
 
 def smoke_attention(reporter: Reporter, row: dict, backend: str, dtype: str, simulated: bool) -> None:
-    """Forward and backward at every head_dim that has kernels of its own, held to float64."""
+    """Forward and backward at every head_dim that has its own kernels, checked against float64."""
     device = device_of(simulated)
     about = Row(**row)
     for head_dim in (4,) if simulated else (16, 8, 32, 64):
@@ -133,7 +133,7 @@ def _all(reporter: Reporter) -> str | None:
 
 
 def smoke_examples(reporter: Reporter, row: dict, backend: str, dtype: str, simulated: bool) -> None:
-    """Every operator of the registry on its examples, forward and backward, held to the reference in float64."""
+    """Every operator of the registry on its examples, both directions, checked against the reference in float64."""
     device = device_of(simulated)
     about = Row(**row)
     for operator in OPERATORS.values():
@@ -231,7 +231,7 @@ def _timing(shape: Shape, direction: str, part: str, plan_part: str, simulated: 
 
 
 def _flex(shape: Shape, direction: str) -> Task:
-    """FlexAttention compiles for half a minute: it comes last, beside ours, and costs no other row its time."""
+    """FlexAttention compiles for half a minute: it comes last, beside ours, so as not to cost other rows their time."""
     task = _timing(shape, direction, "core", "operators", simulated=False)
     row = replace(task.row, variant="FlexAttention")
     return replace(task, arguments={**task.arguments, "flex": True}, row=row, seconds=30)
@@ -294,7 +294,7 @@ def _partition(shape: Shape, simulated: bool) -> Task:
 
 
 def time_partition(reporter: Reporter, row: dict, shape: dict, simulated: bool, seconds: float) -> None:
-    """Window partition and reverse beside a plain copy of as many bytes: what a pass over memory can be."""
+    """Window partition and reverse against a plain copy of as many bytes: how fast a pass over memory can be."""
     device = device_of(simulated)
     about, chosen = Row(**row), shape_in(shape, simulated)
     dtype = torch.float32 if simulated else torch.bfloat16
@@ -321,7 +321,7 @@ def time_partition(reporter: Reporter, row: dict, shape: dict, simulated: bool, 
         copied = replace(mine, variant="copy of as many bytes")
         if not reporter.wants(copied):
             continue
-        # A partition reads and writes different numbers of bytes; a copy of half their sum moves as many.
+        # A partition reads and writes different numbers of bytes; a copy of half their sum moves the same total.
         flat = torch.empty((x.numel() + windows.numel()) * x.element_size() // 2, dtype=torch.uint8, device=device.name)
         copy = torch.empty_like(flat)
         calls: dict[str, Callable[[], object]] = {"copy": partial(copy.copy_, flat), "ours": move}

@@ -1,4 +1,4 @@
-"""The parts of a run in the order of their worth, and what each may take."""
+"""The parts of a run, the most valuable first, and how long each may take."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUDGET = 540
-"""Seconds that a run takes at most, unless it is told otherwise."""
+"""Seconds that a run takes at most, unless told otherwise."""
 
 ENDING = 6.0
-"""Seconds of the budget for ending: what is left is killed, the archive and the table are written."""
+"""Seconds of the budget for the end: what is left is killed, the archive and the table are written."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Part:
 
     Attributes:
         name: as ``--part`` takes it.
-        seconds: of a budget of `BUDGET`; of another, as large a share.
+        seconds: out of a budget of `BUDGET`; of another budget, the same share.
         what: in words.
     """
 
@@ -34,13 +34,13 @@ class Part:
 
 PARTS = (
     Part("probe", 30, "the machine and its ceilings; every kernel once, forward and backward, against float64"),
-    Part("correctness", 110, "the GPU tests; compilations for later parts beside them"),
-    Part("model", 90, "Swin UNETR, inference and training step, ours and MONAI's; the dearest kernels"),
+    Part("correctness", 110, "the GPU tests, and at the same time compilations for later parts"),
+    Part("model", 90, "Swin UNETR, inference and training step, ours and MONAI's; the most expensive kernels"),
     Part("operators", 90, "attention at stages 1 to 4 beside floor, Triton, SDPA, FlexAttention; time per kernel"),
-    Part("decoder", 20, "norms and convolutions beside PyTorch's"),
+    Part("decoder", 20, "norms and convolutions, compared with PyTorch's"),
     Part("counters", 50, "hardware counters of the three hot kernels"),
     Part("sanitizers", 60, "four sanitizers over every kernel"),
-    Part("sweeps", 50, "other cuts of the CUDA kernels, other tiles of Triton's"),
+    Part("sweeps", 50, "other cuts of the CUDA kernels, other tiles of the Triton kernels"),
     Part("rest", 40, "128³, feature size 24, partition"),
 )
 NAMES = tuple(part.name for part in PARTS)
@@ -49,7 +49,7 @@ NAMES = tuple(part.name for part in PARTS)
 def ends(chosen: list[Part], budget: float, elapsed: float) -> dict[str, float]:
     """When each of the chosen parts has to be over, in seconds from the start of the run.
 
-    A part has its share of the budget and what the parts before it left; `ENDING` comes last.
+    A part has its share of the budget and what the parts before it left over; `ENDING` comes last.
 
     Args:
         elapsed: seconds since the start.
@@ -73,7 +73,7 @@ def median_seconds(call: Callable[[], object], times: int = 3) -> float:
 
 @dataclass(frozen=True)
 class HostCosts:
-    """What starting things costs on this machine, in seconds, measured.
+    """What starting processes costs on this machine, in measured seconds.
 
     Attributes:
         imports: of this process: PyTorch and all that children use.

@@ -1,4 +1,4 @@
-"""What this machine is, and the two ceilings of everything that runs on it: a copy, and a product of matrices."""
+"""What this machine is, and the two ceilings for everything that runs on it: a copy, and a matrix product."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def first_line(*command: str) -> str | None:
 
 
 def commit_of(given: str | None) -> str:
-    """The commit that is measured: `given`, or what git says of the sources; both where they differ.
+    """The commit that is measured: `given`, or what git says about the sources; both where they differ.
 
     A copy of the sources may have come without the repository's last commits: a run on a machine that is hard to get
     should not end there.
 
     Raises:
-        ValueError: nobody says it.
+        ValueError: neither is known.
     """
     found = first_line("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     if given is None:
@@ -66,12 +66,12 @@ def version_of(package: str) -> str:
 
 
 def digest(file: Path) -> str:
-    """First digits of the SHA-256 of a library: tells whether it is the one that was built elsewhere."""
+    """First digits of the SHA-256 of a library, which tell whether it is the one that was built elsewhere."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "not built"
 
 
 def host(commit: str, simulated: bool) -> dict:
-    """What a result depends on, as far as it can be told without the GPU."""
+    """What a result depends on, as far as that is known without the GPU."""
     return {
         "simulated": simulated,
         "commit": commit,
@@ -130,7 +130,7 @@ def ceilings(simulated: bool) -> Task:
 
 
 def _runs(call: Callable[[], torch.Tensor]) -> bool:
-    """True, once what `call` computes was read."""
+    """True, once the result of `call` was read."""
     call().any().item()
     return True
 

@@ -2,11 +2,11 @@
 
 With ``--verify-results FILE`` the file holds one JSON line as soon as tests are collected, ``{"collected": N}``, and
 one for every test as soon as its result is known: ``{"test", "outcome", "message", "seconds"}`` (`Results`). Failures
-are printed in full when they come, not only at the end.
+are printed in full as they occur, not only at the end.
 
-A process whose device no longer answers fails all its tests from then on. Under pytest-xdist it therefore leaves after
-the test that broke the device, and pytest-xdist starts another. There the limits of pytest-timeout hold for the whole
-of a test, whatever it hangs in. Faults that `faults` plants strike in the tests.
+A process whose device no longer answers fails all its tests from then on. Under pytest-xdist it therefore exits after
+the test that broke the device, and pytest-xdist starts another. There the limits of pytest-timeout hold for a whole
+test, whatever it hangs in. Faults that `faults` plants strike in the tests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ limit = pytest.StashKey[float]()  # of a test: the seconds it may last
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--verify-results", metavar="FILE", help="write a JSON line for every test when it has ended")
+    parser.addoption("--verify-results", metavar="FILE", help="write a JSON line for every test as it ends")
     parser.addoption("--verify-kernels", metavar="FILE", help="write the name of every kernel of ours before it starts")
 
 
@@ -55,7 +55,7 @@ def in_worker(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what matters most if the run is cut off."""
+    """Put first what matters most if the run is cut short."""
     items.sort(
         key=lambda item: ("test_production_shapes" not in item.nodeid, "triton" in item.nodeid.partition("[")[2])
     )
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def check_device() -> None:
-    """Raises what any call to the device would raise; waits for what was launched on it."""
+    """Raises whatever any call to the device would raise; waits for what was launched on it."""
     faults.check_device()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -82,17 +82,17 @@ def device_error() -> Exception | None:
 
 
 def start_clock(item: pytest.Item) -> None:
-    """End this process if it is still at this test when the limit is over, and print where all threads were."""
+    """End this process if it is still in this test when the time is up, and print where all threads were."""
     if limit in item.stash:
         faulthandler.dump_traceback_later(item.stash[limit], exit=True, file=item.config.stash[stderr])
 
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings) -> bool | None:
-    """Instead of pytest-timeout's own clock under pytest-xdist.
+    """Replaces pytest-timeout's own clock under pytest-xdist.
 
-    That one is a Python thread, which cannot run while the test keeps the GIL, it prints where no one sees it, and it
-    stops when a test has failed, although its teardown and `check_device` may hang as well.
+    That one is a Python thread, which cannot run while the test holds the GIL; it prints where nobody sees it, and it
+    stops once a test has failed, although its teardown and `check_device` may hang as well.
     """
     if not in_worker(item.config):
         return None
@@ -132,7 +132,7 @@ def pytest_runtest_call(item: pytest.Item):
 
 @contextlib.contextmanager
 def traced(config: pytest.Config) -> Iterator[None]:
-    """Within the context kernels of ours are traced, if that was asked for."""
+    """In this context our kernels are traced, if that was asked for."""
     path = config.getoption("verify_kernels")
     if path is None:
         yield
@@ -149,11 +149,11 @@ def traced(config: pytest.Config) -> Iterator[None]:
 
 
 class Results:
-    """Keeps the results of the whole run, in the process that people start.
+    """Keeps the results of the whole run, in the main process.
 
     Outcomes are "passed", "failed", "skipped", "crashed", "timed out", "out of memory" and "device lost". A test that
-    fails more than once, as in its teardown too, counts by its first failure. A file that cannot be collected counts as
-    a test.
+    fails more than once, for example in its teardown too, counts by its first failure. A file that cannot be collected
+    counts as a test.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -168,7 +168,7 @@ class Results:
     @property
     def terminal(self) -> pytest.TerminalReporter:
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        assert terminal is not None, "-p no:terminal leaves nobody to show failures"
+        assert terminal is not None, "with -p no:terminal, failures cannot be shown"
         return terminal
 
     def write(self, test: str, outcome: str, message: str, seconds: float) -> None:
@@ -193,9 +193,9 @@ class Results:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node) -> None:
-        """Let a worker of pytest-xdist be sent tests when it has just ended, as happens where two end at once.
+        """Let pytest-xdist send tests to a worker that has just ended, as happens when two end at once.
 
-        pytest-xdist would end the whole run. As it is, it hears of the end next, and gives the tests to others.
+        Otherwise pytest-xdist would end the whole run. So it learns of the end next, and gives the tests to others.
         """
         send = node.send_runtest_some
 
@@ -226,18 +226,18 @@ class Results:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport, sched) -> None:
-        """A worker of pytest-xdist ended, which takes it for a crash of the test it was at."""
+        """A worker ended, which pytest-xdist takes for a crash in the test it was running."""
         if crashitem in self.ended or crashitem not in self.began:
             if crashitem in self.ended:
                 self.terminal.write_line(f"\n{report.node.gateway.id} ended after it had reported {crashitem}")
             else:
                 sched.mark_test_pending(crashitem)  # it was sent to a worker that was gone
-            # pytest counts and shows this report next; this way it is one of those that every test has and none shows.
+            # pytest counts and shows this report next; this makes it one of those that every test has and none shows.
             report.when, report.outcome, report.longrepr = "teardown", "passed", None
             return
         seconds = time.monotonic() - self.began[crashitem]
         status, allowed = status_of(report.node), self.config.getoption("timeout", None)
-        # The clock of a worker ends it with status 1. When the test began was heard of with some delay.
+        # The clock of a worker ends it with status 1. The beginning of the test was reported with some delay.
         if status in (1, None) and allowed and seconds > allowed / 2:
             outcome, message = "timed out", f"still running after its limit of {allowed:g} s"
             report.longrepr = f"{report.longrepr}: {message}; where it was is printed above"
@@ -267,7 +267,7 @@ def outcome_of(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, s
         return "skipped", one_line(reason.removeprefix("Skipped: "))
     crash = getattr(report.longrepr, "reprcrash", None)
     text = crash.message if crash else report.longreprtext
-    # Errors that led to this one count for its kind: "RuntimeError: kernel failed" may come from a CUDA error.
+    # Errors that led to this one decide its kind: "RuntimeError: kernel failed" may come from a CUDA error.
     causes = [text, *(cause.message for _, cause, _ in getattr(report.longrepr, "chain", ()) if cause)]
     if "from pytest-timeout" in text:
         return "timed out", one_line(text)
@@ -279,14 +279,14 @@ def outcome_of(report: pytest.CollectReport | pytest.TestReport) -> tuple[str, s
 
 
 def one_line(text: str) -> str:
-    """The first line that says something: of pytest's excerpts of code, the one with the error."""
+    """The first informative line: in pytest's code excerpts, the one with the error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line.removeprefix("E ").strip() for line in lines if line.startswith("E ")]
     return next(iter(errors or lines), "")
 
 
 def status_of(worker) -> int | None:
-    """The exit status of a worker of pytest-xdist, or minus the signal it died by; None if it cannot be found out."""
+    """The exit status of a pytest-xdist worker, or minus the signal that killed it; None if unknown."""
     process = getattr(getattr(worker.gateway, "_io", None), "popen", None)
     if process is None:
         return None

@@ -1,7 +1,7 @@
 """A child's side of the report: what it is about to do, and the rows it has found, as JSON lines in a file.
 
-The file outlives the child. The last step in it says where the child was when it died or fell silent, and the file of
-kernels which one was running (`Device.traced`).
+The file outlives the child. The last step in it says where the child was when it died or fell silent; the file of
+kernels says which one was running (`Device.traced`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Reporter:
         """
         Args:
             folder: where the files are.
-            left_out: labels of rows that are not to be found again: they are there, or an attempt was lost at them.
+            left_out: labels of rows to skip: they were found already, or an attempt was lost at them.
         """
         self._folder, self._left_out = folder, left_out
         self.at: Row | None = None
@@ -54,13 +54,13 @@ class Reporter:
         return row.label not in self._left_out
 
     def step(self, row: Row, what: str, limit: float | None = None, strikes: bool = True) -> None:
-        """Say what follows: `what` for the measurement that `row` names.
+        """Announce the next step: `what` for the measurement that `row` names.
 
         Args:
-            row: what the fault is about if the step never ends.
+            row: the row of the fault if the step never ends.
             what: a word or two.
-            limit: seconds of silence from here on that are too many, where it is not the child's.
-            strikes: whether a fault that is planted here strikes now; else `strike` has it strike.
+            limit: how many seconds of silence are too many from here on, if not the child's limit.
+            strikes: whether a fault that is planted here strikes now; otherwise `strike` triggers it.
         """
         os.ftruncate(self.kernels, 0)
         self.at, self._what = row, what

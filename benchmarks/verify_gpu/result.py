@@ -23,7 +23,7 @@ PEERS = (
     "copy of as many bytes",
     "PyTorch",
 )
-"""Variants that are not ours: what they get wrong does not fail a run."""
+"""Variants that are not ours: their faults do not fail a run."""
 
 IDENTITY = ("simulated", "commit", "device", "libraries", "torch", "triton", "monai")
 """What rows of one file have in common."""
@@ -38,12 +38,12 @@ class Row:
         measure, shape, variant: what was run, on what, and by whom.
         status: "ok", "skipped: why", "cut: why", or what went wrong: "wrong: ...", "crashed: ...", "hung: ...",
             "lost the device: ...", "out of memory: ...", "failed: ...".
-        kernel: the kernel that the row is about; of a fault, the one that was running, where it is known.
+        kernel: the kernel that the row is about; for a fault, the one that was running, if known.
         error: against float64, relative, in the mean; the worst of outputs and gradients.
         p20, p50, p80: percentiles of the rounds in ms, each of one call.
         rounds: how many.
         ratio: this variant's median over ours.
-        floor: ms that this machine needs at least at the clock it ran at, where docs/cuda.md derives it.
+        floor: the least ms that this machine needs at the clock it ran at, where docs/cuda.md derives it.
         clock_mhz: the multiprocessors' clock while it was timed, the median.
         extra_mib: peak memory of a call beyond what was allocated before it.
         value, unit: any other figure.
@@ -88,7 +88,7 @@ class Row:
 
     @property
     def cut(self) -> bool:
-        """Whether it was not done in time, which says nothing about the kernels."""
+        """Whether it was not done in time, which is no fault of the kernels."""
         return self.status.startswith("cut: ")
 
     @property
@@ -108,7 +108,7 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """What the row is about; a fault is about the whole measurement, whichever kernel was running."""
+        """What the row is about; a fault concerns the whole measurement, whichever kernel was running."""
         return self.measure, self.shape, self.variant, None if self.faulty else self.kernel, self.unit
 
     def __str__(self) -> str:
@@ -131,23 +131,23 @@ class Row:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write `path` so that whoever reads it, at any time, finds the old content or the new one whole."""
+    """Write `path` so that a reader, at any time, finds either the old or the new content complete."""
     new = path.with_name(f".{path.name}.new")
     new.write_bytes(content)
     os.replace(new, path)
 
 
 def _takes_a_line() -> bool:
-    """Whether printing would not block, as on a terminal that is held or a pipe that is full."""
+    """Whether printing would not block, as it does on a stopped terminal or a full pipe."""
     try:
         descriptor = sys.stdout.fileno()
-    except OSError:  # it is no file of the system's
+    except OSError:  # it is not a file of the operating system
         return True
     return bool(select.select([], [descriptor], [], 0.05)[1])
 
 
 def show(text: object) -> None:
-    """Print; where nobody reads, nothing: a run goes on for its files."""
+    """Print, or do nothing if nobody reads: a run continues for the sake of its files."""
     for line in str(text).split("\n"):
         try:
             if _takes_a_line():
@@ -176,10 +176,10 @@ class Result:
 
     @classmethod
     def open(cls, folder: Path, about: dict) -> Result:
-        """A new result, or the one in `folder` to add to.
+        """A new result, or the one in `folder`, to add to.
 
         Raises:
-            ValueError: `folder` holds the result of something else or a file that is none, or cannot be written.
+            ValueError: `folder` holds a result of something else or a file that is not a result, or cannot be written.
         """
         result = cls(folder, about)
         result._lock()
@@ -237,7 +237,7 @@ class Result:
         show(row)
 
     def _save(self) -> None:
-        """Write the files; where that fails the run goes on, since a full disk may have room again for the next row."""
+        """Write the files; if that fails the run continues, since a full disk may have room again for the next row."""
         try:
             self.write()
             self.unwritten = False
@@ -261,7 +261,7 @@ class Result:
         text = json.dumps({"about": self.about, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n"
         replace_file(self.folder / "gpu.json", text.encode())
         table = io.StringIO()
-        # Some of what rows depend on is a table itself: in JSON alone.
+        # Some of what rows depend on is itself a table: it goes into JSON only.
         plain = {name: value for name, value in self.about.items() if not isinstance(value, dict | list)}
         writer = csv.DictWriter(table, [*plain, *(f.name for f in fields(Row))], lineterminator="\n")
         writer.writeheader()
@@ -275,7 +275,7 @@ class Result:
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """Of rows about the same thing, the last one found; in the order of `rows`."""
+    """The last of all rows about the same thing; in the order of `rows`."""
     last = {row.key: row for row in rows}
     kept = {id(row) for row in last.values()}
     return [row for row in rows if id(row) in kept]

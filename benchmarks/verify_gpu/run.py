@@ -20,21 +20,21 @@ from .result import Result, Row, show
 from .tasks import Task
 
 MOST_SMOKE = 8
-"""Children at a time that check a kernel each."""
+"""Children at a time, each checking one kernel."""
 
 MOST_COMPILING = 2
-"""Children at a time that compile beside the tests, each with threads of its own."""
+"""Children at a time that compile beside the tests, each with its own threads."""
 
 MOST_TIMING, LEAST_TIMING = 6.0, 0.2
 """Seconds of timing in one child."""
 
 SECONDS_OF_COUNTERS = 30
-"""Of work in one program under ncu: about 40 passes over a launch."""
+"""Seconds of work in one program under ncu: about 40 passes over a launch."""
 
 
 @dataclass
 class Run:
-    """The parts, each a method of its name.
+    """The parts, each a method of the same name.
 
     Attributes:
         place: what all jobs share.
@@ -42,7 +42,7 @@ class Run:
         tests: what pytest runs.
         no_monai: why there are no models, "" if there are.
         compiled: variant and mode of the models that `torch.compile` was done with.
-        warm: whether what our kernels compile when they first run lies in the caches.
+        warm: whether the caches hold what our kernels compile when they first run.
     """
 
     place: Workplace
@@ -69,7 +69,7 @@ class Run:
             def seconds() -> float:
                 nonlocal remaining
                 even = self.left / max(1, remaining) - task.seconds
-                if id(task) not in begun:  # it may be asked again for another attempt
+                if id(task) not in begun:  # it may be called again for another attempt
                     begun.add(id(task))
                     remaining -= 1
                 return min(MOST_TIMING, max(LEAST_TIMING, even))
@@ -115,7 +115,7 @@ class Run:
         )
 
     def _warming(self, part: str) -> list[Measurement]:
-        """What compiles our kernels, once a run; no jobs where it was done."""
+        """The jobs that compile our kernels, once per run; none if that was done."""
         tasks = [] if self.warm else operators.warming_tasks(part, self.simulated)
         self.warm = True
         return [Measurement(self.place, task) for task in tasks]
@@ -129,7 +129,7 @@ class Run:
             for task in tasks:
                 self.place.add(replace(task.row, status=f"skipped: {self.no_monai}"))
             return
-        # A network would compile its kernels one after the other, and that is a third of a short part.
+        # A network would compile its kernels one after another, which takes a third of a short part.
         soon = time.monotonic() + self.left / 3
         together(self.place, soon, Queue(self._warming("model"), max(2, correctness.cores() // 2), SPARED))
         together(self.place, self.end, Queue(self._timed(tasks)))
@@ -227,13 +227,13 @@ def run(given: argparse.Namespace, began: float) -> int:
 
 
 def step_back() -> None:
-    """Leave the machine to others where they need it: it must go on answering, whatever the run asks of it.
+    """Yield the machine to others that need it: it must stay responsive, whatever the run demands.
 
-    Whoever starts the run may be lost with the machine, and all results with them; the run alone can be started again.
+    If the machine goes, so may the process that started the run, and all results; a run alone can be started again.
     """
     os.nice(5)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, correctness.cores() // 4)))
-    with contextlib.suppress(OSError):  # not Linux: the system chooses for itself whom it ends when memory runs out
+    with contextlib.suppress(OSError):  # not Linux: the system itself chooses what to kill when memory runs out
         Path("/proc/self/oom_score_adj").write_text("900")
 
 
@@ -242,7 +242,7 @@ def import_monai(chosen: list[plan.Part]) -> str:
     if {part.name for part in chosen} & {"correctness", "model"}:
         try:
             importlib.import_module("monai.networks.nets")
-        except Exception as error:  # whatever is wrong with it, all other parts can run
+        except Exception as error:  # whatever is wrong with MONAI, all other parts can run
             return f"MONAI cannot be imported, its wheel on PYTHONPATH will do: {type(error).__name__}: {error}"
     return ""
 
@@ -288,7 +288,7 @@ def _fork_nothing() -> None:
 
 
 CONTEXT = 0.6
-"""Seconds that a child needs to make a CUDA context and load kernels, as far as a machine without a GPU can guess."""
+"""Seconds that a child needs to make a CUDA context and load kernels, as a guess for a machine without a GPU."""
 
 
 def _measured(tasks: list[Task], at_a_time: int = 1) -> tuple[int, int, float]:
@@ -323,4 +323,4 @@ WORK: dict[str, Callable[[plan.HostCosts], tuple[int, int, float]]] = {
     "sweeps": _sweeps_work,
     "rest": lambda costs: _measured(operators.other_tasks(False)),
 }
-"""What each part starts and how long its work takes on a GPU: an estimate; what starting costs is measured."""
+"""What each part starts and how long its work takes on a GPU, estimated; the cost of starting is measured."""

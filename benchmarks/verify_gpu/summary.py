@@ -1,4 +1,4 @@
-"""The last thing a run prints: goals, faults and the dearest kernels, short enough for the end of a terminal."""
+"""The last thing a run prints: goals, faults and the most expensive kernels, short enough to fit a terminal."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def _models(rows: list[Row]) -> list[str]:
 
 
 def _kernels(rows: list[Row]) -> list[str]:
-    """The dearest of ours, over the measures of the operators."""
+    """The most expensive of our kernels, over the measures of the operators."""
     own = [r for r in rows if r.measure.startswith("attention core, ") and r.measure.endswith(", kernels")]
     own = sorted((r for r in own if r.variant == "ours" and r.p50 is not None), key=lambda r: -r.median)
     if not own:
         return []
     lines = [f"  {r.p50:9.4f} ms  {r.kernel}  {r.measure.split(', ')[1]}, {r.shape}" for r in own[:MOST_KERNELS]]
-    return ["dearest kernels:", *lines]
+    return ["most expensive kernels:", *lines]
 
 
 def _sweeps(rows: list[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Other ways to cut the work: Triton's tiles and the CUDA kernels' cuts, held to the default's results, then timed."""
+"""Other ways to cut the work: Triton's tiles and the CUDA kernels' cuts, checked against the default, then timed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .reporter import Reporter
 from .result import Row, newest
 from .tasks import Task
 
-if TYPE_CHECKING:  # it imports Triton, which is not everywhere
+if TYPE_CHECKING:  # it imports Triton, which is not available everywhere
     from swin_kernels.backends.triton.tiles import Tile
 
     Cut = Tile | cuts.ForwardCut | cuts.BackwardCut
@@ -33,10 +33,10 @@ SHAPES = (STAGES[0], STAGES[3])
 """Stage 1, which takes most of the time, and the clipped window of stage 4: tiles depend on nothing else of a shape."""
 
 CHUNK = 8
-"""Candidates of one child, beside the default."""
+"""Candidates of one child, besides the default."""
 
 AGREEMENT = 2e-2
-"""How far a candidate's results may be from the default's, relative, in the mean; of bfloat16."""
+"""How far a candidate's results may be from the default's, relative, in the mean; for bfloat16."""
 
 DEFAULT = "ours"
 
@@ -44,7 +44,7 @@ DEFAULT = "ours"
 def tile_candidates(direction: str) -> list[Tile]:
     """Triton's tiles that are worth timing in bfloat16.
 
-    How many programs a multiprocessor gets is not compiled in: it is varied for the default's tile alone.
+    The number of programs per multiprocessor is not compiled in: it is varied for the default's tile only.
     """
     from swin_kernels.backends.triton.tiles import TABLE, Key, Tile
 
@@ -55,7 +55,7 @@ def tile_candidates(direction: str) -> list[Tile]:
 
 
 def named(cut: Cut) -> str:
-    """A candidate's variant: what it sets."""
+    """The name of a candidate's variant: what it sets."""
     values = {name: value for name, value in asdict(cut).items() if value not in (None, 0)}
     return f"{type(cut).__name__} " + " ".join(f"{name} {value}" for name, value in values.items())
 
@@ -93,7 +93,7 @@ def preparations(simulated: bool) -> list[Task]:
 
 
 def compile_tile(reporter: Reporter, row: dict, direction: str, tile: int) -> None:
-    """Run one candidate once on stage 1: its kernels are in Triton's cache afterwards."""
+    """Run one candidate once on stage 1; afterwards its kernels are in Triton's cache."""
     about = Row(**row)
     if not reporter.wants(about):
         return
@@ -157,7 +157,7 @@ def sweep(
     )
 
 
-# What follows from the rows
+# What the rows imply
 
 
 def is_faster(one: Row, other: Row) -> bool:
@@ -166,7 +166,8 @@ def is_faster(one: Row, other: Row) -> bool:
 
 
 def best(rows: Iterable[Row], backend: str) -> dict[tuple[str, str], tuple[Row, Row]]:
-    """For each direction and shape, the fastest candidate that beats the default beside it by the margin, and that."""
+    """For each direction and shape, the fastest candidate that beats the default beside it by the margin, and the
+    default."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.measure.startswith(f"sweep {backend}, ") and row.p50 is not None:
@@ -210,10 +211,10 @@ def preferences(rows: list[Row], about: dict) -> list[str]:
     """Where Triton's kernels beat the CUDA ones by the margin: lines for `preference.MEASURED`."""
     if about.get("capability") is None:  # the device never said what it is
         return []
-    # Times of one process alone are compared: a measurement reports ours, then Triton's.
+    # Only times from one process are compared: a measurement reports ours, then Triton's.
     own: dict[tuple[str, str, str], Row] = {}
     pairs: dict[tuple[str, str], tuple[Row, Row]] = {}
-    variant = "CUDA" if preference.MEASURED else "ours"  # ours may be Triton's where something was measured
+    variant = "CUDA" if preference.MEASURED else "ours"  # ours may be Triton's if something was measured
     for row in rows:
         if row.measure in CORE and row.p50 is not None:
             own[row.measure, row.shape, row.variant] = row

@@ -1,4 +1,4 @@
-"""A piece of work for a child of its own."""
+"""A piece of work for a separate child."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Task:
     Attributes:
         function: ``module.function`` of this package.
         arguments: plain values.
-        row: the row it is about; part, measure and shape of the rows it finds follow from it.
-        seconds: that it is expected to take on a GPU, besides starting and timing.
+        row: the row it is about; its rows take part, measure and shape from it.
+        seconds: how long it is expected to take on a GPU, besides starting and timing.
         timed: whether it takes times, for as many ``seconds`` as its argument of that name says.
     """
 
@@ -29,5 +29,5 @@ class Task:
     timed: bool = False
 
     def filled(self, seconds: float) -> dict:
-        """The arguments of a call that has so many seconds for timing."""
+        """The arguments of a call that has that many seconds for timing."""
         return {"row": asdict(self.row), **self.arguments, **({"seconds": seconds} if self.timed else {})}

@@ -1,7 +1,7 @@
 // Intel AMX: eight tile registers of 16 rows of 64 bytes, and products of tiles of bfloat16 summed in float32.
 //
 // float32 numbers become bfloat16 parts: x = x1 + x2 + x3 exactly, by cutting eight bits of the mantissa at a time. Of
-// the nine products of parts of two numbers, the six that float32 would notice are summed.
+// the nine products of parts of two numbers, the six large enough to matter in float32 are summed.
 //
 // A tile of the left side holds rows of 32 bfloat16; one of the right side holds pairs: row i, column n holds elements
 // (2i, n) and (2i + 1, n) of the right matrix. pack_pairs makes such rows from two vectors of float32.

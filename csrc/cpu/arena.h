@@ -11,7 +11,7 @@ namespace SWIN_ISA {
 
 SWIN_ALWAYS_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// Hands out consecutive pieces of one allocation, each on a cache line of its own. A base of 0 measures.
+// Hands out consecutive pieces of one allocation, each beginning at a cache line. With a base of 0 it only measures.
 class Arena {
  public:
   explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)), next_(base_) {}

@@ -1,4 +1,4 @@
-// Picks the build of the kernels that this processor runs.
+// Picks the build of the kernels to run on this processor.
 #include "cpu/builds.h"
 
 #include <cstdlib>
@@ -24,7 +24,7 @@ bool has_avx512() {
 #endif
 
 #ifdef SWIN_HAVE_AMX
-// Tiles are large state, which Linux hands to a process that asks for it.
+// Tiles are a large state, which Linux gives only to a process that asks for it.
 bool has_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kTile = 1u << 24, kBFloat16 = 1u << 22;

@@ -1,13 +1,13 @@
-// The builds of the kernels, one for each set of instructions, and how a kernel of the build that runs here is called.
+// The builds of the kernels, one for each instruction set, and how to call a kernel of the build that runs here.
 //
 // A kernels.cpp is compiled once for each build, with -DSWIN_ISA=<its name>, and defines its kernels in
-// swin::SWIN_ISA. SWIN_KERNEL declares one of them, for all builds, to those who call it:
+// swin::SWIN_ISA. SWIN_KERNEL declares one of them, for all builds, to its callers:
 //
 //   SWIN_KERNEL(scale, void(const float* x, int64_t count, float factor, float* y));  // in namespace swin
 //   ...
 //   swin::scale[build](x, count, 2, y);  // with the build that select_build() gave
 //
-// The linker finds a kernel by its name and parameters: one that a build lacks is an error of the link.
+// The linker finds a kernel by its name and parameters: if a build lacks one, linking fails.
 #pragma once
 
 namespace swin {
@@ -15,8 +15,8 @@ namespace swin {
 // Narrowest first.
 enum Build { kBaseline, kAvx2, kAvx512, kAmx, kBuilds };
 
-// Sets `build` to the widest that this processor runs, or to the one that SWIN_KERNELS_ISA names. Returns nullptr, or
-// what is wrong with that name.
+// Sets `build` to the widest that this processor can run, or to the one that SWIN_KERNELS_ISA names. Returns nullptr,
+// or what is wrong with that name.
 const char* select_build(Build* build);
 
 const char* name_of(Build build);
@@ -29,7 +29,7 @@ using Kernel = Signature* const[kBuilds];
 
 }  // namespace swin
 
-// setup.py defines SWIN_HAVE_<build> for every build beside the baseline. These take a declaration, or a pointer.
+// setup.py defines SWIN_HAVE_<build> for every build but the baseline. These take a declaration, or a pointer.
 #define SWIN_OMITTED(text)
 #define SWIN_GIVEN(text) text
 #define SWIN_NULL(pointer) nullptr
@@ -62,7 +62,7 @@ using Kernel = Signature* const[kBuilds];
   SWIN_DECLARE_AVX2(namespace avx2 { Function<signature> name; }) \
   SWIN_DECLARE_AVX512(namespace avx512 { Function<signature> name; })
 
-// A kernel of kernels.cpp. The AMX build has that of AVX-512.
+// A kernel of kernels.cpp. The AMX build uses that of AVX-512.
 #define SWIN_KERNEL(name, signature)                                                  \
   SWIN_DECLARE_BUILDS(name, signature)                                                \
   constexpr Kernel<signature> name = {baseline::name, SWIN_POINT_TO_AVX2(avx2::name), \

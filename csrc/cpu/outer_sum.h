@@ -1,4 +1,4 @@
-// Sums of outer products on a tile of registers: how weights' gradients grow.
+// Sums of outer products on a tile of registers: how gradients of weights are accumulated.
 #pragma once
 
 #include "cpu/vec.h"

@@ -87,8 +87,8 @@ SWIN_ALWAYS_INLINE void load_row(const void* from, ElementType type, int64_t cou
   }
 }
 
-// to = from · factor in vectors as far as they are whole: an array that may be changed by what is stored keeps the
-// compiler from them.
+// to = from · factor, in whole vectors as far as they go: the compiler does not vectorise it by itself, because a store
+// might change the array being read.
 template <class T>
 SWIN_ALWAYS_INLINE void scale_row(const T* from, T factor, int64_t count, T* to) {
   int64_t i = 0;

@@ -1,6 +1,5 @@
 // Vectors of the width this file is compiled for, by the compiler's vector extensions.
-// Everything here lives in a namespace of its own per build (SWIN_ISA) and is used by kernels.cpp and kernels_amx.cpp
-// alone.
+// Everything here lives in one namespace per build (SWIN_ISA) and is used only by kernels.cpp and kernels_amx.cpp.
 #pragma once
 
 #include <cstdint>
@@ -92,7 +91,7 @@ SWIN_ALWAYS_INLINE T max_lanes(Vec<T> v) {
   return reduce_lanes<T, kLanes<T>>(reinterpret_cast<const T*>(&v), [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// The larger of each lane; b where either is NaN. (GCC makes a comparison and a blend of the conditional.)
+// The larger of each lane; b where either is NaN. (GCC compiles the conditional to a comparison and a blend.)
 template <class T>
 SWIN_ALWAYS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
@@ -111,8 +110,7 @@ SWIN_ALWAYS_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 
 // Constants of powers_of_two. kRounder = 1.5 · 2^(mantissa bits) + kBias: adding it rounds to an integer
 // and leaves that integer, biased as an exponent is, in the low bits. The polynomials minimise the relative error of
-// 2^f on
-// [-1/2, 1/2] (Remez exchange): 7.5e-8 for float, 3.1e-18 for double.
+// 2^f on [-1/2, 1/2] (Remez exchange): 7.5e-8 for float, 3.1e-18 for double.
 template <class T>
 struct Exp2;
 template <>
@@ -138,8 +136,8 @@ struct Exp2<double> {
 constexpr float kExp2OfFraction[6] = {0.9999999250637599f,  0.6931530732070963f,   0.2401536169827236f,
                                       0.05582631823168339f, 0.008989339876598737f, 0.0018775767656580152f};
 
-// 2^x for any x in seven instructions: x - floor(x) and the scaling by 2^floor(x) are one each, and the scaling rounds,
-// overflows and underflows as it should.
+// 2^x for any x in seven instructions: x - floor(x) and the scaling by 2^floor(x) take one each, and the scaling
+// rounds, overflows and underflows correctly.
 template <int kCount>
 SWIN_ALWAYS_INLINE void exp2_by_scaling(__m512 (&x)[kCount]) {
   constexpr int kDown = 1;  // rounding mode
@@ -160,8 +158,8 @@ SWIN_ALWAYS_INLINE void exp2_by_scaling(__m512 (&x)[kCount]) {
 #endif
 
 // x[i] = 2^x[i] for x < 127: about one unit in the last place; 0 below the smallest normal number; NaN for
-// NaN. 2^x = 2^n · 2^f with n = round(x) and |f| ≤ 1/2. Several vectors step by step side by side: each
-// step waits for the one before, and side by side they fill the wait.
+// NaN. 2^x = 2^n · 2^f with n = round(x) and |f| ≤ 1/2. Several vectors are computed together: each step
+// waits for the one before, and the other vectors fill the wait.
 template <class T, int kCount>
 SWIN_ALWAYS_INLINE void powers_of_two(Vec<T> (&x)[kCount]) {
 #ifdef __AVX512DQ__
@@ -172,7 +170,7 @@ SWIN_ALWAYS_INLINE void powers_of_two(Vec<T> (&x)[kCount]) {
   Vec<T> rounded[kCount], p[kCount];
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
-    x[i] = max<T>(lowest, x[i]);  // this way round a NaN stays
+    x[i] = max<T>(lowest, x[i]);  // in this order a NaN stays
     rounded[i] = x[i] + rounder;
   }
 #pragma GCC unroll 8

@@ -8,7 +8,7 @@
 
 namespace swin {
 
-// Windows that meet the same axes' seams hold the same regions in the same places: one pattern.
+// Windows crossed by the seams of the same axes hold the same regions in the same places: one pattern.
 // Its tokens are ordered by region, and within a region by raster.
 struct WindowPattern {
   int32_t region_count;
@@ -30,7 +30,7 @@ struct WindowPlan {
   std::vector<int32_t> windows;  // window indices, grouped by pattern
   std::vector<std::vector<int32_t>> storage;
 
-  // Without `any` it is that of no volume, and has no windows: finding them takes as long as there are.
+  // Without `any` the plan has no windows, as for an empty batch: finding them takes time for each window.
   WindowPlan(const WindowGrid& grid, bool any);
 };
 

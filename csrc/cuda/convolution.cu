@@ -1,10 +1,10 @@
 // The 3 x 3 x 3 convolution of channels-last volumes over a concatenation that is not written, in 16-bit types.
 //
-// A block computes 4 x 4 x 16 voxels of 48 output channels as an implicit matrix product: it brings the 6 x 6 x 18
-// voxels that those reach to shared memory once for every 48 input channels, and all 27 taps read them there, while the
-// weights of the taps stream through three buffers. What binds is the tensor cores: a step of 16 input channels is 24
-// products of a warp beside 7 reads of fragments. Three blocks share a multiprocessor, so that one loads its halo while
-// two compute; 76 KB and 168 registers a thread are what that leaves to each.
+// A block computes 4 x 4 x 16 voxels of 48 output channels as an implicit matrix product: it loads the 6 x 6 x 18
+// voxels that those reach into shared memory once for every 48 input channels, and all 27 taps read them there, while
+// the weights of the taps stream through three buffers. The tensor cores bind: a step of 16 input channels is 24
+// products of a warp and 7 reads of fragments. Three blocks share a multiprocessor, so that one loads its halo while
+// two compute; that leaves each 76 KB and 168 registers per thread.
 #include "cuda/convolution.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
@@ -13,7 +13,7 @@ namespace swin {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;  // a warp computes one plane of the tile
-// Voxels of a block; a row of them along the last axis is the 16 rows of a product. And of what they reach.
+// Voxels of a block, a row of which along the last axis is the 16 rows of a product; and those that they reach.
 constexpr int kPlanes = kWarps, kRows = 4, kWidth = 16;
 constexpr int kReachPlanes = kPlanes + 2, kReachRows = kRows + 2, kReachWidth = kWidth + 2;
 constexpr int kChannels = 48;  // input channels that pass by at a time, and output channels of a block
@@ -34,8 +34,8 @@ struct Convolution {
   int spatial[kAxes], tiles[kAxes];
 };
 
-// Byte at which piece `piece` of a row lies, rows of 96 bytes from a common begin. Eight rows that follow each other
-// would meet in four groups of banks; every other four rows trade the pieces of a pair, and nothing meets.
+// Byte at which piece `piece` of a row lies, in rows of 96 bytes from a common start. Eight consecutive rows would
+// collide in four groups of banks; every other four rows swap the pieces of a pair, which avoids that.
 SWIN_DEVICE int place(int row, int piece) { return row * kVoxelBytes + (piece ^ (row >> 2 & 1)) * 16; }
 
 // What a block computes.
@@ -46,7 +46,7 @@ struct Tile {
 };
 
 SWIN_DEVICE Tile locate(const Convolution& call) {
-  // Blocks that read the same voxels follow each other, so that the second finds them in the L2 cache.
+  // Blocks that read the same voxels are consecutive, so that the second finds them in the L2 cache.
   const unsigned parts = static_cast<unsigned>(call.out_channels / kChannels);
   unsigned index = blockIdx.x / parts;
   Tile tile;
@@ -67,11 +67,11 @@ SWIN_DEVICE int64_t voxel_index(const Convolution& call, int64_t volume, int z, 
   return ((volume * call.spatial[0] + z) * call.spatial[1] + y) * call.spatial[2] + x;
 }
 
-// Starts to bring 48 channels, from `first` on, of the voxels that `tile` reaches; zeros beyond the volume.
+// Starts to load 48 channels, from `first` on, of the voxels that `tile` reaches; zeros beyond the volume.
 template <class T>
 SWIN_DEVICE void start_halo(const Convolution& call, const Tile& tile, int first, unsigned char* halo) {
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread >= kReachWidth * kPieces) return;  // a thread brings the same piece of every row of voxels
+  if (thread >= kReachWidth * kPieces) return;  // a thread loads the same piece of every row of voxels
   const bool of_x = first < call.channels;
   const int channels = of_x ? call.channels : call.skip_channels;
   const T* source = static_cast<const T*>(of_x ? call.x : call.skip) + (of_x ? first : first - call.channels);
@@ -96,7 +96,7 @@ SWIN_DEVICE void start_halo(const Convolution& call, const Tile& tile, int first
   }
 }
 
-// Starts to bring the weights of one tap.
+// Starts to load the weights of one tap.
 template <class T>
 SWIN_DEVICE void start_tap(const T* weight, unsigned char* buffer) {
   constexpr int kTurns = 3, kTogether = kChannels / kTurns;  // a multiple of 8: `place` is the same in every turn
@@ -132,7 +132,7 @@ SWIN_DEVICE void add_tap(float (&sums)[kRows][kColumns][4], const unsigned char*
   }
 }
 
-// Writes the sums of a warp, turned in `scratch` so that a lane stores 16 bytes.
+// Writes the sums of a warp, transposed in `scratch` so that a lane stores 16 bytes.
 template <class T>
 SWIN_DEVICE void write(const Convolution& call, const Tile& tile, const float (&sums)[kRows][kColumns][4],
                        unsigned char* scratch) {
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 3) convolve(const Convolution call) 
       SWIN_UNROLL
       for (int dx = 0; dx < 3; ++dx) {
         cp_async_wait<1>();
-        block_barrier();  // this tap is there for all, and its predecessor's buffer is free
+        block_barrier();  // all threads have this tap, and its predecessor's buffer is free
         start_next(buffers + (dx + 2) % kTapBuffers * kTapBytes);
         add_tap<T>(sums, at + voxels[dx], weights + dx * kTapBytes);
       }

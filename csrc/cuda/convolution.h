@@ -8,8 +8,7 @@
 
 extern "C" {
 
-// The 3 x 3 x 3 convolution with stride 1 and zeros as padding of x beside skip, as if their channels were one
-// tensor's.
+// The 3 x 3 x 3 convolution, stride 1 and zero padding, of x and skip, as if their channels were one tensor's.
 struct SwinConvolution {
   SwinElement element;  // of all tensors: bfloat16 or float16
   int64_t batch;

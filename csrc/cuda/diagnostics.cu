@@ -13,7 +13,7 @@ std::atomic<int> trace_descriptor{-1};
 
 const char* traced(const std::string& kernel, const std::function<const char*()>& run) {
   const std::string line = kernel + "\n";
-  // One write, so that lines of several threads do not mix. A line that is lost is no reason to fail a call.
+  // One write, so that lines of several threads do not mix. A lost line is no reason to fail a call.
   [[maybe_unused]] const ssize_t written = write(trace_descriptor, line.data(), line.size());
   const char* const error = run();
   return error ? lasting_text(kernel + ": " + error) : nullptr;
@@ -37,7 +37,7 @@ std::string readable_kernel_name(const char* mangled) {
 
 const char* lasting_text(const std::string& text) {
   static std::mutex mutex;
-  static auto* const texts = new std::set<std::string>;  // lives on while the process ends; a text is there once
+  static auto* const texts = new std::set<std::string>;  // never destroyed, even at exit; each text is kept once
   const std::lock_guard<std::mutex> lock(mutex);
   return texts->insert(text).first->c_str();
 }

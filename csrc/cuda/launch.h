@@ -1,4 +1,4 @@
-// What host code asks of the CUDA runtime: what the current device offers, and to start a kernel.
+// What host code needs from the CUDA runtime: what the current device offers, and how to start a kernel.
 // tests/cuda/emulation/cuda/launch.h has the same functions for the CPU.
 #pragma once
 
@@ -47,15 +47,16 @@ inline std::string kernel_name(const void* function) {
   return "a kernel without a name";
 }
 
-// Waits until all of `stream` is done, unless it is being captured: nothing of it runs then, and a wait would end that.
+// Waits until all of `stream` is done, unless it is being captured: nothing runs then, and a wait would end the
+// capture.
 inline cudaError_t wait(cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const cudaError_t error = cudaStreamIsCapturing(stream, &capture);
   return error != cudaSuccess || capture != cudaStreamCaptureStatusNone ? error : cudaStreamSynchronize(stream);
 }
 
-// Starts `kernel` on `stream` (a cudaStream_t). Returns nullptr, or what went wrong; nothing ran then. Where launches
-// are traced, what went wrong may also be the kernel's own doing.
+// Starts `kernel` on `stream` (a cudaStream_t). Returns nullptr, or what went wrong; nothing ran then. If launches are
+// traced, the kernel may also have run and failed.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, int64_t shared_bytes, void* stream,
                    Arguments... arguments) {
@@ -67,7 +68,7 @@ const char* launch(void (*kernel)(Parameters...), LaunchGrid grid, int threads, 
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   const auto on = static_cast<cudaStream_t>(stream);
   const auto start = [&](Parameters... converted) {
-    if (shared_bytes > 48 * 1024) {  // more must be asked for
+    if (shared_bytes > 48 * 1024) {  // more must be requested
       const cudaError_t error =
           cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
       if (error != cudaSuccess) return error;

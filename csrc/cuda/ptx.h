@@ -1,7 +1,7 @@
-// Everything the kernels ask of the hardware: one small function an instruction, and nothing else.
+// Everything the kernels ask of the hardware: one small function per instruction, and nothing else.
 //
-// Kernels include no CUDA header of their own and write no assembly, so that the whole of csrc/cuda also compiles for a
-// CPU: tests/cuda/emulation/cuda/ptx.h has the same functions with the hardware's fragment layouts. Beside what is
+// Kernels include no CUDA headers themselves and contain no assembly, so that the whole of csrc/cuda also compiles for
+// a CPU: tests/cuda/emulation/cuda/ptx.h has the same functions with the hardware's fragment layouts. Besides what is
 // declared here kernels use only threadIdx, blockIdx, blockDim, gridDim, __global__, __device__, __forceinline__,
 // __launch_bounds__, __restrict__, uint2, uint4, float2, float4 and fmaf, fmaxf, fminf, log2f.
 //
@@ -9,7 +9,7 @@
 // cp_async_16 and ldmatrix; a pointer into it is never dereferenced by hand (the race checker of the tests watches
 // these functions).
 //
-// Fragments of mma m16n8k16, with g = lane / 4 and t = lane % 4, two 16-bit values a register, the lower half first:
+// Fragments of mma m16n8k16, with g = lane / 4 and t = lane % 4, two 16-bit values per register, the lower half first:
 //   a[0] = A[g][2t, 2t+1]  a[1] = A[g+8][2t, 2t+1]  a[2] = A[g][2t+8, 2t+9]  a[3] = A[g+8][2t+8, 2t+9]
 //   b0 = B[2t, 2t+1][g]    b1 = B[2t+8, 2t+9][g]
 //   d[0, 1] = D[g][2t, 2t+1]    d[2, 3] = D[g+8][2t, 2t+1]
@@ -55,8 +55,8 @@ SWIN_DEVICE T shuffle_xor(T value, int mask) {
 // Whether `predicate` holds for any thread of the warp.
 SWIN_DEVICE bool warp_any(bool predicate) { return __any_sync(0xffffffffu, predicate) != 0; }
 
-// `value`, and the compiler does not know how it came about: it keeps it in a register where it would rather compute it
-// again in every turn of a loop.
+// `value`, in a way that hides from the compiler how it was computed, so that it stays in a register instead of being
+// computed again in every turn of a loop.
 SWIN_DEVICE int kept(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -112,7 +112,7 @@ SWIN_DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
                : "memory");
 }
 
-// The same of the transposed matrices: fragment[m] of lane 4 g + t is column g, rows 2t and 2t+1 of matrix m.
+// The same for the transposed matrices: fragment[m] of lane 4 g + t is column g, rows 2t and 2t+1 of matrix m.
 SWIN_DEVICE void ldmatrix_x4_trans(uint32_t (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
@@ -161,7 +161,7 @@ __device__ __forceinline__ void mma_m16n8k16<Float16>(float (&d)[4], const uint3
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// The same of half the depth, 16 x 8 x 8, by the fragments' first halves.
+// The same at half the depth, 16 x 8 x 8, with the fragments' first halves.
 template <class T>
 SWIN_DEVICE void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4]);
 

@@ -22,7 +22,7 @@ struct SwinAttention {
 struct SwinAttentionForward {
   const void* qkv;         // (B, *S, 3C): q, k, v, then heads, then head_dim
   const void* bias_table;  // (L, heads)
-  const void* pad_qkv;     // (3C), what a padding token carries; null for zeros
+  const void* pad_qkv;     // (3C), qkv of a padding token; null for zeros
   void* out;               // (B, *S, C)
   float* lse;              // (B, *S, heads), log-sum-exp of each score row, natural logarithm
 };
@@ -52,25 +52,25 @@ const char* swin_cuda_attention_forward(const SwinAttention* call, const SwinAtt
 const char* swin_cuda_attention_backward(const SwinAttention* call, const SwinAttentionBackward* tensors,
                                          void* workspace, void* stream);
 
-// How the kernels for 16-bit tensors cut a call. In an override 0 leaves a quantity to the kernels.
+// How the kernels for 16-bit tensors cut a call. In an override, 0 leaves the choice to the kernels.
 struct SwinForwardCut {
   int32_t warps;     // of a block, 16 queries each
-  int32_t together;  // blocks that a multiprocessor shall hold, which bounds the shared memory of each
+  int32_t together;  // blocks that a multiprocessor must hold, which bounds the shared memory of each
   int32_t resident;  // 1: the bias of a block lies in shared memory, -1: it is read from memory in every window
   int32_t chunks;    // in which the keys of a window pass by
-  int32_t parts;     // that windows are dealt out to
+  int32_t parts;     // that windows are divided into
 };
 
 struct SwinBackwardCut {
   int32_t key_warps;    // of a block of differentiate_qkv
   int32_t query_block;  // queries that pass by at a time, a multiple of 16
-  int32_t qkv_blocks;   // of each head in differentiate_qkv, which windows are dealt out to
+  int32_t qkv_blocks;   // of each head in differentiate_qkv, among which windows are divided
   int32_t bias_warps;   // of a block of differentiate_bias, 32 queries each
-  int32_t parts;        // that windows are dealt out to in differentiate_bias
+  int32_t parts;        // that windows are divided into in differentiate_bias
 };
 
-// Overrides the choice of the kernels in the whole process, until a null pointer ends it; for sweeps and tests, while
-// no call is under way. A call that a cut does not fit, or of float32 tensors, is declined; workspace bytes follow the
+// Overrides the kernels' choice in the whole process, until a null pointer ends it; for sweeps and tests, while no call
+// is running. A call that does not fit the cut, or that is of float32 tensors, is declined; workspace bytes follow the
 // cut.
 void swin_cuda_override_forward_cut(const SwinForwardCut* cut);
 void swin_cuda_override_backward_cut(const SwinBackwardCut* cut);

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(256) reduce_to_table(const BackwardCall call) 
   const int extent[kAxes] = {static_cast<int>(call.grid.nominal[0]), static_cast<int>(call.grid.nominal[1]),
                              static_cast<int>(call.grid.nominal[2])};
   float sum = 0;
-  const int queries = call.windows > 0 ? call.n : 0;  // in an empty batch no plane was written
+  const int queries = call.windows > 0 ? call.n : 0;  // for an empty batch no plane was written
   for (int query = lane_index(); query < queries; query += 32) {
     const int raster = call.rasters[query] + offset;  // of the key, if there is one
     const int rows = raster / (2 * extent[2] - 1), column = raster - rows * (2 * extent[2] - 1);
@@ -87,7 +87,7 @@ const char* make_plan(const SwinAttention& attention, BackwardCall* call, Backwa
   const char* reason =
       half ? cut_half(limits, overriding.value_or(SwinBackwardCut{}), *call, plan) : cut_float(*call, plan);
   if (reason) return reason;
-  // As many parts as are resident at a time, one more would wait for all of them; of at most 128 MiB.
+  // As many parts as are resident at a time, since one more would wait for all of them; of at most 128 MiB.
   const int64_t tiles = plan->bias_tiles * attention.heads, plane = attention.heads * call->padded * call->padded * 4;
   int64_t parts = plan->bias_resident * limits.multiprocessors / tiles;
   if (parts > (int64_t{128} << 20) / plane) parts = (int64_t{128} << 20) / plane;

@@ -11,11 +11,11 @@
 // Passes: 1. `find_tokens`, `prepare_bias`, `prepare_rows`: where tokens lie, bias tiles in the order of fragments, lse
 // and delta of each query by window; delta of 16-bit tensors by `find_delta`, from the scores: where one key has nearly
 // all the weight, dp - delta of a rounded output is nothing but that rounding. 2. `differentiate_qkv`: a block owns a
-// head and takes window after window.
+// head and takes one window after another.
 // 3. `differentiate_bias`: a block owns one head and one tile of queries x keys, in all windows. 4. Sums in a fixed
-// order. Passes 2 and 3 both compute p again: the n x n bias gradient of a head does not fit beside anything else on a
-// multiprocessor, and writing ds to memory would cost more than the second exponential. float32 has its own kernels for
-// 2 and 3, which multiply in float32 proper. Nothing is accumulated by atomics; results repeat bit by bit.
+// order. Passes 2 and 3 both compute p again: on a multiprocessor the n x n bias gradient of a head leaves no room for
+// anything else, and writing ds to memory would cost more than the second exponential. float32 has its own kernels for
+// 2 and 3, which multiply in true float32. Nothing is accumulated by atomics; results repeat bit for bit.
 //
 // window_attention_backward_half.cu has the kernels of passes 1 to 3 for 16-bit tensors, ..._float.cu those for
 // float32, and window_attention_backward.cu the sums of pass 4 and the launchers.
@@ -50,12 +50,12 @@ struct BackwardPlan : SwinBackwardCut {
   int pad_rows;
 };
 
-// How the kernels for 16-bit tensors, or those for float32 ones, cut a call. What `asked` sets is taken as it is, parts
-// by the caller. Returns nullptr, or why the kernels cannot run.
+// How the kernels for 16-bit tensors, or those for float32 ones, cut a call. What `asked` sets is taken as it is; the
+// caller does so for parts. Returns nullptr, or why the kernels cannot run.
 const char* cut_half(const DeviceLimits& limits, const SwinBackwardCut& asked, const Windows& call, BackwardPlan* plan);
 const char* cut_float(const Windows& call, BackwardPlan* plan);
 
-// Launch passes 1 to 3, behind find_tokens, for a call that has windows.
+// Launch passes 1 to 3, after find_tokens, for a call that has windows.
 const char* differentiate_bfloat16(const BackwardCall& call, const BackwardPlan& plan, void* stream);
 const char* differentiate_float16(const BackwardCall& call, const BackwardPlan& plan, void* stream);
 const char* differentiate_float(const BackwardCall& call, const BackwardPlan& plan, void* stream);
@@ -83,8 +83,8 @@ SWIN_DEVICE const float2* rows_of(const BackwardCall& call, int window, int head
   return call.rows + (static_cast<int64_t>(window) * call.heads + head) * call.padded;
 }
 
-// lse (for 16-bit tensors times log2(e)) of every query, and -delta of float32 ones; an infinite lse makes the weights
-// of a query without output zero.
+// lse of every query (for 16-bit tensors times log2(e)), and -delta for float32; an infinite lse makes the weights of a
+// query without output zero.
 template <class T>
 __global__ void __launch_bounds__(256) prepare_rows(const BackwardCall call) {
   const int64_t thread = thread_of_grid();

@@ -9,7 +9,7 @@ constexpr int kFloatChunk = 32;  // rows of the other side that are staged at a 
 constexpr int kFloatTile = 32;   // queries and keys of a block of differentiate_bias_float
 
 // Starts to copy kFloatChunk or kFloatTile tokens to rows of `row_stride` elements in shared memory. The source has
-// `stride` channels a token; a padding token is read from `pad`, or zero where that is null.
+// `stride` channels per token; a padding token is read from `pad`, or is zero where that is null.
 template <int D>
 SWIN_DEVICE void stage(float* shared, int row_stride, const uint2* tokens, int count, const float* source,
                        int64_t stride, const float* pad) {
@@ -22,7 +22,7 @@ SWIN_DEVICE void stage(float* shared, int row_stride, const uint2* tokens, int c
   }
 }
 
-// The q, k, v (part 0, 1, 2) of a head, at the first token of a volume; and of what a padding token carries.
+// The q, k, v (part 0, 1, 2) of a head, at the first token of a volume; and those of a padding token.
 SWIN_DEVICE const float* part_of(const BackwardCall& call, const Window& window, int head, int part) {
   return static_cast<const float*>(call.qkv) + window.first * 3 * channels_of(call) + part * channels_of(call) +
          head * call.head_dim;
@@ -41,7 +41,7 @@ SWIN_DEVICE const float* grad_of(const BackwardCall& call, const Window& window,
 SWIN_DEVICE float weight_of(float score, float lse) { return exp2_approx((score - lse) * kLog2E); }
 
 // The gradient of q, or those of k and v: a thread owns 8 or 16 channels of one query, or of one key, and walks over
-// the tokens on the other side. One block a multiprocessor is asked for: for more of them ptxas would spill.
+// the tokens on the other side. One block per multiprocessor is asked for: with more, ptxas would spill.
 template <int D, bool kKeys>
 __global__ void __launch_bounds__(kFloatThreads, 1) differentiate_rows_float(const BackwardCall call) {
   constexpr int kOwn = D < 16 ? D : 16, kLanes = D / kOwn;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1) differentiate_rows_float(con
         at_a[i] = x.x, at_a[i + 1] = x.y, at_a[i + 2] = x.z, at_a[i + 3] = x.w;
         at_b[i] = y.x, at_b[i + 1] = y.y, at_b[i + 2] = y.z, at_b[i + 3] = y.w;
       }
-      // In the forward's order: the rounding of large scores then cancels against that of lse.
+      // In the forward's order: the rounding of large scores then cancels that of lse.
       SWIN_UNROLL
       for (int i = 0; i < kOwn; i += 4) {
         SWIN_UNROLL

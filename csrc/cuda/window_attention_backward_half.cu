@@ -244,10 +244,10 @@ SWIN_DEVICE void store_padding(const BackwardCall& call, const Window& window, i
 }
 
 // A block owns one head and every gridDim.x-th window; while it works on one, the next is on its way into shared
-// memory. A warp owns kWarpKeys keys at a time, whose k and v stay in its registers as do the sums for dk and dv;
-// queries pass by in blocks. Score tiles have keys in rows: as the mma leaves p and ds, they are the left factors of dv
-// += p grad_out and dk += ds q. dq needs the sum over all keys, so the warps put ds into shared memory, and each then
-// multiplies some tiles of ds^T k.
+// memory. A warp owns kWarpKeys keys at a time, whose k and v stay in its registers, as do the sums for dk and dv;
+// queries pass by in blocks. Score tiles have keys in rows: the mma leaves p and ds in the layout of the left factors
+// of dv += p grad_out and dk += ds q. dq needs the sum over all keys, so the warps put ds into shared memory, and each
+// then multiplies some tiles of ds^T k.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
     differentiate_qkv(const BackwardCall call, const int key_blocks, const int query_block) {
@@ -342,10 +342,10 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
         const T* grad_down = grad_rows + buffer * query_block * C::kStride + down;
         const float2* row_at = row_rows + buffer * query_block + 2 * t;
         T* ds_at = ds_rows + (warp * kWarpKeys + g) * ds_stride + 2 * t;
-        // Rows of tiles beyond the padded keys do not exist; another tile's bias does for weights that become zero.
+        // Rows of tiles beyond the padded keys do not exist; since their weights become zero, any tile's bias will do.
         const uint4* tile_at = call.tiles + tile_offset(call, 0, head, own / kTile, first / kTile);
         const int last_tile = (call.padded - 1 - own) / kTile;
-        uint4 bias[kTiles];  // of a step, which comes while the step before is at work
+        uint4 bias[kTiles];  // of a step, loaded during the step before
         SWIN_UNROLL
         for (int tile = 0; tile < kTiles; ++tile)
           bias[tile] = tile_at[(tile < last_tile ? tile : last_tile) * tile_row];
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(32 * Own<D>::kMaxWarps)
                                     first + step * kTile, pair, grad_qkv, sums);
       }
       cp_async_wait<0>();
-      block_barrier();  // the next queries (and keys) are there, ds may be overwritten
+      block_barrier();  // the next queries (and keys) have arrived, ds may be overwritten
     }
 
     float pad_sum[2][C::kColumns][2] = {};  // of k and v, channels 2t and 2t + 1 of each column block
@@ -410,7 +410,7 @@ constexpr int kBiasWarpQueries = 32;
 constexpr int kBiasMaxWarps = 6;
 constexpr int kBiasTiles = kBiasWarpQueries / kTile;
 
-// What a warp holds of its kBiasWarpQueries queries: left factors, lse, and -delta where the accumulators of dp begin.
+// What a warp holds of its kBiasWarpQueries queries: left factors, lse, and the -delta that dp accumulates from.
 template <int D>
 struct QueryRows {
   uint32_t q[kBiasTiles][Cut<D>::kSteps][4], grad[kBiasTiles][Cut<D>::kSteps][4];
@@ -534,7 +534,7 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) find_delt
     SWIN_NO_UNROLL
     for (int first_key = 0; first_key < call.n; first_key += kBiasKeys, key_buffer ^= 1) {
       cp_async_wait<0>();
-      block_barrier();  // these keys are there, and nobody reads the other buffers any more
+      block_barrier();  // these keys have arrived, and no thread reads the other buffers any more
       if (first_key + kBiasKeys < call.n) {
         stage_key_rows(here, first_key + kBiasKeys, key_buffer ^ 1);
       } else if (index + stride < call.windows) {
@@ -663,7 +663,7 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) different
   stage_window(window, begin, 0);
   for (int index = begin, buffer = 0; index < call.windows; index += stride, buffer ^= 1) {
     cp_async_wait<0>();
-    block_barrier();  // this window is there, and nobody reads the other buffer any more
+    block_barrier();  // this window has arrived, and no thread reads the other buffer any more
     const Window here = window;
     if (index + stride < call.windows) {
       window = window_behind(call, window, stride);
@@ -675,7 +675,7 @@ __global__ void __launch_bounds__(32 * kBiasMaxWarps, D <= 16 ? 2 : 1) different
     QueryRows<D> rows;
     load_queries<T, D>(q_rows + query_row, grad_rows + query_row,
                        row_rows + buffer * block_queries + warp * kBiasWarpQueries, &rows);
-    // Keys beyond the window are zero, and nobody reads what their sums become.
+    // Keys beyond the window are zero, and their sums are never read.
     SWIN_UNROLL
     for (int key_tile = 0; key_tile < kKeyTiles; ++key_tile) {
       if (first_key + key_tile * kTile >= call.n) break;
@@ -730,7 +730,7 @@ const char* cut_head_dim(const DeviceLimits& limits, const SwinBackwardCut& aske
   }
   if (asked.query_block > 0) plan->query_block = asked.query_block;
   plan->qkv_shared = qkv_shared_bytes<D>(plan->key_warps, plan->query_block);
-  // As many blocks as are resident at a time, shared among the heads; by shared memory, registers and threads.
+  // As many blocks as shared memory, registers and threads allow to be resident at a time, shared among the heads.
   const int threads = plan->key_warps * 32;
   const int64_t by_shared = limits.shared_per_multiprocessor / (plan->qkv_shared + 1024);
   const int64_t by_registers = 65536 / (threads * 255), by_threads = 1536 / threads;

@@ -7,7 +7,7 @@
 // does the rest for 16-bit tensors: a block owns one head and a tile of queries, keeps their bias in shared memory, and
 // walks over windows, whose k and v pass by one step ahead. Exponentials bind it, so everything else is kept off the
 // units that issue them: scores come out of the tensor cores with the bias already added, because the bias is one more
-// product, with a diagonal matrix. `attend_float` is float32 throughout. Results repeat bit by bit.
+// product, with a diagonal matrix. `attend_float` is float32 throughout. Results repeat bit for bit.
 #include <optional>
 #include <type_traits>
 
@@ -154,8 +154,8 @@ SWIN_DEVICE void store_outputs(const Call& call, const Window& window, int head,
 
 // A block owns the queries [blockIdx.x rows, ...) of head blockIdx.y in every gridDim.z-th window; a warp 16 of them.
 // Scores are kept divided by scale: a product with a diagonal matrix adds the bias, and weights are
-// 2^(scale log2(e) score - maximum), one fused multiply-add before the exponential. The running maximum is a matter of
-// range alone: it moves when the weights of a row exceed kMostWeight, which the sum that is taken anyway shows and all
+// 2^(scale log2(e) score - maximum), one fused multiply-add before the exponential. The running maximum only keeps
+// weights in range: it moves when those of a row exceed kMostWeight, which their sum, needed anyway, shows and all
 // lanes of a warp decide together. Most steps need neither comparison of scores nor shuffle nor rescaling.
 template <class T, int D>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   uint4* const bias_tiles = reinterpret_cast<uint4*>(v_rows + 2 * call.chunk * C::kStride);  // (warps, side, 32)
   const uint4* const own_tiles = call.tiles + ((static_cast<int64_t>(head) * side + own / kTile) * side) * 32 + lane;
   const uint4* const resident_tiles = bias_tiles + warp * side * 32 + lane;
-  if (call.resident && own < call.padded) {  // a warp brings its own tiles, and nobody else reads them
+  if (call.resident && own < call.padded) {  // a warp loads its own tiles, and no other warp reads them
     for (int tile = 0; tile < side; ++tile) {
       cp_async_16(bias_tiles + (warp * side + tile) * 32 + lane, own_tiles + tile * 32, true);
     }
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   // The keys [first, end) of a window, whose k, v and bias lie at k_at, v_at and tile_at.
   const auto attend_keys = [&](auto resident, auto exact, int first, int end, const Window& window,
                                const uint32_t (&region)[2], const T* k_at, const T* v_at, const uint4* tile_at) {
-    // Of the steps that begin behind key 0, those from here on need a mask or reach beyond the window.
+    // Of the steps that begin after key 0, those from here on need a mask or reach beyond the window.
     const auto plain = static_cast<uint32_t>(window.seam || call.n < kStepKeys ? 0 : call.n - kStepKeys);
     SWIN_NO_UNROLL
     for (int key = first; key < end; key += kStepKeys) {
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) attend(const Call call) {
   cp_async_commit();
   for (int buffer = 0; index < call.windows; buffer ^= 1) {
     cp_async_wait<0>();
-    block_barrier();  // this step's rows are there, and nobody reads the other buffer any more
+    block_barrier();  // this step's rows have arrived, and no thread reads the other buffer any more
     const bool last = chunk + 1 == chunks;
     const int next_chunk = last ? 0 : chunk + 1;
     const bool ends = last && index + stride >= call.windows;
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
   const auto* const pad = static_cast<const float*>(call.pad_qkv) + (call.pad_qkv ? head * D : 0);
   for (int first = 0; first < call.n; first += kFloatKeys) {
     const int count = call.n - first < kFloatKeys ? call.n - first : kFloatKeys;
-    block_barrier();  // nobody reads the last keys any more
+    block_barrier();  // no thread reads the last keys any more
     for (int i = static_cast<int>(threadIdx.x); i < count * (D / 4); i += kFloatThreads) {
       const uint32_t other = window.tokens[first + i / (D / 4)].x;
       const bool valid = other < kPadding || call.pad_qkv != nullptr;
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kFloatThreads) attend_float(const Call call) {
 
 // ---- launch --------------------------------------------------------------------------------------------------------
 
-constexpr int kMostWarps = 16;  // of a multiprocessor by an override: four a scheduler, of 128 registers a thread
+constexpr int kMostWarps = 16;  // of a multiprocessor in an override: four per scheduler, of 128 registers per thread
 
 std::optional<SwinForwardCut> overriding;
 
@@ -394,10 +394,10 @@ struct Plan : SwinForwardCut {
   int64_t shared_bytes;
 };
 
-// Cuts the queries of a head into blocks, and the windows into parts, so that the busiest scheduler is done first. A
-// multiprocessor has four schedulers; a warp alone on one leaves it waiting about half of the time (docs/cuda.md). The
-// bias of a block lies in shared memory beside two chunks of k and v, or is read from memory in every window. What
-// `asked` sets is taken as it is.
+// Cuts the queries of a head into blocks, and the windows into parts, so that the busiest scheduler finishes as early
+// as possible. A multiprocessor has four schedulers; one with a single warp waits about half of the time
+// (docs/cuda.md). The bias of a block lies in shared memory beside two chunks of k and v, or is read from memory in
+// every window. What `asked` sets is taken as it is.
 template <int D>
 const char* cut(const DeviceLimits& limits, const SwinForwardCut& asked, Call* call, Plan* plan) {
   constexpr int kRow = Cut<D>::kStride * 2;  // bytes

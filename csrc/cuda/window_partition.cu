@@ -1,7 +1,7 @@
 // Window partition and reverse: one copy of the volume each, padding and cyclic shift by index arithmetic.
 //
-// Both directions walk over the windows' side of the copy, token by token in the order of its memory, so that this side
-// is one contiguous stream; on the volume's side a row of window[2] tokens is contiguous. A thread copies kInFlight
+// Both directions walk over the windows' side of the copy token by token, in memory order, so that this side is one
+// contiguous stream; on the volume's side a row of window[2] tokens is contiguous. A thread copies kInFlight
 // pieces of up to 16 bytes, all read before the first is written: enough bytes on their way to fill the memory bus.
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
@@ -11,7 +11,7 @@ namespace swin {
 namespace {
 
 constexpr int kThreads = 256;  // of a block at most; the blocks of a window share it evenly
-constexpr int kInFlight = 4;   // pieces of a thread: 16 KiB a block, 128 KiB a multiprocessor at full occupancy
+constexpr int kInFlight = 4;   // pieces of a thread: 16 KiB per block, 128 KiB per multiprocessor at full occupancy
 
 // Where a copy reads and writes, in pieces: a token is `pieces` of them. 32-bit where only one window is concerned.
 struct Copy {
@@ -57,7 +57,7 @@ SWIN_DEVICE int64_t volume_token(const Copy& copy, const Window& window, uint32_
   return real ? window.first + token : -1;
 }
 
-// One block copies kInFlight pieces a thread of one window.
+// One block copies kInFlight pieces per thread of one window.
 template <class Piece, bool kReverse>
 __global__ void __launch_bounds__(kThreads) copy_windows(const Copy copy) {
   const Piece* source = static_cast<const Piece*>(copy.source);

@@ -1,5 +1,5 @@
-// What the forward and the backward of window attention share: the windows of a call, the bias of every pair
-// of them as tensor cores take it, and how a block brings the rows of a head into shared memory.
+// What the forward and the backward of window attention share: the windows of a call, the bias of every pair of
+// tokens in the form that tensor cores take, and how a block loads the rows of a head into shared memory.
 #pragma once
 
 #include <initializer_list>
@@ -18,7 +18,7 @@ struct Windows {
   int64_t volume_tokens;  // of one volume of the batch
   int windows_a_volume, windows, heads, head_dim;
   int n, padded;     // tokens of a window, and rounded up
-  bool float_table;  // bias_table is float32 beside 16-bit tensors
+  bool float_table;  // bias_table is float32 while the tensors are 16-bit
   float scale;
   const void *qkv, *bias_table, *pad_qkv;
 
@@ -87,7 +87,7 @@ SWIN_DEVICE float bias_of(const Windows& call, int head, int query_raster, int k
 }
 
 // A thread's part of the tile of biases at `row_tile`, `column_tile` of a head, as float16 and in the order in which
-// the threads of a warp hold the left factor of an mma: one access of 16 bytes a thread. Rows are queries and columns
+// the threads of a warp hold the left factor of an mma: one access of 16 bytes per thread. Rows are queries and columns
 // keys, or with `keys_down` the other way round. Zero beyond the window.
 template <class T>
 SWIN_DEVICE uint4 bias_tile(const Windows& call, int head, int row_tile, int column_tile, bool keys_down) {
@@ -102,8 +102,8 @@ SWIN_DEVICE uint4 bias_tile(const Windows& call, int head, int row_tile, int col
       if (row >= call.n || column >= call.n) continue;
       const int down = call.rasters[row], across = call.rasters[column];
       value[i] = bias_of<T>(call, head, keys_down ? across : down, keys_down ? down : across);
-      // Beyond the range of float16 a bias stays finite, for the product has zeros beside the diagonal. That is as good
-      // as minus infinity; plus infinity makes a row NaN, as it does without a tile.
+      // A bias beyond the range of float16 stays finite, because it is also multiplied by the zeros off the diagonal.
+      // That is as good as minus infinity; plus infinity makes a row NaN, as it does without a tile.
       if (value[i] < -65504.0f) value[i] = -65504.0f;
       if (value[i] > 65504.0f) value[i] = value[i] < kInfinity ? 65504.0f : value[i] - value[i];
     }
@@ -113,10 +113,10 @@ SWIN_DEVICE uint4 bias_tile(const Windows& call, int head, int row_tile, int col
 }
 
 // The factor that makes a tile of biases an addend of q.k: half of a diagonal matrix of 1/scale, as a right factor.
-// float16 leaves something of 1/scale, unless scale is a power of two: that is a diagonal of its own.
+// Unless scale is a power of two, float16 leaves a remainder of 1/scale: that is a second diagonal.
 struct Diagonal {
   uint32_t most, rest;
-  bool exact;  // there is no rest
+  bool exact;  // there is no remainder
 };
 
 SWIN_DEVICE Diagonal diagonal_of(float inverse_scale) {
@@ -144,14 +144,14 @@ SWIN_DEVICE float quad_sum(float x) {
 
 // ---- rows of a head in shared memory, 16-bit -----------------------------------------------------------------------
 
-// How D channels lie there and are cut into fragments.
+// How D channels lie in shared memory and are cut into fragments.
 template <int D>
 struct Cut {
   static constexpr int kDepth = D < kTile ? kTile : D;  // channels in shared memory: an mma multiplies at least 16
   static constexpr int kStride = kDepth + 8;  // elements from row to row: ldmatrix finds 8 rows in different banks
   static constexpr int kSteps = kDepth / kTile;
   static constexpr int kColumns = D / 8;             // of an mma that has channels in columns
-  static constexpr int kPairs = (kColumns + 1) / 2;  // ldmatrix brings two at a time
+  static constexpr int kPairs = (kColumns + 1) / 2;  // ldmatrix loads two at a time
 };
 
 // Where a lane points ldmatrix_x4 to, from the first element of a 16 x 16 tile: the four 8 x 8 matrices in the order
@@ -161,7 +161,7 @@ struct Cut {
 SWIN_DEVICE int down_first(int lane, int stride) { return lane % 16 * stride + lane / 16 * 8; }
 SWIN_DEVICE int across_first(int lane, int stride) { return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8; }
 
-// What a thread brings of every `step`-th row, beginning at `row`: always the same 16 bytes, which lie at `offset` of
+// What a thread loads of every `step`-th row, beginning at `row`: always the same 16 bytes, which lie at `offset` from
 // the rows it begins at. Channels beyond D are zero.
 template <int D>
 struct Share {
@@ -179,8 +179,8 @@ SWIN_DEVICE Share<D> own_share() {
   return share;
 }
 
-// Starts to copy k and v of the tokens [first, end) of a window. A padding token carries pad_qkv, or zeros; rows beyond
-// the window are zeros.
+// Starts to copy k and v of the tokens [first, end) of a window. A padding token has pad_qkv, or zeros; rows beyond the
+// window are zeros.
 template <class T, int D>
 SWIN_DEVICE void stage_keys(const Windows& call, const Share<D>& share, const Window& window, int head, int first,
                             int end, T* k_rows, T* v_rows) {
@@ -201,7 +201,7 @@ SWIN_DEVICE void stage_keys(const Windows& call, const Share<D>& share, const Wi
   }
 }
 
-// The same of one row a token of `rows`, which has `token_stride` elements a token; zeros for padding.
+// The same for one row per token of `rows`, which has `token_stride` elements per token; zeros for padding.
 template <class T, int D>
 SWIN_DEVICE void stage_queries(const Share<D>& share, const Window& window, int head, int first, int end,
                                const void* rows, uint32_t token_stride, T* to) {
@@ -238,8 +238,8 @@ const char* with_head_dim(int64_t head_dim, const Function& function) {
   }
 }
 
-// Reads what both directions need of the device and of a call, whose windows are rounded up to a multiple of `rounding`
-// tokens. Returns nullptr, or why the kernels cannot run.
+// Reads what both directions need from the device and from a call, whose windows are rounded up to a multiple of
+// `rounding` tokens. Returns nullptr, or why the kernels cannot run.
 inline const char* read_call(const SwinAttention& attention, int rounding, DeviceLimits* limits, Windows* call) {
   if (const char* error = device_limits(limits)) return error;
   if (limits->compute_capability < 80) return "the CUDA kernels need compute capability 8.0";
@@ -264,7 +264,7 @@ inline const char* read_call(const SwinAttention& attention, int rounding, Devic
   return nullptr;
 }
 
-// A quantity of the cut that overrides the choice of the kernels, 0 for none, and what a call accepts beside 0.
+// A quantity of the cut that overrides the choice of the kernels, 0 for none, and what a call accepts besides 0.
 struct Asked {
   const char* name;
   int64_t value, least, most;
@@ -284,7 +284,7 @@ inline const char* out_of_range(std::initializer_list<Asked> quantities) {
   return nullptr;
 }
 
-// As in "warps 4, chunks 2": those that are not left to the kernels.
+// The quantities that are not left to the kernels, as in "warps 4, chunks 2".
 inline std::string text_of(std::initializer_list<Asked> quantities) {
   std::string text;
   for (const Asked& one : quantities) {

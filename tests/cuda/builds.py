@@ -1,7 +1,7 @@
-"""Builds the CUDA kernels for the CPU (`emulation/`) as an extension module of Python.
+"""Builds the CUDA kernels for the CPU (`emulation/`) as a Python extension module.
 
 Two builds: "plain", and "sanitized" with AddressSanitizer and UndefinedBehaviorSanitizer, which only a process started
-under `sanitizer_environment` can load. Both are kept under ``build/`` and follow their sources.
+under `sanitizer_environment` can load. Both are kept under ``build/`` and rebuilt when their sources change.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ OPTIMISE = {
     "plain": "-O2",
     "sanitized": f"-O0 -g1 {SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer",
 }
-"""Sanitizing takes a compiler longest where it optimises, longer than the tests of the unoptimised build run."""
+"""With optimisation, compiling for the sanitizers would take longer than the tests of the unoptimised build."""
 # Products are not contracted to fused multiply-adds: kernels say fmaf where they want one. Alike kernels stay apart.
 FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=off -fno-ipa-icf -Wall -Wextra"
 
 
 def compiler() -> list[str]:
-    """The C++ compiler; skips the test where there is none."""
+    """The C++ compiler; skips the test if there is none."""
     command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if not shutil.which(command[0]):
         pytest.skip(f"the emulation of CUDA needs a C++20 compiler; there is no {command[0]}")
@@ -77,9 +77,9 @@ def _ninja_file(flavour: str, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-@functools.cache  # a build that fails is not tried again for every test
+@functools.cache  # a failed build is not tried again for every test
 def _compile(flavour: str) -> tuple[Path, str]:
-    """The extension module of `flavour`, compiled as far as its sources changed; and what went wrong."""
+    """The extension module of `flavour`, recompiled where its sources changed; and what went wrong."""
     folder = ROOT / "build" / "emulation" / flavour
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -99,7 +99,7 @@ def build(flavour: str) -> Path:
 
 @functools.cache
 def load(flavour: str | None = None):
-    """The extension module; of the flavour that the process was started for."""
+    """The extension module, of the flavour that the process was started for."""
     path = build(flavour or os.environ.get("SWIN_EMULATION", "plain"))
     spec = importlib.util.spec_from_file_location(MODULE, path)
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """Calls the CUDA kernels on the CPU (`builds.load`), on PyTorch tensors.
 
-Whatever the emulator finds wrong (a race, an access out of bounds, a wait that is missing) is raised as RuntimeError.
+Whatever the emulator finds wrong (a race, an access out of bounds, a missing wait) is raised as RuntimeError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _array(x: torch.Tensor | None) -> np.ndarray | None:
-    """The memory of `x` as an array; NumPy has no bfloat16, the emulator asks for bytes alone."""
+    """The memory of `x` as an array; NumPy has no bfloat16, but the emulator needs only bytes."""
     return None if x is None else x.detach().view(torch.uint8).numpy()
 
 

@@ -1,14 +1,14 @@
-"""What the compiled loops promise beside the floor, what was measured of that, and the loops beside Triton's.
+"""What the compiled loops promise relative to the floor, what was measured, and how they compare with Triton's.
 
 ``python -m tests.cuda.floor_model`` writes it into docs/cuda.md, from the committed tables of the two gates
 (``resources.csv``, ``launches.csv``, ``tests/triton/instruction_mix.csv``) and the results in
-``benchmarks/results/gpu``; `test_floor_model.py` holds the document to them.
+``benchmarks/results/gpu``; `test_floor_model.py` checks the document against them.
 
-A multiprocessor issues 4 warp instructions a clock, starts 16 exponentials, multiplies and adds 1,024 pairs of 16-bit
+A multiprocessor issues 4 warp instructions per clock, starts 16 exponentials, multiplies and adds 1,024 pairs of 16-bit
 values in its tensor cores, computes 128 lanes of float32 (64 in sm_80) and 64 of integers, and moves 32 words of shared
 memory (CUDA C++ Programming Guide, "Arithmetic Instructions"; NVIDIA's white papers of the architectures for tensor
-cores). The unit that needs the most clocks for 1,000 scores binds. What is left to the floor is how a call is cut:
-windows, rows and warps do not divide evenly, so that the busiest scheduler has more scores than its share.
+cores). The unit that needs the most clocks for 1,000 scores binds. The rest of the distance to the floor is how a call
+is cut: windows, rows and warps do not divide evenly, so that the busiest scheduler has more scores than its share.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GOALS = {"forward": 1.6, "backward": 2.2}
 
 EXPONENTIALS = {"forward": 1, "backward": 2}
 PRODUCTS = {"forward": 2, "backward": 7}
-"""Of a score, at least; products of head_dim multiply-adds. `find_delta` takes one and two more."""
+"""Per score, at least; products of head_dim multiply-adds. `find_delta` takes one and two more."""
 
 TRITON = {"forward": ("attend",), "backward": ("differentiate_queries", "differentiate_keys", "differentiate_bias")}
 WINDOWS, HEADS, TOKENS = 343, 3, 343
@@ -60,7 +60,7 @@ def clocks(row: Resources) -> dict[str, float]:
 
 
 def unevenness(launch: Launch, head_dim: int) -> float:
-    """Scores that the busiest scheduler computes, padding counted in, over an even share of the real ones."""
+    """Scores that the busiest scheduler computes, including padding, over an even share of the real ones."""
     x, y, z = map(int, launch.grid.split("x"))
     multiprocessors, resident = MULTIPROCESSORS[launch.architecture], launch.blocks_per_multiprocessor
     rows = -(-TOKENS // 16) * 16
@@ -71,7 +71,7 @@ def unevenness(launch: Launch, head_dim: int) -> float:
         "differentiate_qkv": (x, 16 * key_tiles * rows),
         "differentiate_bias": (z, 32 * 64),
     }[launch.kernel.split("<")[0]]
-    # Keys beyond those of a block of differentiate_qkv's warps take it another turn.
+    # Keys beyond what a block's warps hold take differentiate_qkv another turn.
     turns = -(-TOKENS // (launch.threads // 32 * 16 * key_tiles)) if "qkv" in launch.kernel else 1
     rounds = math.ceil(x * y * z / (multiprocessors * resident)) * math.ceil(WINDOWS / parts) * turns
     blocks = min(resident, math.ceil(x * y * z / multiprocessors))
@@ -98,7 +98,7 @@ class Prediction:
 
 
 def predictions(direction: str, architecture: str, head_dim: int) -> list[Prediction]:
-    """Of the kernels with a loop over scores of a direction, for bfloat16."""
+    """Figures of a direction's kernels with a loop over scores, for bfloat16."""
     _, resources = resource_gate.load(resource_gate.RESOURCES, Resources)
     _, launches = resource_gate.load(resource_gate.LAUNCHES, Launch)
     call = f"{direction} 96³ stage 1{'' if head_dim == 16 else f' head_dim {head_dim}'}"
@@ -113,7 +113,7 @@ def predictions(direction: str, architecture: str, head_dim: int) -> list[Predic
 
 
 def floor(direction: str, head_dim: int) -> float:
-    """Clocks that 1,000 scores take at least: of their exponentials, or with many channels of their products."""
+    """Clocks that 1,000 scores take at least: for their exponentials or, with many channels, for their products."""
     return max(EXPONENTIALS[direction] * 1000 / 16, PRODUCTS[direction] * head_dim * 1000 / 1024)
 
 

@@ -1,11 +1,11 @@
-"""What the CUDA kernels need of a GPU and what their loops execute, read from the library's machine code without a GPU.
+"""What the CUDA kernels need from a GPU and what their loops execute, read from the machine code without a GPU.
 
-``python -m tests.cuda.resource_gate`` writes two tables, which `test_resources.py` holds new code against:
+``python -m tests.cuda.resource_gate`` writes two tables, against which `test_resources.py` checks new code:
 
 - ``resources.csv``: registers, static shared memory and spills of every kernel in every architecture, and what it
   executes per 1,000 scores, in warp instructions: in its loops over scores, on the path that they take most of the
-  time, and beside them for every window of 343 tokens,
-- ``launches.csv``: how the launchers cut production shapes, and how many blocks of that fit on a multiprocessor.
+  time, and outside them for every window of 343 tokens,
+- ``launches.csv``: how the launchers cut production shapes, and how many of the blocks fit on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Resources:
 
     Attributes:
         max_threads: the kernel's ``__launch_bounds__``: a larger block does not start.
-        tensor_clocks: of a multiprocessor, at 1,024 multiply-adds a clock.
-        wavefronts: passes through shared memory, one a clock.
-        stored: of `global_`, the stores.
-        imad: integers on the float32 units, and moves in that guise.
+        tensor_clocks: of a multiprocessor, at 1,024 multiply-adds per clock.
+        wavefronts: passes through shared memory, one per clock.
+        stored: the stores among `global_`.
+        imad: integers on the float32 units, and moves encoded as such.
         other: further integers, predicates, conversions, moves, branches.
-        beside: executed for a window outside the loops over scores; loops that bring rows are counted once.
+        beside: executed for a window outside the loops over scores; loops that load rows are counted once.
         loops: of any kind; not in the table, which need not have kernels without one.
     """
 
@@ -73,7 +73,7 @@ class Resources:
 
 
 def plain_name(mangled_or_demangled: str) -> str:
-    """``copy_windows<uint4, true>`` of a kernel's demangled name, whichever compiler named it."""
+    """``copy_windows<uint4, true>`` from a kernel's demangled name, whichever compiler named it."""
     name = mangled_or_demangled.removeprefix("void ").replace("swin::", "").replace("(anonymous namespace)::", "")
     name = name.replace("__nv_bfloat16", "BFloat16").replace("__half", "Float16")
     name = re.sub(r"\([A-Za-z_]\w*\)(?=\d)", "", name)  # (int)16, as some demanglers have it
@@ -93,7 +93,7 @@ def _dump(option: str, library: Path) -> str:
 
 
 def _by_function(dump: str, heading: str = r"\s*Function\s*:?\s*") -> dict[tuple[str, str], str]:
-    """What a dump says of each function behind its `heading`, by architecture and mangled name."""
+    """What a dump says about each function after its `heading`, by architecture and mangled name."""
     found = {}
     for part in re.split(r"^arch = ", dump, flags=re.M)[1:]:
         architecture = part.split()[0]
@@ -105,13 +105,13 @@ def _by_function(dump: str, heading: str = r"\s*Function\s*:?\s*") -> dict[tuple
 
 @dataclass(frozen=True)
 class Shape:
-    """What the sources say of a kernel with a loop over scores.
+    """What the sources say about a kernel with a loop over scores.
 
     Attributes:
-        scores: that a warp computes in one turn of the loop with the exponentials.
-        inner: the same of the loop without exponentials beside or within it, 0 where there is none.
-        window: that a warp computes in one window of 343 tokens.
-        exact: whether 1/scale is a float16 at the default scale: the bias is one product then, else two.
+        scores: how many a warp computes in one turn of the loop with the exponentials.
+        inner: the same for the loop without exponentials beside or within it, 0 if there is none.
+        window: how many a warp computes in one window of 343 tokens.
+        exact: whether 1/scale is a float16 at the default scale: the bias is then one product, else two.
     """
 
     scores: float
@@ -141,7 +141,7 @@ class Shape:
 
 
 def executed(kernel: str, instructions: list[sass.Instruction]) -> dict[str, int]:
-    """`tensor` to `beside` of a kernel; empty where it has no loop over scores."""
+    """`tensor` to `beside` of a kernel; empty if it has no loop over scores."""
     shape = Shape.of(kernel)
     if shape is None:
         return {}
@@ -157,7 +157,7 @@ def executed(kernel: str, instructions: list[sass.Instruction]) -> dict[str, int
 
     with_exp = [one for one in bodies if holds(one, "MUFU.EX2")]
     hot = innermost(with_exp)
-    # Of copies of a loop that which reads the bias from shared memory, and of those the one that the scale takes.
+    # Of the copies of a loop, the one that reads the bias from shared memory, and of those the one for this scale.
     fewest = min(holds(one, "LDG") for one in hot)
     hot_loop = (min if shape.exact else max)(
         (one for one in hot if holds(one, "LDG") == fewest), key=lambda one: holds(one, "HMMA")
@@ -172,7 +172,7 @@ def executed(kernel: str, instructions: list[sass.Instruction]) -> dict[str, int
     for places, scores in parts:
         body = [instructions[i] for i in places]
         counts = {kind: sass.count(body, pattern) for kind, pattern in sass.KINDS.items()}
-        products = [one for one in body if not (shape.exact and one.predicated)]  # predicated is what 1/scale leaves
+        products = [one for one in body if not (shape.exact and one.predicated)]  # 1/scale's remainder is predicated
         counts["tensor_clocks"] = 2 * sass.count(products, "HMMA.16816") + sass.count(products, "HMMA.1688")
         counts["wavefronts"], counts["stored"] = sass.wavefronts(body), sass.count(body, "STG")
         counts["imad"], counts["all"] = sass.count(body, "IMAD"), len(body)
@@ -196,7 +196,7 @@ def executed(kernel: str, instructions: list[sass.Instruction]) -> dict[str, int
 
 
 def resources(library: Path = LIBRARY) -> list[Resources]:
-    """Of every kernel in the library."""
+    """The resources of every kernel in the library."""
     usage, code = (_by_function(_dump(option, library)) for option in ("--dump-resource-usage", "--dump-sass"))
     bounds = _by_function(_dump("--dump-elf", library), heading=r"\.nv\.info\.")
     found = []
@@ -247,7 +247,7 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Launch:
-    """How one kernel of a call is cut on a device, and the blocks of it that a multiprocessor holds at a time."""
+    """How one kernel of a call is cut on a device, and how many of its blocks a multiprocessor holds at a time."""
 
     call: str
     architecture: str
@@ -280,7 +280,7 @@ def calls() -> Iterable[tuple[str, Case, torch.dtype]]:
 
 
 def launches(needed: dict[tuple, Resources]) -> list[Launch]:
-    """How the launchers cut `calls` on `DEVICES`, of kernels with a loop over scores; `needed` by `Resources.key`."""
+    """How the launchers cut `calls` on `DEVICES`, for kernels with a loop over scores; `needed` by `Resources.key`."""
     module = builds.load("plain")
     names = emulated_kernels()
     found = []
@@ -315,7 +315,7 @@ def emulated_kernels() -> dict[int, str]:
 
 
 def nvcc_version() -> str:
-    """As in ``13.0``; the compiler that the tables hold for."""
+    """The version of the compiler that the tables are valid for, such as ``13.0``."""
     done = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
     return re.search(r"release (\d+\.\d+)", done.stdout)[1]
 

@@ -24,10 +24,10 @@ SHAPES = (
     (Case("head_dim 16", (7, 9, 8), (6, 6, 6), (3, 3, 3), heads=1, head_dim=16), torch.bfloat16),
     (Case("head_dim 8", (13, 14), (12, 12), (6, 6), heads=2, head_dim=8), torch.float16),
 )
-"""Padded and shifted. Keys of the first take two turns of four warps."""
+"""Padded and shifted. The keys of the first take four warps two turns."""
 
 DEALT = ("parts", "qkv_blocks")
-"""What windows are dealt out to."""
+"""The fields among which windows are divided."""
 
 EXTREMES = (
     ForwardCut(warps=1),
@@ -38,7 +38,7 @@ EXTREMES = (
     BackwardCut(key_warps=3, query_block=80, qkv_blocks=4, bias_warps=5, parts=4),
     BackwardCut(key_warps=2, query_block=192, bias_warps=1, parts=3),
 )
-"""Further than a sweep goes."""
+"""Beyond what a sweep tries."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def direction_of(cut: ForwardCut | BackwardCut) -> str:
 
 
 def tried() -> list:
-    """Every candidate of every shape; with no more parts than there are windows, for the shapes are small."""
+    """Every candidate of every shape; with no more parts than windows, since the shapes are small."""
     found = {}
     for case, dtype in SHAPES:
         grid = grid_of(case)
@@ -93,7 +93,7 @@ def run(case: Case, dtype: torch.dtype, direction: str) -> tuple[torch.Tensor, .
 
 @functools.cache
 def own(case: Case, dtype: torch.dtype, direction: str) -> tuple[torch.Tensor, ...]:
-    """The same by the kernels' own cut; to be called outside any override."""
+    """The same with the kernels' own cut; to be called outside any override."""
     return run(case, dtype, direction)
 
 
@@ -101,7 +101,7 @@ kernel_names = functools.cache(resource_gate.emulated_kernels)
 
 
 def test_workspace_follows():
-    """Planes of `parts`, and gradients of q that are carried where the warps' keys are not all of a window's."""
+    """Planes of `parts`, and gradients of q that are carried if the warps do not hold all keys of a window."""
     case, dtype = SHAPES[0]
     module, call, padded = builds.load(), emulated.attention(case, dtype), 256
 
@@ -119,7 +119,7 @@ def test_workspace_follows():
 
 @pytest.mark.parametrize(("case", "dtype", "cut"), tried())
 def test_contract(case, dtype, cut):
-    """Results are the truth's and those of the kernels' own cut; what is reported and what is launched is as asked."""
+    """Results agree with the truth and with the kernels' own cut; what is reported and launched is as requested."""
     direction = direction_of(cut)
     before = own(case, dtype, direction)
     with cuts.override(cut):
@@ -157,7 +157,7 @@ def named(plan: list) -> list:
 @pytest.mark.parametrize("tokens", [1, 49, 216, 343, 1024])
 @pytest.mark.parametrize("head_dim", [8, 16, 32, 64])
 def test_candidates(device, direction, tokens, head_dim):
-    """On an H100 each fits; they are few, and few are what the kernels choose by themselves."""
+    """On an H100 each fits; they are few, and only few are what the kernels choose by themselves."""
     device.multiprocessors = 132
     case, used = Case("", (tokens, 100), (tokens, 1), heads=1, head_dim=head_dim), []
     candidates = list(cuts.candidates(direction, head_dim, tokens))
@@ -239,7 +239,7 @@ def test_float32_has_no_cut(cut):
 
 
 def test_override_ends():
-    """Also where an exception leaves the context; and it is of one direction."""
+    """Also if an exception leaves the context; and it applies to one direction only."""
     case, dtype = SHAPES[0]
     before = {direction: chosen(case, dtype, direction) for direction in cuts.CUTS}
     for cut, other in ((ForwardCut(warps=3), "backward"), (BackwardCut(query_block=16), "forward")):
@@ -253,7 +253,7 @@ def test_override_ends():
 
 
 def test_nothing_declined_is_remembered(monkeypatch):
-    """`declines` remembers what the kernels decline; what they decline under an override it must not."""
+    """`declines` remembers what the kernels decline; it must not remember what they decline under an override."""
     remembered = []
     monkeypatch.setattr(cuts.kernels_decline, "cache_clear", lambda: remembered.append("forgotten"), raising=False)
     with cuts.override(ForwardCut(warps=12)):
@@ -306,7 +306,7 @@ def test_trace_to_nowhere_is_no_error():
 
 
 def test_readable_names():
-    """What the trace makes of mangled names is what the gate's tables have; of the emulation and of nvcc."""
+    """The trace turns mangled names, of the emulation and of nvcc, into those in the gate's tables."""
     nm = subprocess.run(["nm", builds.build("plain")], check=True, capture_output=True, text=True).stdout
     mangled = re.findall(r" [tTwW] (_ZN4swin12_GLOBAL__N_1\d+(?:attend|differentiate|find|prepare|sum|copy)\S+)", nm)
     nvcc = "60_GLOBAL__N__f03491e7_27_window_attention_forward_cu_88364b1f"
@@ -323,7 +323,7 @@ def test_readable_names():
 
 
 def test_operators_of_the_library():
-    """What they take before a device is asked for anything."""
+    """What they accept before a device is needed."""
     if not library.LIBRARY.is_file():
         pytest.skip(f"{library.LIBRARY.name} is not built")
     torch.ops.load_library(library.LIBRARY)

@@ -1,4 +1,4 @@
-"""The predictions in docs/cuda.md follow from the committed tables, and keep the goals."""
+"""The predictions in docs/cuda.md follow from the committed tables, and meet the goals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_document_is_up_to_date():
     assert floor_model.updated(document) == document, "run python -m tests.cuda.floor_model"
 
 
-# Strict: it has to go once the goal is met.
+# Strict: this mark has to go once the goal is met.
 TOO_DEAR = pytest.mark.xfail(
     strict=True, reason="missing: delta corrected in a pass that owns queries; find_delta takes a third exponential"
 )
@@ -37,7 +37,7 @@ def test_fewer_instructions_than_triton():
 
 
 def test_unevenness():
-    """An even cut has the padding of the windows alone; half of the multiprocessors idle double it."""
+    """An even cut costs only the padding of the windows; with half of the multiprocessors idle it costs double."""
     _, launches = resource_gate.load(resource_gate.LAUNCHES, resource_gate.Launch)
     launch = next(one for one in launches.values() if one.kernel == "attend<BFloat16, 16>")
     one_window = floor_model.WINDOWS * floor_model.HEADS  # a block each

@@ -1,4 +1,4 @@
-"""The instructions as the emulator has them: rounding, accuracy and layouts of the PTX ISA."""
+"""The emulator's instructions: rounding, accuracy and layouts of the PTX ISA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import builds
 
 
 def floats() -> np.ndarray:
-    """float32 of every exponent, ties of both 16-bit types and their neighbours, zeros, infinities."""
+    """float32 values of every exponent, ties of both 16-bit types and their neighbours, zeros, infinities."""
     random = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
     top = random[:2000].astype(np.int64) & 0xFFFFE000
     near = np.concatenate([(top | tie) + step for tie in (0x8000, 0x1000) for step in (-1, 0, 1)])
@@ -114,7 +114,7 @@ def test_fragments_of_ldmatrix(transposed):
 
 
 def test_sums_of_tensor_cores_are_cut():
-    """What lies below 24 bits of the largest term is lost, towards zero; float32 addition would round it up."""
+    """Anything below 24 bits of the largest term is cut off, towards zero; float32 addition would round it up."""
     registers = np.zeros((32, 10), np.uint32)
     registers[:, 6:] = np.float32(1).view(np.uint32)  # C = 1
     registers[:, 0] = pack(np.array([2.0**-12, 0]))  # A[g][2t] for all t

@@ -1,4 +1,4 @@
-"""The instrument itself: faults planted in small kernels are caught, and the same kernels without a fault pass."""
+"""The emulator itself: faults planted in small kernels are caught, and the same kernels without a fault pass."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OUT_OF_BOUNDS = {
     "past shared memory by hand": "something was written just before or behind shared memory",
     "past the output": "something was written just before or behind the output",
 }
-"""Faults of ``turn`` that only a red zone sees: at once under AddressSanitizer, after the launch without it."""
+"""Faults of ``turn`` that only a red zone detects: at once under AddressSanitizer, after the launch without it."""
 
 
 def run(kernel: str, fault: str) -> np.ndarray:

@@ -30,7 +30,7 @@ def found() -> dict[tuple, resource_gate.Resources]:
 
 
 def committed(path, kind: type, found: dict[tuple, resource_gate.Resources]) -> dict:
-    """A committed table, for the architectures of the library; skips where another nvcc made the library."""
+    """A committed table, for the architectures of the library; skips if another nvcc made the library."""
     if not shutil.which("nvcc"):
         pytest.skip("there is no nvcc to compare the version of")
     version, table = resource_gate.load(path, kind)
@@ -54,7 +54,7 @@ def test_every_kernel_is_in_the_table(found):
 
 
 def test_instruction_mix(found):
-    """Fails when the code of a loop over scores got worse."""
+    """Fails if the code of a loop over scores got worse."""
     table = committed(resource_gate.RESOURCES, resource_gate.Resources, found)
     worse = [
         f"{key}: {name} {getattr(found[key], name)}, was {getattr(before, name)}"
@@ -78,7 +78,7 @@ def test_every_block_starts(found, launches):
 
 
 def test_occupancy(found, launches):
-    """Fails when fewer threads than before fit on a multiprocessor at production shapes."""
+    """Fails if fewer threads than before fit on a multiprocessor at production shapes."""
     table = committed(resource_gate.LAUNCHES, resource_gate.Launch, found)
     assert set(launches) == set(table), ACCEPT
     lost = [

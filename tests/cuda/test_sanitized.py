@@ -1,6 +1,6 @@
-"""The contract of the CUDA kernels once more, on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""The contract of the CUDA kernels again, on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-In a process of its own, since AddressSanitizer must be there when Python starts. What it finds ends that process.
+In a separate process, since AddressSanitizer must be loaded when Python starts. A finding ends that process.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ SANITIZED = {
 
 
 def contract_cases() -> list[Case]:
-    """The cases of every backend; where the head_dim is one that the kernels do not have, with 8 instead."""
+    """The cases of every backend, with head_dim 8 where the kernels do not support theirs."""
     taken = [
         case if case.head_dim in HEAD_DIMS else replace(case, head_dim=8)
         for case in (*CASES, *LOW_PRECISION_CASES)
@@ -53,11 +53,11 @@ def contract_cases() -> list[Case]:
     ]
     taken += [replace(BASE, name=f"head_dim {d}", head_dim=d) for d in HEAD_DIMS]
     taken += [Case(f"head_dim {d} 2d", (9, 14), (7, 7), (3, 3), head_dim=d, batch=2) for d in HEAD_DIMS]
-    # Windows that end just before, at and just behind what a step of the forward or a warp of the backward takes.
+    # Windows that end just before, at and just after what a step of the forward or a warp of the backward takes.
     taken += [Case(f"{n} tokens", (1, n), (1, n), heads=1, head_dim=16) for n in (31, 32, 33, 47, 48, 49, 63)]
     # More keys than a block of the backward takes at a time: gradients of q are carried from block to block.
     taken += [Case("several blocks of keys", (13, 12), (12, 12), (6, 0), heads=1, head_dim=64)]
-    if os.environ.get("SWIN_EMULATION") == "sanitized":  # slower by far
+    if os.environ.get("SWIN_EMULATION") == "sanitized":  # much slower
         taken = [case for case in taken if case.name in SANITIZED]
         assert len(taken) == len(SANITIZED)
     return taken
@@ -65,7 +65,7 @@ def contract_cases() -> list[Case]:
 
 CONTRACT = [(case, dtype) for case in contract_cases() for dtype in DTYPES]
 CONTRACT = [(case, dtype) for case, dtype in CONTRACT if not (case.float_table and dtype == torch.float32)]
-# The largest case in one dtype: of the others there are smaller ones of every kernel, and windows of 7 in two axes.
+# The largest case in one dtype only: for the others there are smaller ones of every kernel, and windows of 7 in 2D.
 CONTRACT = [(case, dtype) for case, dtype in CONTRACT if case.name != "window 7" or dtype == torch.bfloat16]
 
 
@@ -80,7 +80,7 @@ def device():
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
-    """Hold output, log-sum-exp and all gradients to the float64 truth (`tolerances.assert_close`)."""
+    """Check output, log-sum-exp and all gradients against the float64 truth (`tolerances.assert_close`)."""
     inputs = make_inputs(case, dtype)
     plain, truth = expected(case, dtype)
     if case.float_table:  # the kernels keep the bias as float16
@@ -96,7 +96,7 @@ def check(case: Case, dtype: torch.dtype) -> None:
     grads = emulated.backward(case, inputs, out, lse)
     assert all(torch.isfinite(grad).all() for grad in grads)
     scale = max(map(largest, truth[1:]))
-    for name, grad, p, t in zip(NAMES[1:], grads, plain[1:], truth[1:], strict=False):  # without pad_qkv one less
+    for name, grad, p, t in zip(NAMES[1:], grads, plain[1:], truth[1:], strict=False):  # one less without pad_qkv
         assert_close(name, grad, p, t, scale)
 
 
@@ -119,7 +119,7 @@ NAN, INFINITY = float("nan"), float("inf")
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY], ids=str)
 @pytest.mark.parametrize("place", ["q", "k", "v", "pad_qkv", "bias_table"])
 def test_not_finite(place, value, dtype):
-    """What is not a number stays none where it is none in plain PyTorch, and nowhere else; nor does infinity spread."""
+    """NaN appears where it does in plain PyTorch and nowhere else; nor does infinity spread."""
     case = Case("not finite", (9, 6), (7, 7), (3, 3), heads=2, head_dim=8, batch=2)
     inputs = make_inputs(case, dtype)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_not_finite(place, value, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_of_minus_infinity(dtype):
-    """The first keys of a window may have none but such scores: the others have the weight then."""
+    """All first keys of a window may have such scores: then the others have all the weight."""
     case = Case("minus infinity", (1, 49), (1, 49), heads=1, head_dim=8)
     inputs = make_inputs(case, dtype)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_scores_of_minus_infinity(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_low_scores(dtype):
-    """A bias that all pairs share changes nothing; against it, keys beyond the window would weigh infinitely much."""
+    """A bias shared by all pairs changes nothing; relative to it, keys beyond the window would have infinite weight."""
     case = Case("low scores", (1, 49), (1, 49), heads=1, head_dim=16, bias=0.0, batch=2)
     results = []
     for shift in (0, -200):
@@ -205,7 +205,7 @@ def test_contract_in_float32_on_other_devices(device, multiprocessors):
     ids=lambda x: str(x),
 )
 def test_forward_in_little_shared_memory(device, shared, warps, pieces, scale):
-    """The bias stays in memory, or keys pass by in chunks, or both: each loop of the kernel, for each kind of scale."""
+    """The bias stays in memory, or keys pass by in chunks, or both: each loop of the kernel, each kind of scale."""
     use(device, shared, shared + 1024, 1)
     case = Case("little", (15, 9), (7, 7), (3, 3), heads=3, head_dim=16, scale=scale)
     (*_, (_, _, threads, bytes_)) = builds.load().plan_forward(emulated.attention(case, torch.bfloat16))
@@ -248,7 +248,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks(device, dtype):
     ids=lambda case: case.name,
 )
 def test_declines(case):
-    """What the kernels cannot run they decline with a reason, and the launchers run nothing."""
+    """The kernels decline what they cannot run, with a reason, and the launchers run nothing."""
     call = emulated.attention(case, torch.bfloat16)
     for declines in (builds.load().forward_declines, builds.load().backward_declines):
         assert len(declines(call)) > 20
@@ -261,6 +261,6 @@ def test_declines(case):
 @given(case=random_cases(), head_dim=st.sampled_from(HEAD_DIMS), dtype=st.sampled_from(DTYPES))
 def test_contract_on_random_cases(case, head_dim, dtype):
     case = replace(case, head_dim=head_dim, layout="contiguous", dropout_p=0.0)
-    # Below some thousand scores the 16-bit errors of plain PyTorch are a few elements' luck, not a measure.
+    # Below a few thousand scores the 16-bit errors of plain PyTorch depend on a few elements' luck and are no measure.
     assume(case.scores > (3_000 if dtype.itemsize == 2 else 0) and case.scores < 100_000)
     check(case, dtype)

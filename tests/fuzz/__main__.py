@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="cases of each subject")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case, to repeat a finding")
-    parser.add_argument("--keep", type=Path, help="folder in which the files of findings stay")
+    parser.add_argument("--keep", type=Path, help="folder in which to keep the files of findings")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         folder = options.keep or Path(temporary)
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def described(report: driver.Report) -> str:
-    """A line on what was done, and each different finding with the command that repeats its first case."""
+    """A line on what was done, and each distinct finding with the command that repeats its first case."""
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in report.outcomes.most_common())
     lines = [
         f"{report.subject}: {report.cases} cases in {report.seconds:.0f} s ({outcomes}), memory grew "

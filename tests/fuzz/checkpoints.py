@@ -1,4 +1,4 @@
-"""Mutants of checkpoints, weights and logs: found whole, passed over or refused by name; no weights half loaded."""
+"""Mutants of checkpoints, weights and logs: found intact, skipped or refused by name; no weights half loaded."""
 
 from __future__ import annotations
 
@@ -54,27 +54,27 @@ def prepare(folder: Path) -> Callable[[Draw, Path], str]:
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint of a run: its file's bytes, and the checksum of what they say."""
+    """A checkpoint of a run: its file's bytes, and the checksum of their content."""
 
     data: bytes
     checksum: str
 
 
 def _checkpoints_of_a_run(folder: Path) -> list[Written]:
-    """Of steps 1 and 2."""
+    """Checkpoints of steps 1 and 2."""
     toy.loop(folder / "toy", schedule=Schedule(steps=2, validate_every=2, checkpoint_every=1)).run()
     paths = checkpoints.series(folder / "toy" / resume.CHECKPOINTS)
     return [Written(path.read_bytes(), checkpoints.checksum(checkpoints.read(path).content)) for path in paths]
 
 
 def _damaged_checkpoint(draw: Draw, place: Path, written: list[Written]) -> str:
-    """The newest is not what was written: the one before it is gone on from."""
+    """The newest is not what was written: the run resumes from the one before it."""
     run = place / resume.CHECKPOINTS
     run.mkdir()
     (run / checkpoints.name(1)).write_bytes(written[0].data)
     mutant = _mutant_of_zip(draw, written[1].data, written[0].data)
     if mutant == written[0].data:
-        return "read"  # all of another checkpoint, and so whole
+        return "read"  # all of another checkpoint, and so intact
     (run / checkpoints.name(2)).write_bytes(mutant)
     path, content, damaged = checkpoints.newest(run)
     found = resume.find(place, "train", {}, fresh=False)
@@ -91,7 +91,7 @@ def _damaged_checkpoint(draw: Draw, place: Path, written: list[Written]) -> str:
 
 
 def _mutant_of_zip(draw: Draw, data: bytes, other: bytes) -> bytes:
-    """Damage anywhere in a file of torch.save, or inside of one of its members, whose checksum is then right again."""
+    """Damage anywhere in a file of torch.save, or inside one of its members, whose checksum is then made right."""
     if draw.chance(0.6):
         return mutate_bytes(draw, data, other)
     out = io.BytesIO()
@@ -111,7 +111,7 @@ def _mutant_of_zip(draw: Draw, data: bytes, other: bytes) -> bytes:
 
 
 def _described() -> dict[str, Any]:
-    """What `swin-unetr train` writes, of the smallest network there is."""
+    """What `swin-unetr train` writes, for the smallest network there is."""
     architecture = Architecture(feature_size=12, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), spatial_dims=2)
     preprocessing = Preprocessing()
     return {
@@ -127,7 +127,7 @@ def _described() -> dict[str, Any]:
 
 
 def _crafted_checkpoint(draw: Draw, place: Path, described: dict[str, Any]) -> str:
-    """Whole, and its description is another: it is what it says, or is refused."""
+    """An intact file with another description: it is what it says, or is refused."""
     plain = {name: value for name, value in described.items() if name != "model"}
     changed = _plain(mutate_tree(draw, json.loads(json.dumps(plain)), words=({}, "train", [1, 2], {"organ": [300]})))
     state = dict(described["model"])
@@ -164,7 +164,7 @@ def _refused(error: Exception, path: Path) -> str:
 
 
 class Net(nn.Module):
-    """Names of a Swin UNETR's parameters, and little of its weight."""
+    """The names of a Swin UNETR's parameters, with little data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def _damaged_weights(draw: Draw, place: Path, files: list[tuple[str, bytes]]) ->
 
 
 def _load(path: Path) -> str:
-    """Load a file of weights; a model into which nothing could be loaded is as it was."""
+    """Load a file of weights; a model into which nothing could be loaded stays as it was."""
     torch.manual_seed(1)
     net = Net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -237,7 +237,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _crafted_weights(draw: Draw, place: Path, layouts: list[dict[str, Any]]) -> str:
-    """A file that loads, with another content: other types, names and shapes, or one that holds itself."""
+    """A file that loads, with other content: other types, names and shapes, or content that contains itself."""
     content = draw.choice(layouts)
     content = {name: dict(value) if isinstance(value, dict) else value for name, value in content.items()}
     tensors = (torch.ones(3), torch.tensor(1), torch.ones(0), torch.ones(2, 1, 2, 2, 2).to_sparse(), torch.ones(2) * 1j)
@@ -269,7 +269,7 @@ def _lines() -> str:
 
 
 def _damaged_log(draw: Draw, place: Path, text: str) -> str:
-    """A log never stops a run from going on; what is whole in it up to the checkpoint stays."""
+    """A log never keeps a run from resuming; what is intact in it up to the checkpoint stays."""
     more = ("17", "null", "{}", "[]", '{"step": "3"}', '{"step": null}', '{"step": 3', '{"step": 1e999}', '"x"')
     data = mutate_text(draw, text, more).encode("utf-8", "surrogatepass")
     if draw.chance(0.5):

@@ -1,4 +1,4 @@
-"""Mutants of YAML files and of command lines: options that can be used, or a word about what is wrong with them."""
+"""Mutants of YAML files and of command lines: usable options, or a message about what is wrong with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from swin_unetr.training import resume
 from .mutation import NUMBERS, WORDS, Draw, Fault, mutate_bytes, mutate_number, mutate_text, mutate_tree, one_of
 
 MOST_BLOCKS = 100
-"""Networks of more are not built here: it takes long and is no mistake."""
+"""Networks with more are not built here: that takes long and is not a mistake."""
 YAML = (
     *(
         "<<: *a",
@@ -38,7 +38,7 @@ YAML = (
     ),
     *("config: none.yaml", "preset: none", "seed: 0o17", "seed: 1_000", "seed: 1e3", "out: ~", "labels: 5", "data: []"),
 )
-"""Lines that YAML reads in its own way."""
+"""Lines that YAML reads in unexpected ways."""
 
 
 def prepare(folder: Path) -> Callable[[Draw, Path], str]:
@@ -74,7 +74,7 @@ def _configurations() -> dict[str, dict[str, Any]]:
 
 
 def _run(command: str, argv: list[str]) -> str:
-    """What the command line makes of `argv`, up to where the command itself would begin."""
+    """How the command line reads `argv`, up to where the command itself would begin."""
     module, got = importlib.import_module(f"swin_unetr.{command}"), []
     original, said = module.run, io.StringIO()
     module.run = lambda options: got.append(options) or 0
@@ -128,7 +128,7 @@ def _mutant_words(draw: Draw, path: Path, options: dict[str, Any], presets: dict
         name = draw.choice(sorted(flat))
         value = draw.choice((*WORDS, *map(str, NUMBERS), "[1,2,3]", "1,2,3", "{a: 1}", "[[1]]", str(flat[name])))
         name = draw.choice((name, name, name, name, name[1:], f"{name}.x", name.upper(), name.partition(".")[0]))
-        if "\0" not in value:  # no shell passes it on
+        if "\0" not in value:  # no shell can pass it on
             argv += draw.choice(([f"--{name}", value], [f"--{name}={value}"], [f"--{name}"], [value]))
     return argv
 

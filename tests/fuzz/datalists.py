@@ -1,4 +1,4 @@
-"""Mutants of datalists: cases whose files lie where they may, each once, or a refusal that names the datalist."""
+"""Mutants of datalists: cases whose files lie where allowed, each once, or a refusal that names the datalist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .mutation import Draw, Fault, mutate_bytes, mutate_text, mutate_tree, one_o
 
 ROOT = "datalists-root"
 STRANGER = "stranger.nii.gz"
-"""A file beside the root, which no datalist may name."""
+"""A file outside the root, which no datalist may name."""
 CASES = 6
 
 
@@ -62,7 +62,7 @@ def prepare(folder: Path) -> Callable[[Draw, Path], str]:
 
 
 def _bases() -> list[dict[str, Any]]:
-    """The Decathlon's form, MONAI's with folds and with a list of its own for validation, and one of several files."""
+    """The Decathlon's form, MONAI's with folds and with a separate validation list, and one with several files."""
     images, labels = ([f"./{part}/case_{n}.nii.gz" for n in range(CASES)] for part in ("i", "l"))
     entries = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     several = [

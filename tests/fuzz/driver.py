@@ -1,4 +1,4 @@
-"""Runs cases in a process of their own: what fails, crashes, hangs or leaks is found, and can be repeated."""
+"""Runs cases in a separate process: whatever fails, crashes, hangs or leaks is found, and can be repeated."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .mutation import Draw, Fault
 
 MIB = 2**20
 PRELOADED = ("torch.utils.tensorboard", "monai.transforms", "pydicom", "SimpleITK", "swin_unetr", "jsonargparse")
-"""What takes seconds to import is imported once; workers are forked from there, before anything runs on threads."""
+"""Modules that take seconds to import are imported once; workers are forked from there, before any threads run."""
 
 SLOWEST = 20.0
-"""Seconds after which a case hangs; a subject may say otherwise by its `LIMIT`."""
+"""Seconds after which a case counts as hung; a subject may set its own `LIMIT`."""
 PREPARED = 300.0
-"""Seconds for importing and preparing, on a machine that has other things to do."""
+"""Seconds for importing and preparing, on a busy machine."""
 MEMORY = 512 * MIB
-"""Memory that a case may take; files and tensors here have some kB."""
+"""Memory that a case may take; files and tensors here have a few kB."""
 ADDRESSES = 8192 * MIB
-"""Address space for a worker beyond what it has once it is prepared: what a length of 32 bits may ask for, unused."""
+"""Address space for a worker beyond what it has once prepared: as much as a 32-bit length may ask for, unused."""
 GROWTH = 24 * MIB
-"""Memory from the second quarter of a run to the last that is no leak: allocators keep and cut what they are given."""
+"""Growth of memory from the second quarter of a run to the last that is not a leak: allocators keep what they get."""
 DESCRIPTORS = 8
-"""Open files, the same."""
+"""The same for open files."""
 SAMPLES = 40
-"""Times that a worker's memory is looked at during a run."""
+"""How often a worker's memory is sampled during a run."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Finding:
     Attributes:
         subject, index: of the case; `index` is None for a finding about a run.
         kind: "error", "crash", "hang" or "leak".
-        says: in one line.
+        says: the message in one line.
         details: notes of the case, and a traceback.
     """
 
@@ -60,7 +60,7 @@ class Finding:
 
     @property
     def signature(self) -> tuple[str, ...]:
-        """What findings of one cause have in common: kind, error, and the line that it came from."""
+        """What findings with the same cause share: kind, error, and the line that it came from."""
         where = [line.strip() for line in self.details.splitlines() if line.strip().startswith("File ")]
         told = re.sub(r"[0-9]+", "0", self.says)[:80] if self.says.startswith("Fault") else self.says.partition(":")[0]
         return self.subject, self.kind, told, *where[-1:]
@@ -68,7 +68,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What came of a subject's cases."""
+    """The outcome of a subject's cases."""
 
     subject: str
     seed: int
@@ -101,7 +101,7 @@ def module_name(subject: str) -> str:
 
 
 def _run_worker(report: Report, indices: range, folder: Path, limit: float) -> int:
-    """Run cases in a worker until all are done or it dies; returns the index that comes next."""
+    """Run cases in a worker until all are done or it dies; returns the next index."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     receiver, sender = context.Pipe(duplex=False)
@@ -144,7 +144,7 @@ def _run_worker(report: Report, indices: range, folder: Path, limit: float) -> i
 
 
 def _end(worker) -> None:
-    """End a worker and what it started; if it hangs it says where."""
+    """End a worker and what it started; if it hangs, it says where."""
     if worker.is_alive():
         os.kill(worker.pid, signal.SIGABRT)
         worker.join(5)
@@ -166,12 +166,12 @@ def _last_words(output: Path) -> str:
     first_thread = after.rpartition("Current thread")[2].partition("\nThread")[0]
     frames = [line.strip() for line in first_thread.splitlines() if line.startswith("  File")]
     notes = [line[:200] for line in before.splitlines() if line.strip()]
-    # Most recent call first: turned round, as in a traceback.
+    # Most recent call first: reversed, as in a traceback.
     return "\n".join([*notes[-12:], *after.splitlines()[:1], *reversed(frames[:12])])
 
 
 def _leaks(report: Report, samples: list[list[int]]) -> list[Finding]:
-    """Findings on what only grew during a run, from its second quarter to its last."""
+    """Findings for whatever only grew during a run, from its second quarter to its last."""
     quarter = len(samples) // 4
     if quarter < 2:
         return []
@@ -204,7 +204,7 @@ def _work(sender, subject: str, seed: int, indices: range, folder: Path, output:
     torch.set_num_threads(1)
     case = importlib.import_module(module_name(subject)).prepare(folder)
     _limit_addresses()
-    gc.freeze()  # all modules: looked through at every sample, they would take longer than the cases
+    gc.freeze()  # all modules: going through them at every sample would take longer than the cases
     every = max(1, len(indices) // SAMPLES)
     for number, index in enumerate(indices):
         sender.send(("begin", index))
@@ -234,21 +234,21 @@ def _work(sender, subject: str, seed: int, indices: range, folder: Path, output:
 
 
 def _told(error: BaseException, draw: Draw) -> str:
-    """What was done, and the way to the error, most recent call last."""
+    """What was done, and the traceback of the error, most recent call last."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     ways = [f"File {frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames[-12:]]
     return "\n".join([*(f"- {note[:200]}" for note in draw.notes), *ways])
 
 
 def _limit_addresses() -> None:
-    """Let this process have `ADDRESSES` and no more: beyond them an allocation fails before it fills the machine."""
+    """Limit this process to `ADDRESSES`: beyond that an allocation fails before it fills the machine."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES, hard))
 
 
 def _peak(forget: bool) -> int:
-    """Most bytes of this process that were in memory since the peak was last forgotten."""
+    """Most bytes of this process that were in memory since the peak was last reset."""
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
     if forget:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Mutants of NIfTI, NRRD, MetaImage and DICOM files: read as what they say, or refused by name, and nothing else."""
+"""Mutants of NIfTI, NRRD, MetaImage and DICOM files: read as they are, or refused by name, and nothing else."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from swin_unetr.evaluation import label_maps
 from .mutation import NUMBERS, WORDS, Draw, Fault, mutate_bytes, mutate_text, one_of
 
 LARGEST = 0.01
-"""GiB that an image may take; the files here take some kB."""
+"""GiB that an image may take; the files here take a few kB."""
 
 STRANGER = 77
-"""Value of every voxel in a file outside of the case's folder, which no header may name."""
+"""Value of every voxel in a file outside the case's folder, which no header may name."""
 STRANGER_NAME = "stranger.raw"
 
 SHAPE = (6, 5, 4)
@@ -103,7 +103,7 @@ def _check_named(error: Exception, path: Path) -> None:
 
 
 def _read_image(path: Path, draw: Draw) -> str:
-    """As `predict` does: every image that the path names, and a label map in its geometry written and read."""
+    """As `predict` does: read every image that the path names, and write and read a label map in its geometry."""
     try:
         sources = imaging.find([path], LARGEST)
     except ValueError as error:
@@ -155,7 +155,7 @@ def _read_labels(path: Path, draw: Draw) -> str:
 
 
 def _read_case(path: Path, draw: Draw) -> str:
-    """As `train` does; of NIfTI files alone."""
+    """As `train` does; NIfTI files only."""
     if not path.name.endswith(imaging.suffixes.NIFTI):
         return _read_labels(path, draw)
     as_label = draw.chance(0.3)
@@ -243,7 +243,7 @@ _ITK_NAMES = ("x.nrrd", "gz.nrrd", "x.mha", "gz.mha", "x.mhd")
 
 
 def _itk(folder: Path, name: str, values: np.ndarray) -> tuple[str, dict[str, bytes]]:
-    """Name of the header's file, and the bytes of it and of what else belongs to the image."""
+    """Name of the header's file, and the bytes of it and of the image's other files."""
     target = folder / "itk"
     target.mkdir(exist_ok=True)
     image = sitk.GetImageFromArray(values.T)
@@ -264,7 +264,7 @@ def _mutant_itk(draw: Draw, place: Path, bases: list) -> Path:
 
 
 def _itk_header(draw: Draw, data: bytes) -> bytes:
-    """Changes of the text before the voxels."""
+    """Changes to the text before the voxels."""
     end = data.find(b"\n\n") + 1 if data.startswith(b"NRRD") else data.find(b"\n", data.find(b"ElementDataFile")) + 1
     text = mutate_text(draw, data[:end].decode("latin-1"), ITK_LINES)
     return text.encode("utf-8", "surrogateescape") + data[end:]
@@ -350,7 +350,7 @@ _PLACES = (
 
 
 def _dicom_element(draw: Draw, data: bytes) -> bytes:
-    """Elements whose bytes, kind or presence are others."""
+    """Elements with other bytes or kinds, added or removed."""
     header = pydicom.dcmread(io.BytesIO(data), force=True)
     for _ in range(draw.some()):
         keyword = draw.choice(_PLACES)
@@ -380,11 +380,11 @@ _STARTS = {
     JPEGLSLossless: bytes.fromhex("ffd8fff7000b100005000601011100ffda0008010100000000"),
     JPEG2000Lossless: bytes.fromhex("ff4fff510029"),
 }
-"""Headers of frames, after which anything comes."""
+"""Headers of frames, followed by anything."""
 
 
 def _dicom_frame(draw: Draw, data: bytes) -> bytes:
-    """Compressed pixels that are others."""
+    """Other compressed pixels."""
     header = pydicom.dcmread(io.BytesIO(data), force=True)
     syntax = draw.choice(_FRAMES)
     if syntax == RLELossless and header.file_meta.get("TransferSyntaxUID") == RLELossless:
@@ -403,7 +403,7 @@ def _dicom_frame(draw: Draw, data: bytes) -> bytes:
 
 
 def _dicom_cut(draw: Draw, files: list[bytes]) -> list[bytes]:
-    """Slices that have too few or too many bytes of pixels, and are as they were otherwise."""
+    """Slices that have too few or too many bytes of pixels, and are otherwise unchanged."""
     native, packed = draw.choice([*range(0, 60, 2), *range(120, 180, 2)]), draw.randrange(2, 90)
     cut = []
     for data in files:

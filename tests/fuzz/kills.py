@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to stop at random moments: what goes on afterwards ends as if nothing had been."""
+"""Runs that are killed or asked to stop at random moments: a resumed run ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..swin_unetr import toy_job
 from .mutation import Draw, Fault, one_of
 
 LIMIT = 180.0
-"""Seconds of a case, which is a run or several."""
+"""Seconds of a case, which is one or several runs."""
 LONGEST_RUN = 60.0
 ENDS = {
     signal.SIGKILL: {-signal.SIGKILL},
@@ -36,19 +36,19 @@ ENDS = {
 """Exit statuses of a run that a signal ended; a run that had nothing left to do ends with 0."""
 PACKAGE = str(Path(swin_unetr.__file__).parent)
 BEGINS, ENDED = "-- begins", "-- has ended"
-"""What a training prints once it is to end as `ENDS` says, and when that is over: before and after, the handlers of
-signals come and go, and nothing is lost by what Python does by itself."""
+"""What a training prints once a signal makes it end as `ENDS` says, and when that is over: before and after, signal
+handlers come and go, and nothing is lost by what Python does by itself."""
 CLOCKED = ("seconds", "data_fraction", "voxels_per_second", "memory_gib")
 NAMES = re.compile(r"(best\.pt|config\.yaml|log\.jsonl|checkpoints/step-\d{8}\.pt|tensorboard/events\.[^/]*)")
 
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a run in one go leaves, and how long it takes.
+    """What an uninterrupted run leaves, and how long it takes.
 
     Attributes:
         left: `_left` of it.
-        events: calls and returns that it is made of: all of Python's and C's, and those in the package.
+        events: its calls and returns: all of Python's and C's, and those in the package.
         seconds: without counting.
     """
 
@@ -79,7 +79,7 @@ def prepare(folder: Path) -> Callable[[Draw, Path], str]:
 
 
 def _train(out: Path) -> int:
-    """`swin-unetr train` from its first line to its last, around a toy of a network; options are not parsed."""
+    """`swin-unetr train` from its first line to its last, around a toy network; options are not parsed."""
 
     def parse(kind, command, argv):
         print(BEGINS, flush=True)
@@ -125,7 +125,7 @@ def _killed_training(draw: Draw, place: Path, undisturbed: Undisturbed) -> str:
 
 
 def _left(out: Path) -> dict[str, object]:
-    """What has to be alike."""
+    """What has to be equal."""
     _, content, damaged = checkpoints.newest(out / "checkpoints")
     lines = [{name: value for name, value in line.items() if name not in CLOCKED} for line in log.read(out)]
     return {
@@ -172,9 +172,9 @@ def _killed_writing(draw: Draw, place: Path, events: int) -> str:
 
 
 def _run(function: Callable[[], int], output: Path, meanwhile: Callable[[int], None] = lambda pid: None) -> int:
-    """The exit status of `function` in a process of its own, negative for a signal.
+    """The exit status of `function` in a separate process, negative for a signal.
 
-    A fork: this process has started no threads, and what it has imported is there.
+    A fork: this process has started no threads, and its imports are available there.
     """
     pid = os.fork()
     if pid == 0:
@@ -211,7 +211,7 @@ def _later(pid: int, delay: float, which: signal.Signals) -> None:
 
 
 def _disturbed(function: Callable[[], int], where: str, event: int, which: signal.Signals) -> Callable[[], int]:
-    """`function`, in which the process gets a signal at a call or return of Python's or C's."""
+    """`function`, in which the process gets a signal at a call or return of Python or C."""
 
     def run() -> int:
         left = event
@@ -235,7 +235,7 @@ def _disturbed(function: Callable[[], int], where: str, event: int, which: signa
 
 
 def _counted(function: Callable[[], int], where: str, file: Path) -> int:
-    """How many events `function` is made of."""
+    """How many events `function` consists of."""
 
     def run() -> int:
         count = 0

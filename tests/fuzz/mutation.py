@@ -1,4 +1,4 @@
-"""Mutants of bytes, of text and of plain values. What was done is noted, so that a finding says how it came about."""
+"""Mutants of bytes, of text and of plain values. Each change is noted, so that a finding says how it came about."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ WORDS = (
 
 
 class Fault(AssertionError):
-    """The package did what it must not."""
+    """The package did something it must not do."""
 
 
 class Draw(random.Random):
-    """Random numbers of one case, and notes on what was made of them.
+    """Random numbers of one case, and notes on their use.
 
     Args:
-        seed: what decides the numbers.
-        tell: called with each note, so that a crash does not take them along.
+        seed: determines the numbers.
+        tell: called with each note, so that a crash does not lose them.
     """
 
     def __init__(self, *seed: object, tell: Callable[[str], object] = lambda text: None) -> None:
@@ -67,7 +67,7 @@ class Draw(random.Random):
         return self.random() < probability
 
     def some(self) -> int:
-        """How many times to mutate: once, mostly."""
+        """How many times to mutate: usually once."""
         return self.choice((1, 1, 1, 1, 2, 2, 3, 5))
 
 
@@ -75,7 +75,7 @@ class Draw(random.Random):
 
 
 def mutate_bytes(draw: Draw, data: bytes, other: bytes = b"") -> bytes:
-    """`data` with some mutations; `other` is what splices are taken from, beside `data` itself."""
+    """`data` with some mutations; splices are taken from `other` and from `data` itself."""
     for _ in range(draw.some()):
         data = draw.choice(_OF_BYTES)(draw, data, draw.choice((data, other or data)))
     return data
@@ -139,7 +139,7 @@ _OF_BYTES = (_flip, _flip, _flip, _set, _set, _number, _truncate, _delete, _spli
 
 
 def mutate_text(draw: Draw, text: str, lines: Sequence[str] = ()) -> str:
-    """`text` with some mutations of its numbers, words and lines; `lines` are more lines that it might have."""
+    """`text` with some mutations of its numbers, words and lines; `lines` are further lines to insert."""
     for _ in range(draw.some()):
         text = draw.choice(_OF_TEXT)(draw, text, lines)
     return text
@@ -155,7 +155,7 @@ def _replace_match(pattern: str, values: Sequence[object], draw: Draw, text: str
 
 
 def mutate_number(draw: Draw, text: str) -> str:
-    """`text` with another number in place of one of its own."""
+    """`text` with one of its numbers replaced."""
     return _replace_match(r"-?\d+(\.\d+)?", NUMBERS, draw, text)
 
 
@@ -211,7 +211,7 @@ _OF_TEXT = (_text_number, _text_number, _text_word, _text_insert, _text_lines, _
 
 
 def mutate_tree(draw: Draw, value: Any, words: Sequence[Any] = ()) -> Any:
-    """A copy of nested dictionaries, lists and plain values with some mutations; `words` are more values to put in."""
+    """A copy of nested dictionaries, lists and plain values with some mutations; `words` are more values to insert."""
     value = copy.deepcopy(value)
     for _ in range(draw.some()):
         value = _mutate_node(draw, value, [*NUMBERS, *WORDS, None, True, False, [], {}, *words])
@@ -252,7 +252,7 @@ def _mutate_node(draw: Draw, root: Any, values: Sequence[Any]) -> Any:
 
 
 def _nodes(value: Any, name: str = ""):
-    """Every place in `value`: what holds it, its key there, and how to call it."""
+    """Every place in `value`: its container, its key there, and what to call it."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield value, key, f"{name}[{key!r}]"[:80]
@@ -260,6 +260,6 @@ def _nodes(value: Any, name: str = ""):
 
 
 def one_of(draw: Draw, options: Sequence[tuple[float, Callable]]) -> Callable:
-    """One of the functions in `options`, each with its weight."""
+    """One of the functions in `options`, chosen by weight."""
     weights, functions = zip(*options, strict=True)
     return draw.choices(functions, weights)[0]

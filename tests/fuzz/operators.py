@@ -1,4 +1,4 @@
-"""Random calls of every operator: the numbers against float64, and bad arguments refused by name."""
+"""Random calls of every operator: results checked against float64, and bad arguments refused by name."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from .mutation import NUMBERS, Draw, Fault, one_of
 ONEDNN_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 MOST_SCORES = 40_000
-"""Elements of the score tensor: a case takes some ten milliseconds."""
+"""Elements of the score tensor: a case takes about ten milliseconds."""
 POOLED = 8
-"""Draws of a case whose errors are taken together where one was too far off: of a few elements plain PyTorch may happen
-to be exact, of many it is not."""
+"""Draws of a case whose errors are combined where one was too far off: on a few elements plain PyTorch may happen to
+be exact, on many it is not."""
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *SIXTEEN_BITS)
 ROUNDINGS = 4
-"""Of a score in float32, each half a unit in the last place of the largest score: what a weight is off by, relatively,
-however it is computed."""
+"""Roundings of a score in float32, each half a unit in the last place of the largest score: the relative error of a
+weight, however it is computed."""
 ISAS = ("baseline", "avx2", "avx512", "amx")
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A result, and what it is held to (`tolerances.assert_close`)."""
+    """A result, and what it is checked against (`tolerances.assert_close`)."""
 
     value: torch.Tensor
     plain: torch.Tensor
@@ -103,7 +103,7 @@ def _numbers(draw: Draw, engines: list[str]) -> str:
 
 
 def _hold_pooled(results: Callable[[int], dict[str, Compared]]) -> None:
-    """Hold the first draw of a case to the truth; if it is too far off, several together."""
+    """Check the first draw of a case against the truth; if it is too far off, several together."""
     try:
         _hold(results(0))
     except AssertionError:
@@ -361,7 +361,7 @@ def _wide(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _differentiated(runs, inputs, grad_out: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Of each run, its output and the gradients of its leaves."""
+    """For each run, its output and the gradients of its leaves."""
     columns = []
     for run, leaves in zip(runs, inputs, strict=True):
         out = run(*leaves)
@@ -373,7 +373,7 @@ def _differentiated(runs, inputs, grad_out: torch.Tensor) -> list[list[torch.Ten
 
 
 def _good_call(draw: Draw) -> tuple[str, Callable, dict[str, Any]]:
-    """A public function and arguments that it takes."""
+    """A public function and arguments that it accepts."""
     grid = _grid(draw)
     case = attention.Case(**grid | {"head_dim": min(grid["head_dim"], 16), "magnitude": 1.0})
     channels, batch = case.heads * case.head_dim, case.batch
@@ -441,7 +441,7 @@ SENSELESS = (None, True, "a", b"a", 1.5, 2j, (), [], (1,), [[1]], {}, object(), 
 
 
 def _changed(draw: Draw, value: Any) -> Any:
-    """Another value in place of a good argument: of another kind, or nearly it."""
+    """A replacement for a good argument: a value of another kind, or one nearly right."""
     if draw.chance(0.2):
         return draw.choice(SENSELESS)
     if isinstance(value, torch.Tensor):
@@ -509,11 +509,11 @@ def _operators(namespace: str) -> dict[str, Any]:
 
 NAMESPACES = ("swin_kernels", "swin_kernels_cpu")
 ODD = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 7, 2**31, 2**40, 2**62, 2**63 - 1)
-"""Nothing between some and 2³¹, where what is asked for could be given and would take long."""
+"""Nothing between a few and 2³¹, where a request could be met and would take long."""
 
 
 def _bad_raw_call(draw: Draw, operators: dict[str, Any]) -> str:
-    """An operator called beside its public function, with arguments of the kinds that its schema has."""
+    """An operator called without its public function, with arguments of the kinds in its schema."""
     recorded = _recorded(draw, operators)
     without = {name: None for name in operators if name not in recorded}
     name = draw.choice(sorted({**recorded, **without}))
@@ -532,7 +532,7 @@ def _bad_raw_call(draw: Draw, operators: dict[str, Any]) -> str:
 
 
 def _recorded(draw: Draw, operators: dict[str, Any]) -> dict[str, tuple]:
-    """The arguments with which a good call of a public function, and its backward, call `operators`."""
+    """The arguments with which a good call of a public function and its backward call `operators`."""
     _, function, arguments = _good_call(draw)
     arguments = {
         name: t.detach().clone().requires_grad_(not arguments.get("inplace")) if isinstance(t, torch.Tensor) else t

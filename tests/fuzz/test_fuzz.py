@@ -1,4 +1,4 @@
-"""A few hundred cases of every subject hold; and the fuzzers find faults that are planted."""
+"""A few hundred cases of every subject pass; and the fuzzers find planted faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BRIEF = {
     "configurations": (50, {"taken", "refused"}),
     "kills": (10, {"gone on"}),
 }
-"""Cases of each subject here, and what has to come of some of them: a few seconds each. `make fuzz` runs 10,000."""
+"""Cases of each subject here, and outcomes that some must have: a few seconds each. `make fuzz` runs 10,000."""
 
 
 @pytest.mark.parametrize("subject", command.SUBJECTS)
@@ -95,7 +95,7 @@ OFF = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 @pytest.fixture
 def one_thread():
-    """Small tensors on several threads take long where others wait for the same cores."""
+    """Small tensors on several threads take long if others wait for the same cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -106,7 +106,7 @@ def one_thread():
 @pytest.mark.parametrize("dtype", OFF, ids=str)
 @pytest.mark.parametrize("operator", ["window_attention", "instance_norm_act"])
 def test_an_operator_that_is_off_is_found(monkeypatch, operator, dtype):
-    """In one element of a hundred; and none is found that is not off."""
+    """In one element of a hundred; and nothing is found if there is no error."""
     module, make = {
         "window_attention": (window_attention, operators._attention),
         "instance_norm_act": (instance_norm_act, operators._instance_norm),

@@ -1,7 +1,7 @@
-"""The cases of the `window_attention` contract, their float64 truth, and the check that holds a backend to it.
+"""The cases of the `window_attention` contract, their float64 truth, and the check of a backend against it.
 
 Nothing here uses `swin_kernels.geometry`: `plain_attention` pads, rolls, partitions and masks a volume the way MONAI
-does, and `test_window_attention.py` holds it against a version in Python loops and against MONAI itself.
+does, and `test_window_attention.py` compares it with a version in Python loops and with MONAI itself.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Case:
         batch, heads, head_dim: the other extents.
         pad: whether `pad_qkv` is given.
         scale: the factor on ``q · k``; None for the default.
-        magnitude: standard deviation of `qkv`; 30 makes scores of some thousand.
+        magnitude: standard deviation of `qkv`; 30 makes scores of a few thousand.
         bias: standard deviation of `bias_table`.
         layout: memory of `qkv` and of the output's gradient: "contiguous", "channels_first" (a permuted ``(B, C, *S)``)
             or "strided" (every second element of a larger buffer, NaN between).
         dropout_p: attention dropout, drawn from `SEED`.
-        float_table: whether `bias_table` stays float32 beside a 16-bit `qkv`.
+        float_table: whether `bias_table` stays float32 with a 16-bit `qkv`.
     """
 
     name: str
@@ -125,7 +125,7 @@ LOW_PRECISION_CASES = (
     replace(BASE, name="float32 table", float_table=True),
     Case("float32 table window 7", (8, 7, 7), (7, 7, 7), (3, 3, 3), heads=1, head_dim=16, float_table=True),
 )
-"""Cases for the 16-bit dtypes alone."""
+"""Cases for the 16-bit dtypes only."""
 
 SATURATED_CASES = tuple(
     replace(case, name=f"{case.name}, qkv x{magnitude:g}", magnitude=magnitude)
@@ -137,7 +137,7 @@ SATURATED_CASES = tuple(
 )
 """Cases for the 16-bit dtypes' gradients (`assert_gradients_in_16_bits`); at x30 nearly every query has one key.
 
-There is no padding: its keys are all the same, so what kernels that multiply in 16 bits round off their ds adds up.
+There is no padding: its keys are all the same, so the rounding of ds in kernels that multiply in 16 bits would add up.
 """
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -309,7 +309,7 @@ def survivors(case: Case) -> torch.Tensor | None:
 
 
 def run(backend: str, case: Case, inputs: Inputs) -> torch.Tensor:
-    """`window_attention` on `backend`; with the seed fixed where the case has dropout."""
+    """`window_attention` on `backend`; with a fixed seed if the case has dropout."""
     if case.dropout_p == 0:
         return window_attention(
             inputs.qkv,
@@ -339,7 +339,7 @@ def expected(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[t
 
 
 def expected_of(case: Case, narrow: Inputs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """As `expected`, of inputs that need not be those of `make_inputs`."""
+    """As `expected`, for inputs that need not be those of `make_inputs`."""
     keep = survivors(case)
     results = []
     for inputs in (narrow, narrow.double()):
@@ -352,7 +352,7 @@ NAMES = ("output", "grad of qkv", "grad of bias_table", "grad of pad_qkv")
 
 
 def check_forward_backward(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Hold output and all gradients of `backend` to the float64 truth (`tolerances.assert_close`)."""
+    """Check output and all gradients of `backend` against the float64 truth (`tolerances.assert_close`)."""
     inputs = make_inputs(case, dtype, device)
     out = run(backend, case, inputs)
     values = [out, *gradients(out, inputs)]
@@ -365,10 +365,10 @@ def check_forward_backward(backend: str, case: Case, dtype: torch.dtype, device:
 
 
 def assert_gradients_in_16_bits(case: Case, inputs: Inputs, grads: list[torch.Tensor]) -> None:
-    """Hold 16-bit gradients to twice the error of plain PyTorch that computes the same inputs in float32 and rounds.
+    """Allow 16-bit gradients twice the error of plain PyTorch that computes the same inputs in float32 and rounds.
 
-    Plain PyTorch in 16 bits is no measure where one key has nearly all the weight: its rounded scores alone are off by
-    more than one. What fused kernels keep in float32 is a float32's worth.
+    Plain PyTorch in 16 bits is not a useful measure where one key has nearly all the weight: its rounded scores alone
+    are off by more than one. What fused kernels keep in float32 has float32 accuracy.
     """
     truth, plain = [], []
     for results, dtype in ((truth, torch.float64), (plain, torch.float32)):
@@ -381,7 +381,7 @@ def assert_gradients_in_16_bits(case: Case, inputs: Inputs, grads: list[torch.Te
 
 
 def check_gradients_in_16_bits(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """As `assert_gradients_in_16_bits`, of what `backend` computes on `device`."""
+    """As `assert_gradients_in_16_bits`, for what `backend` computes on `device`."""
     inputs = make_inputs(case, dtype, device)
     grads = gradients(run(backend, case, inputs), inputs)
     on_cpu = Inputs(*(None if t is None else t.detach().cpu().requires_grad_() for t in vars(inputs).values()))

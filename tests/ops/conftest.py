@@ -10,7 +10,7 @@ from swin_kernels import backends
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request) -> str:
-    """Every backend that runs on CPU tensors; those missing on this machine are skipped with the reason they give."""
+    """Every backend that runs on CPU tensors; those missing on this machine are skipped, with the reason they give."""
     if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(f"backend {request.param}: {reason}")
     return request.param
@@ -18,7 +18,7 @@ def backend(request) -> str:
 
 @pytest.fixture
 def cpu_backend() -> str:
-    """The C++ backend, for what it alone promises."""
+    """The C++ backend, for what only it promises."""
     if reason := backends.BACKENDS["cpu"].unavailable():
         pytest.skip(f"backend cpu: {reason}")
     return "cpu"
@@ -26,7 +26,7 @@ def cpu_backend() -> str:
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
 def instruction_set(request, cpu_backend, monkeypatch) -> str:
-    """Every instruction set that the C++ kernels, which look at every call, may be told to use."""
+    """Every instruction set that the C++ kernels may be told to use; they read the setting at every call."""
     monkeypatch.setenv("SWIN_KERNELS_ISA", request.param)
     try:
         assert torch.ops.swin_kernels_cpu.isa() == request.param
@@ -37,7 +37,7 @@ def instruction_set(request, cpu_backend, monkeypatch) -> str:
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
-    """Fill every tensor that PyTorch allocates, from C++ too, with NaN: an element nobody writes shows."""
+    """Fill every tensor that PyTorch allocates, also from C++, with NaN, so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

@@ -30,7 +30,7 @@ def operator(request) -> Operator:
 
 
 def check_contract(operator: Operator, example: Example, backend: str, dtype: torch.dtype, device: str) -> None:
-    """Hold output and gradients of `backend` to the reference in float64, no worse than the reference in `dtype`."""
+    """Check output and gradients of `backend` against the float64 reference: no worse than the reference in `dtype`."""
     call = call_of(operator, example, dtype, device)
     if reason := decline_reason(backend, replace(call, backward=False)):
         with pytest.raises(RuntimeError, match=re.escape(f"{operator.name}: backend {backend!r} cannot run")) as caught:
@@ -150,7 +150,7 @@ def test_strides_do_not_matter(operator):
 
 
 def test_empty_batch(operator):
-    """Empty results; gradients of what has no batch are 0."""
+    """Empty results; gradients of arguments without a batch are 0."""
     example = operator.examples[0]
     first = next(iter(example.shapes))
     batched = [n for n, shape in example.shapes.items() if n in (first, "skip", "residual")]
@@ -189,7 +189,7 @@ def test_second_derivative_is_refused_or_right(operator):
     leaves = {n: t.requires_grad_() for n, t in example.tensors(torch.float32).items()}
     out = operator.public(**leaves, **example.options)
     (gradient,) = torch.autograd.grad(out.square().sum(), next(iter(leaves.values())), create_graph=True)
-    if operator.exact:  # linear: the backward is an operator of its own
+    if operator.exact:  # linear: the backward is a separate operator
         gradient.sum().backward()
         return
     with pytest.raises(RuntimeError, match=f"{operator.name}: differentiable once"):
@@ -197,7 +197,7 @@ def test_second_derivative_is_refused_or_right(operator):
 
 
 def test_forward_mode(operator):
-    """The public function has the derivative; the operator below raises in place of losing it."""
+    """The public function has the derivative; the operator below raises instead of losing it."""
     example = operator.examples[0]
     tensors = example.tensors(torch.float64)
     argument = next(iter(tensors))
@@ -248,7 +248,7 @@ def test_flops_are_counted(operator):
 
 
 def test_bad_arguments_are_named(operator):
-    """Each tensor argument in turn as what it is not; the message begins with the operator and names the argument."""
+    """Each tensor argument in turn with a wrong value; the message begins with the operator and names the argument."""
     example = operator.examples[0]
     tensors = example.tensors(torch.float32)
     first, names = next(iter(tensors)), "|".join(tensors)
@@ -258,7 +258,7 @@ def test_bad_arguments_are_named(operator):
                 continue  # any dtype is copied
             with pytest.raises((TypeError, ValueError)) as caught:
                 operator.public(**(tensors | {name: bad}), **example.options)
-            told = names if isinstance(bad, torch.Tensor) else name  # another shape may tell on another tensor
+            told = names if isinstance(bad, torch.Tensor) else name  # a wrong shape may be reported for another tensor
             assert re.match(rf"{operator.name}: .*\b({told})\b", str(caught.value)), caught.value
         if name != first:
             with pytest.raises(ValueError, match=f"{operator.name}: {name} is on meta"):

@@ -27,7 +27,7 @@ class Case:
     Attributes:
         name: id of the test.
         spatial: extents of the volume.
-        channels, skip: channels of `x` and of `skip`; 0 is no skip.
+        channels, skip: channels of `x` and of `skip`; 0 for no skip.
         out: output channels.
         kernel: extent of the kernel.
         batch: instances.
@@ -112,8 +112,8 @@ def why_declined(backend: str, case: Case, dtype: torch.dtype) -> str | None:
     )
 
 
-# The weight's gradient of PyTorch 2.13's own bfloat16 convolution holds whatever lay in memory, 1e36 say, for a volume
-# of 1×9×1 voxels on processors with AMX and for one of 2×1×6 on one thread of a Zen 4.
+# The weight's gradient of PyTorch 2.13's own bfloat16 convolution holds whatever was in memory (such as 1e36) for a
+# volume of 1×9×1 voxels on processors with AMX and for one of 2×1×6 on one thread of a Zen 4.
 UNDEFINED_IN_PYTORCH = ((1, 9, 1), (2, 1, 6))
 PAIRS = [
     (c, d) for c in CASES + CASES_2D for d in DTYPES if d != torch.bfloat16 or c.spatial not in UNDEFINED_IN_PYTORCH
@@ -173,7 +173,7 @@ def test_gradients_one_by_one(backend, wanted):
 @pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2), (2, 8, 8), (2, 1, 6), (1, 9, 1)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bfloat16_gradients_of_thin_volumes(shape, threads):
-    """The deepest level of a roi of 64 voxels, of which PyTorch's gradient holds memory that nobody wrote."""
+    """The deepest level of a roi of 64 voxels, for which PyTorch's gradient holds uninitialised memory."""
     x, weight = torch.randn(1, 16, *shape).bfloat16(), torch.randn(16, 16, 3, 3, 3).bfloat16()
     gradient = torch.randn(1, 16, *shape).bfloat16()
     left_behind = [torch.full((size,), math.nan) for size in (100, 1000, 10_000, 100_000)]
@@ -227,7 +227,7 @@ def test_differentiable_once(backend):
 
 
 def test_autocast(backend, monkeypatch):
-    """Under autocast it computes what PyTorch's convolution does there, on the reference."""
+    """Under autocast it computes what PyTorch's convolution computes there, on the reference."""
     monkeypatch.setattr(cpu_convolution, "converts", lambda dtype: False)
     leaves, grad_out = make_inputs(Case("autocast", skip=2), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -382,7 +382,7 @@ def test_weight_gradient_kernel_refuses_to_read_out_of_bounds(cpu_backend, argum
 
 
 def test_weight_gradient_is_a_sum_of_few_roundings(cpu_backend):
-    """Sums over the voxels of a volume at the image's resolution, which a running sum in float32 loses digits of."""
+    """Sums over the voxels of a volume at the image's resolution, in which a running float32 sum would lose digits."""
     generator = torch.Generator().manual_seed(0)
     x, grad_out = (torch.randn(1, 48, 64, 64, c, generator=generator) + 1 for c in (2, 3))
     weight = torch.empty(3, 2, 3, 3, 3)

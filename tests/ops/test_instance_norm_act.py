@@ -149,7 +149,7 @@ def test_large_means(backend, residual):
 
 
 def check_large_means(backend: str, residual: str, device: str = "cpu") -> None:
-    """The variance is that of what is left of x when its mean is gone, however large that is."""
+    """The variance is that of x minus its mean, however large the mean is."""
     case = Case("large mean", (1, 6, 20, 20, 20), residual, mean=1e4)
     leaves, _ = make_inputs(case, torch.float32, device)
     truth = plain(case, [leaf.detach().double() for leaf in leaves])
@@ -240,7 +240,7 @@ def test_raw_inplace_refuses_to_lose_a_gradient(cpu_backend, name, backend, reco
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_autograd_sees_the_write(backend, layout):
-    """Else a product recorded before would take its gradient from what was written over."""
+    """Otherwise a product recorded before would take its gradient from overwritten values."""
     x = laid_out(torch.randn(1, 3, 4, 5), layout)
     weight = torch.ones_like(x, requires_grad=True)
     loss = (weight * x).sum()
@@ -253,7 +253,7 @@ def test_autograd_sees_the_write(backend, layout):
 @pytest.mark.parametrize("given", ["x", "residual"])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_inplace_of_what_is_negated_lazily(backend, layout, given):
-    """The imaginary part of a conjugate is a view, of which PyTorch negates what it reads and writes."""
+    """The imaginary part of a conjugate is a view that PyTorch negates on reading and writing."""
     real = laid_out(torch.randn(1, 3, 4, 5), layout)
     negated = torch.complex(torch.zeros_like(real), -real).conj().imag
     assert negated.is_neg()
@@ -294,7 +294,7 @@ def test_differentiable_once(backend):
 
 @pytest.mark.parametrize(("residual", "kept"), [("none", 1), ("plain", 2), ("normalized", 3)])
 def test_memory_kept_for_the_backward(backend, residual, kept):
-    """Volumes that autograd holds: the output; with a residual `x` too; the residual only if it is normalized."""
+    """Volumes that autograd keeps: the output; with a residual also `x`; the residual only if it is normalized."""
     leaves, _ = make_inputs(Case("kept", residual=residual), torch.float32)
     volumes = []
 

@@ -58,7 +58,7 @@ CASES = (
 
 @pytest.fixture
 def backend() -> str:
-    """The one backend that runs it on CPU tensors."""
+    """The only backend that runs it on CPU tensors."""
     return "reference"
 
 
@@ -108,7 +108,7 @@ def check(backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> 
     value = results(lambda *t: layer_norm(*t, case.eps, backend=backend), inputs, grad_out)
     found, truth = results(plain, inputs, grad_out), results(plain, wide, grad_out)
     names = ["out", "grad of x", *(f"grad of {n}" for n in ("weight", "bias") if getattr(case, n))]
-    # Means are subtracted from values and from gradients, whose sizes say how much rounding that leaves.
+    # Means are subtracted from values and from gradients, whose sizes determine how much rounding that leaves.
     deviations = wide[0].detach() - wide[0].detach().mean(-1, keepdim=True)
     steepest = largest((deviations.square().mean(-1) + case.eps).rsqrt())
     factor = 1.0 if inputs[1] is None else largest(inputs[1].detach())

@@ -47,7 +47,7 @@ PRODUCTION = (
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request) -> str:
-    """Every operator runs on this backend; memory that PyTorch allocates starts as NaN, so a gap shows."""
+    """Every operator runs on this backend; memory that PyTorch allocates starts as NaN, so that a gap shows."""
     if reason := backends.BACKENDS[request.param].unavailable():
         pytest.skip(f"backend {request.param}: {reason}")
     torch.use_deterministic_algorithms(True)
@@ -63,7 +63,7 @@ def test_contract_of_every_operator(backend, name, example, dtype):
 
 
 def fitting(backend: str, case: Case) -> Case:
-    """`case`, with head_dim 8 where the backend does not have its own; what it declines beside that is skipped."""
+    """`case`, with head_dim 8 if the backend does not support its own; whatever else it declines is skipped."""
     if backend == "cuda" and (case.dropout_p or math.prod(map(min, case.window, case.spatial)) > 1024):
         pytest.skip("backend cuda: declines attention dropout, and gradients in windows of more than 1024 tokens")
     return case if case.head_dim in HEAD_DIMS[backend] else replace(case, head_dim=8)
@@ -137,7 +137,7 @@ def test_cuda_graph(backend):
 
 
 class Attention(torch.nn.Module):
-    """Window attention of a volume by weights; returns what `graphed` has to find its way through."""
+    """Window attention of a volume with weights; returns a nested result, which `graphed` has to handle."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def test_graphed(backend):
 
 
 def test_memory(backend):
-    """Training keeps the output and one float a score row; scores are never stored."""
+    """Training keeps the output and one float per score row; scores are never stored."""
     case = PRODUCTION[0]
     inputs = on_gpu(case, torch.bfloat16)
     values(backend, case, inputs)

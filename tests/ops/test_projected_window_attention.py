@@ -130,7 +130,7 @@ def test_not_finite_is_as_in_plain_pytorch():
 
 
 def gradients(compute, inputs: dict[str, torch.Tensor | None], case: Case) -> dict[str, torch.Tensor]:
-    """Of every tensor given, for a fixed gradient of the output."""
+    """Gradients of every tensor given, for a fixed gradient of the output."""
     leaves = {name: t.detach().requires_grad_() for name, t in inputs.items() if t is not None}
     out = compute(inputs | leaves, case)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
@@ -151,7 +151,7 @@ def test_gradients(case, dtype):
 @pytest.mark.parametrize("norm_eps", [EPS, None])
 @pytest.mark.parametrize("case", [CASES[2], CASES[6]], ids=lambda c: c.name)
 def test_traced_operator_has_gradients_on_every_machine(case, norm_eps):
-    """A graph holds the operator itself, and may meet a machine or a backend without the kernel."""
+    """A graph holds the operator itself, and may run on a machine or a backend without the kernel."""
     inputs = make(case, torch.float64)
     if norm_eps is None:
         inputs |= ONLY_INSIDE
@@ -205,7 +205,7 @@ def test_gradients_do_not_depend_on_threads(threads):
 
 
 def test_qkv_is_not_kept_for_the_backward(cpu_backend):
-    """Only the inputs, the attention's output and the log-sum-exp are, where the kernel runs."""
+    """Only the inputs, the attention's output and the log-sum-exp are kept, where the kernel runs."""
     inputs, case = make(CASES[1]), CASES[1]
     leaves = {name: t.requires_grad_() for name, t in inputs.items()}
     assert why_declined("cpu", leaves, case) is None
@@ -278,7 +278,7 @@ def test_opcheck(case):
 
 
 def test_a_forced_backend_without_a_kernel_raises(cpu_backend):
-    """It does not run the layers one after the other in silence."""
+    """It does not silently run the layers one after the other."""
     case, inputs = CASES[1], in_float64(make(CASES[1]))
     assert why_declined("cpu", inputs, case) == "dtype torch.float64 has no kernel"
     message = "projected_window_attention: backend 'cpu' cannot run this call: dtype torch.float64 has no kernel"
@@ -293,7 +293,7 @@ def test_a_forced_backend_without_a_kernel_raises(cpu_backend):
 
 
 def test_module_leaves_the_layers_apart_where_no_kernel_takes_them(cpu_backend, caplog):
-    """A backend forced for the attention has no say over the linear layers, and the log names what runs."""
+    """A backend forced for the attention does not affect the linear layers, and the log names what runs."""
     caplog.set_level(logging.DEBUG, logger="swin_kernels")
     attention = modules.WindowAttention(48, 3, (4, 4, 4), qkv_bias=True).double()
     with use_backend("cpu"), torch.no_grad():

@@ -28,7 +28,7 @@ def arguments() -> tuple[torch.Tensor, torch.Tensor, int]:
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """Names of the backends that `select` hands out, in order."""
+    """Names of the backends that `select` returns, in order."""
     names = []
     original = backends.select
 
@@ -220,12 +220,12 @@ def test_public_names():
         assert getattr(swin_kernels, name).__doc__
 
 
-# The CUDA backend's answers, also where there is no GPU
+# The CUDA backend's answers, even without a GPU
 
 
 @pytest.fixture
 def a100(monkeypatch):
-    """The CUDA backend as on a GPU of compute capability 8.0, whose kernels take every call."""
+    """The CUDA backend as on a GPU of compute capability 8.0, with kernels that accept every call."""
     engine = BACKENDS["cuda"]
     monkeypatch.setattr(engine, "unavailable", lambda: None)
     monkeypatch.setattr(library, "capability", lambda device: (8, 0))

@@ -103,7 +103,7 @@ def test_batches(operator):
 
 
 def test_second_derivatives_in_forward_mode():
-    """Forward over reverse, the usual way to a Hessian's product, has no kernel in its way."""
+    """Forward over reverse, the usual way to compute a Hessian's product, is not blocked by a kernel."""
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return projected(x).square().mean()
@@ -130,7 +130,7 @@ def test_in_place_norm_keeps_the_tangent():
 
 
 def test_autocast_under_a_transform():
-    """The operators see the dtypes that they see without it."""
+    """The operators see the same dtypes as without it."""
     x = randn(1, 4, 4, 8).float()
     with torch.autocast("cpu", torch.bfloat16):
         out, tangent = torch.func.jvp(projected, (x,), (x,))
@@ -161,7 +161,7 @@ def test_an_operator_of_the_library_loses_no_tangent_in_silence():
 
 
 def test_a_graph_recorded_before_forward_mode_runs_its_backward_meanwhile(operator):
-    """The level of forward-mode AD is the process's, so that it may be on in another thread."""
+    """The level of forward-mode AD belongs to the process, so it may be on because of another thread."""
     function, x = operator
     x.requires_grad_()
     loss = function(x).square().mean()
@@ -217,7 +217,7 @@ class TestModel:
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     def test_traced_by_jit(self, pair, x):
-        """With gradients, as by default; the trace of one image computes another."""
+        """With gradients, as by default; the trace of one image computes another image correctly."""
         traced = torch.jit.trace(pair[1], x, check_trace=False)
         other = (2 * x + 1).requires_grad_()
         results = [model(other) for model in (traced, pair[0])]
@@ -241,7 +241,7 @@ def counted(function: Callable, *tensors: torch.Tensor) -> tuple[int, int]:
 
 
 class TestFlops:
-    """Against the count of the same computation in PyTorch's operators."""
+    """Compared with the count of the same computation in PyTorch's operators."""
 
     def test_attention(self):
         qkv, table = randn(2, 4, 5, 24).requires_grad_(), TABLE.clone().requires_grad_()
@@ -252,7 +252,7 @@ class TestFlops:
         assert backward == 5 * forward // 2  # the scores are computed again
 
     def test_projected_attention(self):
-        """By the kernel that projects again in the backward."""
+        """With the kernel that projects again in the backward."""
         channels = 32
         x, weight = randn(2, 4, 5, channels).float().requires_grad_(), randn(3 * channels, channels).float()
         out_weight = randn(channels, channels).float()

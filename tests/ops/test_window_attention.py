@@ -88,7 +88,7 @@ def random_cases(draw) -> Case:
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=random_cases(), dtype=st.sampled_from(DTYPES))
 def test_contract_on_random_cases(backend, case, dtype):
-    # Below some thousand scores the 16-bit errors of plain PyTorch are a few elements' luck, not a measure.
+    # Below a few thousand scores the 16-bit errors of plain PyTorch depend on a few elements' luck and are no measure.
     assume(case.scores > (3_000 if dtype.itemsize == 2 else 0) and case.scores < 400_000)
     check_forward_backward(backend, case, dtype)
 
@@ -155,7 +155,7 @@ def test_truth_is_the_contract(case):
     "name", [case.name for case in CASES if case.pad and not case.dropout_p and case.scale is None]
 )
 def test_equals_monai(backend, name):
-    """The attention branch of MONAI's block, its projections left out: output and all gradients."""
+    """The attention branch of MONAI's block without its projections: output and all gradients."""
     case = replace(case_named(name), batch=2)
     channels = case.heads * case.head_dim
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def test_equals_monai(backend, name):
     x = torch.randn(case.batch, *case.spatial, channels, dtype=torch.float64)
     window, shift = monai.get_window_size(case.spatial, case.window, case.shift)
     padded = [-(-s // w) * w for s, w in zip(case.spatial, window, strict=True)]
-    # MONAI reads the mask of an unshifted volume nowhere.
+    # MONAI never reads the mask of an unshifted volume.
     mask = monai.compute_mask(padded, window, shift, "cpu").double() if any(shift) else None
     theirs = block.forward_part1(x, mask)
     ours = window_attention(
@@ -307,7 +307,7 @@ def test_mask_is_finite(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["3d padded shifted", "3d clipped padded shifted", "window 7", "large scores"])
 def test_log_sum_exp(backend, name, dtype):
-    """The operator's second result, which the backward reads: float32 beside the 16-bit dtypes."""
+    """The operator's second result, which the backward reads: float32 for the 16-bit dtypes."""
     case = case_named(name)
     inputs = make_inputs(case, dtype)
     _, lse = torch.ops.swin_kernels.window_attention(
@@ -393,7 +393,7 @@ def test_dropout_is_the_same_on_every_backend(cpu_backend):
 
 
 def test_dropout_keeps_the_mean(backend):
-    """Over many seeds the mean is that of no dropout, within four standard errors."""
+    """Over many seeds the mean is that without dropout, within four standard errors."""
     case = Case("one window", (3, 3), (3, 3), heads=1, head_dim=4)
     inputs = make_inputs(case, torch.float64)
     without = run(backend, case, inputs).detach()
@@ -429,7 +429,7 @@ def test_bits_do_not_depend_on_threads(cpu_backend, threads, dtype, dropout_p):
 
 
 def test_concurrent_callers(cpu_backend):
-    """Calls from several Python threads at once do not disturb each other."""
+    """Concurrent calls from several Python threads do not disturb each other."""
     case = replace(WIDE, spatial=(9, 8, 7), batch=1)
     inputs = [make_inputs(replace(case, name=f"caller {i}"), torch.float32) for i in range(4)]
 
@@ -587,7 +587,7 @@ def test_autocast_leaves_float64(backend):
 
 
 def test_autocast_inside_a_block(backend):
-    """Linear layers produce bfloat16 under autocast, their parameters stay float32: all meet in the operator."""
+    """Linear layers produce bfloat16 under autocast while their parameters stay float32: the operator gets both."""
     block, x = block_and_input(backend)
     with torch.autocast("cpu", torch.bfloat16):
         out = block(x)
@@ -606,7 +606,7 @@ def test_inputs_stay_untouched(backend):
 
 
 def test_nan_stays_in_its_window(backend):
-    """NaN in, NaN out, in the windows that read it and in no other."""
+    """NaN in, NaN out, in the windows that read it and in no others."""
     qkv = torch.randn(1, 6, 6, 12)
     bias_table = torch.randn(25, 2)
     qkv[0, 0, 0, 5] = math.nan  # part of k, head 0

@@ -8,8 +8,8 @@ PLAIN_FACTOR = 2.0
 """A backend's error may be this many times the error of plain PyTorch computing in the same dtype."""
 
 PLAIN_FACTOR_OF_ELEMENTS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
-"""The same for the single largest error. In float32 and float64 it is a noisy number: under large scores a handful of
-elements, those with a softmax that is not saturated, carry all of it."""
+"""The same for the single largest error. In float32 and float64 it is a noisy number: with large scores a handful of
+elements, those with a softmax that is not saturated, make up all of it."""
 
 ARITHMETIC = {
     torch.float64: 1e-12,
@@ -17,11 +17,11 @@ ARITHMETIC = {
     torch.bfloat16: 2e-6,
     torch.float16: 2e-6,
 }
-"""Granted beside it, relative to the `scale` of the results: the rounding of the arithmetic, which is float32 for the
-16-bit dtypes too. It carries the cases in which plain PyTorch happens to be exact (one token in a window)."""
+"""Allowed in addition, relative to the `scale` of the results: the rounding of the arithmetic, which is float32 for
+the 16-bit dtypes too. It covers the cases in which plain PyTorch happens to be exact (one token in a window)."""
 
 STORAGE = {dtype: torch.finfo(dtype).eps / 2 for dtype in ARITHMETIC}
-"""Granted to single elements, relative to the largest one: a correctly rounded result is never wrong, also where plain
+"""Allowed for single elements, relative to the largest one: a correctly rounded result is never wrong, even if plain
 PyTorch was lucky on the few elements of a small tensor."""
 
 
@@ -40,15 +40,15 @@ def root_mean_square(x: torch.Tensor) -> float:
 
 
 def assert_close(name: str, value: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, scale: float) -> None:
-    """Hold `value` to the float64 `truth` by the rule above, in the mean and in the largest element.
+    """Check `value` against the float64 `truth` by the rule above, in the mean and in the largest element.
 
     Args:
         name: what is compared, for the message.
         value: what the backend computed.
         plain: what plain PyTorch computed in the same dtype.
-        truth: the float64 truth; for the gradient of qkv, the errors of q, k and v each count for themselves.
+        truth: the float64 truth; for the gradient of qkv, the errors of q, k and v count separately.
         scale: largest true element of what is computed together; for a gradient, of all gradients, because each of them
-            is what is left of sums of that size (with one token in a window the table's is 0 by cancellation).
+            is what remains of sums of that size (with one token in a window the table's is 0 by cancellation).
     """
     assert value.shape == truth.shape, f"{name}: shape {tuple(value.shape)}, not {tuple(truth.shape)}"
     if truth.numel() == 0:

@@ -46,7 +46,7 @@ def checkpoint(
 
 
 def run(path: Path, out: Path, *names: str, **options) -> tuple[int, str]:
-    """Exit status of an export, and what it prints."""
+    """Exit status and output of an export."""
     text = io.StringIO()
     status = export.run(export.ExportOptions(path, out, names, **options), Console(file=text, width=200))
     return status, text.getvalue()

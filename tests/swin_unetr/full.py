@@ -1,4 +1,4 @@
-"""A disk without room, by a limit of the system on what this process writes into one file."""
+"""A full disk, simulated by the system's limit on what this process writes into one file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SAYS = os.strerror(errno.EFBIG)
-"""What the system says then, in the place of "No space left on device"."""
+"""What the system then says instead of "No space left on device"."""
 
 
 @contextmanager
 def after(size: int) -> Iterator[None]:
-    """Within this context no file can be written beyond `size` bytes."""
+    """In this context no file can be written beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -20,7 +20,7 @@ ORGANS = Labels({"liver": [1], "spleen": [7]})
 
 
 def checkpoint(path: Path, seed: int = 0, labels: Labels = ORGANS, kind: str = "train", **options) -> Path:
-    """Write a checkpoint of random weights, alike for a seed."""
+    """Write a checkpoint of random weights, the same for each seed."""
     preprocessing = Preprocessing(**{"spacing": (2.0, 2.0, 3.0), "window": (-100.0, 100.0)} | options)
     architecture = Architecture(**SMALL)
     torch.manual_seed(seed)
@@ -38,7 +38,7 @@ def checkpoint(path: Path, seed: int = 0, labels: Labels = ORGANS, kind: str = "
 
 
 def affine(axes: str = "RAS", spacing=(1.6, 1.9, 4.0)) -> np.ndarray:
-    """Of a grid whose axes run to the sides named, somewhere in space."""
+    """The affine of a grid whose axes run to the sides named, somewhere in space."""
     place = np.zeros((4, 4))
     for axis, side in enumerate(axes):
         patient = next(i for i, pair in enumerate(("RL", "AP", "SI")) if side in pair)

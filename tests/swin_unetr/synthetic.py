@@ -1,4 +1,4 @@
-"""Small synthetic volumes on disk, with a datalist: cases of any modality count, spacing and label values."""
+"""Small synthetic volumes on disk, with a datalist: cases with any number of modalities, spacing and label values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def dataset(
     """Write cases as the Medical Segmentation Decathlon does; returns the path of the dataset.json.
 
     Args:
-        split_files: one file a channel, in a folder a case, as BraTS has them; otherwise all channels in one file.
+        split_files: one file per channel, in one folder per case, as in BraTS; otherwise all channels in one file.
     """
     entries = []
     for number in range(cases):

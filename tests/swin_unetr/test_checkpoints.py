@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, checked when read, no code in them, the last good one found."""
+"""Checkpoint files: complete or not there, checked when read, without code in them; the last good one is found."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [50, 3000, 150_000])
 def test_a_disk_that_fills_up_while_writing(tmp_path, size):
-    """torch's writer of zip files meets it in the middle of the file, and says something of positions."""
+    """torch's zip writer hits it in the middle of the file, and reports something about positions."""
     weights = {f"w{number}": torch.rand(size) for number in range(600_000 // size // 4 or 1)}
     with full.after(200_000), pytest.raises(checkpoints.NotSaved) as error:
         checkpoints.write(tmp_path / "x.pt", content() | {"model": weights})
@@ -95,7 +95,7 @@ def test_an_altered_weight_is_damage(tmp_path):
     path = tmp_path / checkpoints.name(1)
     checkpoints.write(path, content())
     _replace(path, "data/0", torch.arange(6.0).neg().numpy().tobytes())
-    assert torch.load(path, weights_only=True)["model"]["weight"][0, 1] == -1  # a file that torch has nothing against
+    assert torch.load(path, weights_only=True)["model"]["weight"][0, 1] == -1  # a file that torch accepts
     with pytest.raises(checkpoints.Damaged, match="the checksum differs"):
         checkpoints.read(path)
 
@@ -103,7 +103,7 @@ def test_an_altered_weight_is_damage(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # PyTorch's about the protocols that damage names
 @pytest.mark.parametrize("value", [0x00, ord("s"), 0xFF])
 def test_any_byte_changed_is_damage(tmp_path, value):
-    """In the file as it lies, and in the program for the unpickler inside with the zip's own checksums made right."""
+    """In the file as it is, and in the unpickler's program inside, with the zip's own checksums made right."""
     whole, path = tmp_path / "whole.pt", tmp_path / checkpoints.name(1)
     checkpoints.write(whole, content())
     expected, original = checkpoints.read(whole).content, whole.read_bytes()

@@ -1,4 +1,4 @@
-"""The command line: options as people type them, and values that no command can run with."""
+"""The command line: options as people type them, and values with which no command can run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_lists_of_numbers_texts_and_paths():
     ids=lambda value: value if isinstance(value, str) else value[-1],
 )
 def test_several_values_are_given_once(command, words):
-    """Of an option with one value the last counts; of several, to some the last ones and to others all."""
+    """For an option with one value the last counts; with several, for some the last ones and for others all."""
     name = [word for word in words if word.startswith("--")][-1][2:].partition("=")[0]
     says = rf"^{name} is given twice; accepted is --{name} once, with all its values after it$"
     with pytest.raises(ValueError, match=says):
@@ -120,7 +120,7 @@ def test_classes_in_a_file(tmp_path):
     assert options.labels == Labels({"organ": [1], "2": [2]})
 
 
-# --- what is no option, or no value of one ---
+# --- what is not an option, or not a value of one ---
 
 
 WRONG = {
@@ -327,7 +327,7 @@ def test_too_little_memory_is_said(capsys, monkeypatch):
 
 
 def test_accepted_architectures_are_built():
-    """What is not refused is a network: the limits are no narrower and no wider than that."""
+    """Whatever is not refused builds a network: the limits are exactly that wide."""
     for options in (
         {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 1},
         {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (12, 24, 48, 96), "use_v2": True},

@@ -1,4 +1,4 @@
-"""`swin-unetr demo`: a small run from end to end, its parts, and what its command line refuses."""
+"""`swin-unetr demo`: a small run from start to finish, its parts, and what its command line refuses."""
 
 import dataclasses
 import io

@@ -40,7 +40,7 @@ def test_labels_are_anatomically_plausible(patient):
     assert -950 < np.median(hu[labels == 2]) < -650
     assert -150 < np.median(hu[labels == 1]) < 100
     assert np.median(hu[labels == 0]) < -950
-    # Trachea: in the top third, air that lies inside the body and is no lung.
+    # Trachea: in the top third, air inside the body that is not lung.
     top = slice(2 * labels.shape[2] // 3, None)
     airway = (hu[:, :, top] < -800) & (labels[:, :, top] == 1)
     assert 2 < airway.sum() * 45e-3 < 100  # ml
@@ -104,7 +104,7 @@ def test_label_rule_on_a_phantom(script, phantom):
     ct, lesion, expected = phantom
     found = sitk.GetArrayFromImage(script.label_map(ct, lesion))
     wrong = found != expected
-    # Opening and closing by a disc round the corners of boxes; the bronchus is lung where it opens into it.
+    # Opening and closing with a disc round off the corners of boxes; the bronchus is lung where it opens into it.
     wrong[:, [10, 69]] = False
     wrong[:, :, [6, 93]] = False
     for y, x in ((30, 22), (30, 33), (47, 22), (47, 33)):
@@ -129,7 +129,7 @@ def test_resample_keeps_the_field_of_view_and_the_labels(script, phantom):
     for image in (small_ct, small_labels):
         assert image.GetSpacing() == script.SPACING
         assert image.GetSize() == (67, 53, 20)
-        # The first voxel's corner is where the first voxel's corner was.
+        # The corner of the first voxel is where it was.
         corner = image.TransformContinuousIndexToPhysicalPoint([-0.5] * 3)
         np.testing.assert_allclose(corner, ct.TransformContinuousIndexToPhysicalPoint([-0.5] * 3), atol=1e-5)
     assert (small_ct.GetPixelID(), small_labels.GetPixelID()) == (sitk.sitkInt16, sitk.sitkUInt8)

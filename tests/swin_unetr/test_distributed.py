@@ -1,4 +1,4 @@
-"""Several ranks train what one trains; all of them stop together; one that dies is reported and costs little."""
+"""Several ranks train the same as one; all of them stop together; a rank that dies is reported and costs little."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def train(out: Path) -> None:
 
 
 def resume_across(out: Path) -> None:
-    """What DDP, FSDP2 and one process saved at step 4 is gone on with by FSDP2."""
+    """FSDP2 resumes from what DDP, FSDP2 and one process saved at step 4."""
     for name in TRAINED:
         _only_first_four_steps(out / name, out / f"{name} then fsdp")
         assert resumed(out / f"{name} then fsdp", WithHead(noisy=False), schedule=SHORT, **TRAINED["fsdp"]).run()
 
 
 def resume_noisy(out: Path) -> None:
-    """With dropout and noise of every rank's own, interrupted inside a step."""
+    """With separate dropout and noise on every rank, interrupted inside a step."""
     assert loop(out / "whole", schedule=SHORT, **TRAINED["ddp"]).run()
     with pytest.raises(ZeroDivisionError):
         loop(out / "parts", None, ToyBatches(before=lambda number: 1 / (9 - number)), SHORT, **TRAINED["ddp"]).run()
@@ -74,7 +74,7 @@ def signal_on_one_rank(out: Path) -> None:
 
 
 def signal_in_validation_of_one_rank(out: Path) -> None:
-    """Rank 1 breaks it off, rank 0 does not; what goes on repeats it."""
+    """Rank 1 aborts it, rank 0 does not; the resumed run repeats it."""
 
     class Signalled(Toy):
         def scores(self, core):
@@ -103,7 +103,7 @@ def not_finite_on_one_rank(out: Path) -> None:
 
 
 def full_disk(out: Path) -> None:
-    """Rank 0 alone writes, and every rank learns that it could not."""
+    """Only rank 0 writes, and every rank learns that it could not."""
     save = torch.save
     full = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     torch.save = lambda value, file, **how: save(value, full if "progress" in value else file, **how)
@@ -115,7 +115,7 @@ def full_disk(out: Path) -> None:
 
 
 def segment(out: Path) -> None:
-    """Swin UNETR itself, with deep supervision, by DDP and FSDP2."""
+    """Swin UNETR itself, with deep supervision, on DDP and FSDP2."""
     for name in TRAINED:
         task, batches = segmentation(), Crops()
         assert loop(out / f"segment {name}", task, batches, Schedule(steps=1), parallel=name).run()
@@ -146,7 +146,7 @@ SCENARIOS = {
 
 
 class Crops(ToyBatches):
-    """Two crops of one class that is bright, for all ranks together."""
+    """Two crops with one bright class, for all ranks together."""
 
     def stream(self, start):
         number = start
@@ -202,7 +202,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """The folder of a job of so many ranks, in which all its `SCENARIOS` ran."""
+    """The folder of a job with that many ranks, in which all its `SCENARIOS` ran."""
     folders: dict[int, Path] = {}
 
     def run(ranks: int) -> Path:
@@ -217,7 +217,7 @@ def job(tmp_path_factory):
     return run
 
 
-# --- what came of it ---
+# --- the outcome ---
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -256,7 +256,7 @@ def test_every_rank_goes_on_with_its_own_random_numbers(job, ranks):
 
 
 def test_swin_unetr_trains_and_validates_alike_on_any_number_of_ranks(job, tmp_path):
-    """Gradients are compared, as AdamW keeps them: its first step is their sign, which rounding flips near 0."""
+    """Gradients are compared as AdamW keeps them: its first step is their sign, which rounding flips near 0."""
     assert loop(tmp_path, segmentation(), Crops(), Schedule(steps=1)).run()
     expected, figures = _gradients(tmp_path)
     assert set(figures) == {"event", "step", "dice", "dice of bright", "seconds"}
@@ -276,7 +276,7 @@ def _gradients(out: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def test_validation_does_not_depend_on_how_cases_are_shared(monkeypatch):
-    """Each case counts once and alike: three cases by one rank, or by two of which one has two."""
+    """Each case counts once and equally: three cases on one rank, or on two ranks, one of which has two."""
     task = segmentation()
     core = task.core.eval()
     alone = task.figures([task.scores(core)])
@@ -299,7 +299,7 @@ def test_running_statistics_alone_are_broadcast(monkeypatch, norm, wanted):
 
 
 def torchrun(out: Path, *arguments: str, restarts: int = 0) -> subprocess.Popen:
-    """As scripts/slurm/train.sbatch starts it, on one node."""
+    """On one node, started as by scripts/slurm/train.sbatch."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
     command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "60"]
@@ -329,7 +329,7 @@ def test_ranks_that_differ_all_end_and_say_in_what(tmp_path):
     process = torchrun(tmp_path, toy_job.DIFFERENT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert time.monotonic() - started < 60  # most of it goes into imports
+    assert time.monotonic() - started < 60  # imports take most of it
     says = (
         "the ranks of this job differ: schedule.steps is 8 on rank 0 and 9 on rank 1; "
         "on rank 1, compared with rank 0, cases case 0 are gone from the data; "

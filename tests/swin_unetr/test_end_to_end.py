@@ -32,7 +32,7 @@ def run(command: str, *options: str) -> None:
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """The folder in which all five commands ran, and what they said."""
+    """The folder in which all five commands ran, and their output."""
     out = tmp_path_factory.mktemp("way")
     unlabelled = {"training": [{"image": f"patient{number}_ct.nii.gz"} for number in (1, 2)]}
     labelled = {
@@ -116,6 +116,6 @@ def test_the_report_shows_what_was_measured(walked):
 
 
 def test_the_model_takes_most_of_a_step(walked):
-    """The loader does not starve the training: what a step waits for data is small, with the cases in memory."""
+    """The loader does not starve the training: with the cases in memory, a step waits little for data."""
     steps = [line for line in log.read(walked / "trained") if line["event"] == "train"][2:]
     assert statistics.median(line["data_fraction"] for line in steps) < 0.15

@@ -49,7 +49,7 @@ def test_scores_of_a_shifted_cube():
 
 
 def test_surface_dice_is_the_part_of_both_surfaces_within_tolerance():
-    """Of two equal cubes one is found, and another where none is: half of both surfaces agrees."""
+    """Of two equal cubes one is found, and another where there is none: half of both surfaces agrees."""
     label = cube((1, 1, 1), (6, 6, 6)) + cube((12, 12, 12), (17, 17, 17))
     prediction = cube((1, 1, 1), (6, 6, 6)) + cube((1, 12, 1), (6, 17, 6))
     assert scores(prediction, label, {"organ": [1]}, SPACING, tolerance=2.0)["organ"].nsd == pytest.approx(0.5)
@@ -175,7 +175,7 @@ def test_a_format_does_not_move_a_label_map(tmp_path):
 
 @pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000.0), ("mm", 1.0), ("micron", 0.001)])
 def test_scores_are_in_mm_and_ml_whatever_the_unit_of_a_file(tmp_path, unit, millimetres):
-    """Of one in its own unit and one in mm."""
+    """One file in its own unit and one in mm."""
     values = cube((5, 5, 5), (13, 13, 13))
     labels = []
     for name, of_a_unit in ((unit, millimetres), ("mm", 1.0)):
@@ -220,7 +220,7 @@ def test_files_that_are_no_label_maps_are_named(tmp_path):
 
 
 def run_of(folder, quality, *, cases=6, missing=(), seed=0):
-    """Label maps of blobs and predictions of them: the lower `quality`, the smaller than the label."""
+    """Label maps of blobs and predictions of them: the lower the `quality`, the smaller the prediction."""
     random = np.random.default_rng(seed)
     for i in range(cases):
         grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
@@ -338,7 +338,7 @@ def test_a_broken_case_is_reported_and_the_others_go_on(tmp_path):
 
 
 def test_a_full_disk_leaves_the_results_that_were_there(tmp_path):
-    """A table fits on it, the picture does not."""
+    """The table fits on it, the picture does not."""
     evaluated(run_of(tmp_path, 0.7, cases=2))
     before = {path.name: path.read_bytes() for path in (tmp_path / "evaluation").iterdir()}
     room = (2 * len(before["evaluation.json"]) + len(before["scores.png"])) // 3
@@ -375,7 +375,7 @@ def test_names_are_shown_and_written_as_they_are(tmp_path):
     assert {row[1] for row in table[1:]} == {"[/x]", "'=2+3", "$\\frac$", "caf\\udce9"}
     assert {os.fsencode(name) for name in results["scores"]} == set(names)
     assert (tmp_path / "evaluation" / "scores.png").stat().st_size > 5000
-    # And again, beside that run.
+    # And again, compared with that run.
     terminal = evaluated(tmp_path, classes=classes, compare=tmp_path / "evaluation" / "evaluation.json")[2]
     assert terminal.count("[/x]") == 2
 

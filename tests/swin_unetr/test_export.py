@@ -1,4 +1,4 @@
-"""Export: every format against the network, what the files need to run, and what is refused."""
+"""Export: every format compared with the network, what the files need to run, and what is refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def test_a_program_is_of_fused_operators(exported):
-    """All that eager inference runs, and the choice of a backend is left to the machine that runs it."""
+    """Everything that eager inference runs; the choice of a backend is left to the machine that runs the file."""
     program = torch.export.load(exported[1] / "model.pt2")
     fused = [node for node in program.graph.nodes if str(node.target).startswith("swin_kernels.")]
     assert {str(node.target).split(".")[1] for node in fused} == {
@@ -123,7 +123,7 @@ sys.exit(float((found - expected).abs().max() / expected.abs().max()) > 1e-5)
 
 
 def test_a_portable_program_needs_pytorch_alone(tmp_path):
-    """In merging_legacy, which no MONAI of today computes, and for a fixed number of images of another shape."""
+    """With merging_legacy, which no current MONAI computes, and for a fixed number of images of another shape."""
     path = checkpoint(tmp_path / "best.pt", downsample="merging_legacy")
     status, printed = run(path, tmp_path / "out", "pt2", portable=True, batch=2, shape=(32, 64, 32))
     assert status == 0, printed
@@ -197,7 +197,7 @@ def test_monai_is_left_as_it_was(tmp_path):
 
 
 def wrong(state, metadata):
-    """Safetensors of weights that are not the network's."""
+    """Safetensors with weights that are not the network's."""
     return weights_save(
         {name: value + 1e-3 if value.is_floating_point() else value for name, value in state.items()}, metadata
     )
@@ -236,7 +236,7 @@ def test_an_output_that_is_not_a_number_does_not_pass():
 
 
 def test_a_full_disk_is_said_of_every_format(tmp_path):
-    """PyTorch's own writers end the process where it is full."""
+    """PyTorch's own writers end the process on a full disk."""
     path, out, names = (
         checkpoint(tmp_path / "best.pt"),
         tmp_path / "out",
@@ -279,7 +279,7 @@ def test_files_are_replaced_only_if_asked_for(tmp_path):
 
 
 def test_what_a_killed_export_left_is_removed(tmp_path):
-    """All but a file that was there before, which it had moved out of the way of the new one."""
+    """All but an earlier file, which it had moved out of the new one's way."""
     path, out = checkpoint(tmp_path / "x.pt"), tmp_path / "out"
     for name in ("half/new/model.pt2", "moved/old"):
         (out / f".export-{name}").parent.mkdir(parents=True)

@@ -236,7 +236,7 @@ def test_refused_and_untouched(state, message, trained):
 
 
 def test_other_feature_size_is_refused(trained):
-    """Bias tables fit any feature_size: some entries agree, the model would still be nonsense."""
+    """Bias tables fit any feature_size: some entries match, but the model would still be nonsense."""
     model = own(feature_size=24)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
@@ -279,7 +279,7 @@ def _holding_itself() -> dict:
 
 
 def _altered(path, state) -> None:
-    """A weight of one bit less, of which `torch.load` says nothing."""
+    """A weight with one bit flipped, about which `torch.load` says nothing."""
     torch.save(state, path)
     content = bytearray(path.read_bytes())
     place = content.index(state["out.conv.conv.weight"].numpy().tobytes())

@@ -1,4 +1,4 @@
-"""A run's folder has one owner, whatever became of the last one."""
+"""A run's folder has one owner, whatever happened to the last one."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_a_run_that_is_gone_left_is_no_owner(tmp_path, content):
 
 
 def test_an_owner_that_ends_between_opening_and_locking(tmp_path, monkeypatch):
-    """The file that was opened is no longer that of the name: another process may lock a new one."""
+    """The opened file no longer has its name: another process may lock a new one."""
     path, lockf, locked = tmp_path / lock.NAME, fcntl.lockf, []
 
     def late(descriptor, how):
@@ -108,7 +108,7 @@ def test_an_owner_that_ends_between_opening_and_locking(tmp_path, monkeypatch):
 
 @pytest.fixture
 def without_locks(monkeypatch):
-    """A file system that has none."""
+    """A file system without locks."""
 
     def unsupported(descriptor, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

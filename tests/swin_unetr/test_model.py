@@ -284,7 +284,7 @@ def test_metatensor_and_sliding_window():
 
 @pytest.mark.parametrize("feature_size", [12, 48])
 def test_training_on_a_metatensor(feature_size):
-    """Loaders give their images so; 12 and 48 channels go through different operators."""
+    """This is how loaders return images; 12 and 48 channels go through different operators."""
     torch.manual_seed(0)
     model = swin_unetr.SwinUNETR(1, 2, feature_size=feature_size)
     plain, gradients = image(shape=(32, 32, 64)), []
@@ -295,7 +295,7 @@ def test_training_on_a_metatensor(feature_size):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-# What follows needs no forward of MONAI's.
+# What follows does not need MONAI's forward.
 
 
 def test_same_signature():

@@ -1,4 +1,4 @@
-"""`swin-unetr predict`: as MONAI, in slabs too, on the image's own grid; bad cases do not end the others."""
+"""`swin-unetr predict`: as MONAI, also in slabs, on the image's own grid; bad cases do not stop the others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def volume(axes: str = "RAS", shape=(70, 61, 33)) -> imaging.Volume:
 
 
 def by_monai(ensemble: ensembles.Ensemble, found: imaging.Volume, overlap: float, decide: bool = True):
-    """Label map, or probabilities, by MONAI's transforms and their inverse: what users have."""
+    """Label map, or probabilities, from MONAI's transforms and their inverse: what users have now."""
     keys = ("image",)
     steps = ensemble.preprocessing
     before = transforms.Compose([*steps.geometry(keys), *steps.scale()])
@@ -87,7 +87,7 @@ def test_a_tilted_gantry_is_interpolated_in_space(tmp_path, monkeypatch):
     found = imaging.Volume(volume().values, place)
     ours = predict.segment(found, ensemble, Windows(), CPU, say=said.append).labels
     assert "tilted gantry" in said[0]
-    # The image takes 0.0007 GiB on the network's grid, and there are three classes. For these alone:
+    # The image takes 0.0007 GiB on the network's grid, and there are three classes. For these only:
     monkeypatch.setattr(preprocessing, "resampling", lambda channels: 4 * channels)
     with pytest.raises(ValueError, match=r"for the classes of the whole volume at once; accepted are .* \(largest\)"):
         predict.segment(found, ensemble, Windows(), CPU, largest=0.001)
@@ -194,7 +194,7 @@ def test_the_averaged_weights_are_used(tmp_path):
 @pytest.mark.parametrize("spacing", [None, (1.6, 1.9, 4.0), (2.0, 2.0, 3.0)], ids=["kept", "equal", "resampled"])
 @pytest.mark.parametrize("axes", ["RAS", "LAS"])
 def test_numbers_and_pictures_are_of_the_image_as_it_is(tmp_path, monkeypatch, axes, spacing, intensity):
-    """Where orientation and spacing copy nothing, transforms work on the array that they are given."""
+    """If orientation and spacing copy nothing, transforms work on the array that they are given."""
     torch.manual_seed(0)
     ensemble = ensembles.Ensemble(
         (torch.nn.Conv3d(1, 3, 3, padding=1),), ORGANS, Preprocessing(spacing, intensity=intensity), ROI, 1, {}
@@ -255,7 +255,7 @@ def test_a_broken_case_is_reported_and_the_others_go_on(inputs):
 
 
 def test_a_failure_is_one_line_however_long_its_names(inputs):
-    """In a file or a pipe, which rich takes to be 80 columns wide."""
+    """In a file or a pipe, which rich assumes to be 80 columns wide."""
     path = inputs / "in" / f"a patient [with] a name {'and a study ' * 10}.nii.gz"
     path.write_text("no image")
     terminal = io.StringIO()
@@ -284,7 +284,7 @@ def test_what_is_no_image_costs_nothing_and_is_named(inputs):
 
 
 def test_largest_bounds_the_networks_grid_too(inputs):
-    """A file of voxels of a wrong unit: small itself, huge where it is resampled."""
+    """A file with a wrong unit for its voxels: small itself, huge once resampled."""
     nifti(inputs / "in" / "unit.nii.gz", image((12, 12, 12)), np.diag([32.0, 32.0, 32.0, 1.0]))
     (inputs / "in" / "good.nii.gz").unlink()
     terminal = io.StringIO()
@@ -301,7 +301,7 @@ def test_largest_bounds_the_networks_grid_too(inputs):
 
 
 def test_voxels_beyond_any_scanner_are_refused(inputs):
-    """Where resampling takes the memory, rather than the image."""
+    """If resampling rather than the image takes the memory."""
     place = np.diag([32000.0, 32.0, 32.0, 1.0])
     nifti(inputs / "in" / "unit.nii.gz", image((12, 12, 12)), place)
     terminal = io.StringIO()
@@ -321,7 +321,7 @@ def test_an_image_of_the_networks_spacing_takes_no_coordinates():
 
 
 def test_what_is_behind_an_error_of_preprocessing_is_told(inputs, monkeypatch):
-    """MONAI says which transform it was, and no more."""
+    """MONAI says which transform failed, and no more."""
 
     def scale(self):
         def step(item):
@@ -367,7 +367,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_full_disk_leaves_tables_and_report_that_were_there(inputs):
-    """The label map fits on it and a table, the report does not."""
+    """The label map and a table fit on it, the report does not."""
     quiet, out = Console(quiet=True), inputs / "out"
     assert predict.run(options(inputs), quiet) == 0
     before = contents(out)
@@ -437,7 +437,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_an_output_that_is_not_finite_is_no_segmentation(inputs, monkeypatch, value):
-    """Of one image; the others go on."""
+    """For one image; the others continue."""
     nifti(inputs / "in" / "bright.nii.gz", np.full((40, 61, 23), 90, np.int16))
 
     def slide(part, network, roi, how, device):
@@ -457,7 +457,7 @@ def test_an_output_that_is_not_finite_is_no_segmentation(inputs, monkeypatch, va
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_an_image_is_never_replaced(inputs, entropy):
-    """Not even where replacing results is allowed, and not through another name of its folder."""
+    """Not even if replacing results is allowed, and not through another name of its folder."""
     (inputs / "link").symlink_to(inputs / "in")
     (inputs / "in" / "entropy").mkdir()
     image_file = inputs / "in" / "entropy" / "good.nii.gz" if entropy else inputs / "in" / "good.nii.gz"
@@ -535,7 +535,7 @@ def test_networks_that_cannot_be_built_are_named(tmp_path, part, value, message)
 
 
 def test_a_shells_pattern_names_files(tmp_path):
-    """A file alone is no list of files, as the parser would have it."""
+    """A single file is not a list of files, though the parser would make it one."""
     (tmp_path / "a.pt").write_text("none.pt")
     for given, expected in (
         ([tmp_path / "a.pt"], [tmp_path / "a.pt"]),

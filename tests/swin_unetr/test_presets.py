@@ -1,4 +1,4 @@
-"""Every preset trains two steps on synthetic volumes of its modalities, spacing and labels, on a tiny network."""
+"""Every preset trains a tiny network for two steps on synthetic volumes with its modalities, spacing and labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from swin_unetr.datasets import transforms
 
 from . import synthetic
 
-# Channels, label values and kind of image, as the data sets have them.
+# Channels, label values and kind of image, as in the data sets.
 DATA = {
     "brats21": (4, (1, 2, 4), "mr"),
     "btcv": (1, tuple(range(1, 14)), "ct"),
@@ -84,7 +84,7 @@ def test_the_preset_of_pretraining_trains(tmp_path):
 
 
 def train(command: str, name: str, datalist: Path, out: Path) -> dict:
-    """Two steps; returns the weights' file."""
+    """Train two steps; returns the file of weights."""
     tiny = options(command, name, datalist, out, **TINY)
     assert importlib.import_module(f"swin_unetr.{command}").run(tiny, Console(quiet=True)) == 0
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())

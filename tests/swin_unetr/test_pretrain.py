@@ -31,7 +31,7 @@ def test_a_view_is_its_crop_rotated_with_blocks_replaced(extents, axes):
     crops = torch.rand(3, 2, *extents)
     seen = view(crops, Cutout(), axes, generator())
     for crop, whole, turns in zip(crops, seen.whole, seen.turns.tolist(), strict=True):
-        # Turning back gives the crop: the class is the number of quarter turns made in that plane.
+        # Turning back gives the crop: the class is the number of quarter turns in that plane.
         torch.testing.assert_close(whole.rot90(-turns, [axis + 1 for axis in axes]), crop, rtol=0, atol=0)
     kept = ~seen.cut.expand_as(crops)
     assert torch.equal(seen.image[kept], seen.whole[kept])
@@ -206,7 +206,7 @@ def _embeddings() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _contrast_on_a_rank(rank: int, folder: str) -> None:
-    """Loss and gradient of a linear head that sees half of the batch, averaged as data parallel training does."""
+    """Loss and gradient of a linear head that sees half of the batch, averaged as in data-parallel training."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
@@ -236,7 +236,7 @@ def test_two_ranks_contrast_as_one_process_with_the_whole_batch(tmp_path):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         torch.testing.assert_close(found["loss"], expected.detach())
         torch.testing.assert_close(found["gradient"], head.weight.grad)
-    # The test can tell: without the other rank's negatives the loss is another.
+    # The test can fail: without the other rank's negatives the loss differs.
     alone = losses.contrast(*(head(batch[:2]) for batch in _embeddings()))
     assert alone.item() != pytest.approx(expected.item(), rel=0.05)
 
@@ -257,7 +257,7 @@ def test_a_step_weighs_its_three_losses_and_repeats_under_a_seed():
 
 
 def test_reconstruction_is_asked_for_what_was_cut_out():
-    """The target is the rotated crop with nothing cut out, of both views."""
+    """The target is the rotated crop with nothing cut out, for both views."""
     crops, tasks = torch.rand(3, 1, 64, 64), Tasks(rotation_axes=(0, 1))
     views = two_views(crops, tasks, generator(1))
     perfect = Answers(torch.zeros(6, 4), torch.randn(6, 8), views.whole)

@@ -1,4 +1,4 @@
-"""A trained network from its checkpoint: from one reading of the file, by one building of the network."""
+"""A trained network from its checkpoint: the file is read once, and the network built once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .segmenter import checkpoint
 
 
 def test_what_is_loaded_is_what_was_checked(tmp_path, monkeypatch):
-    """A training that goes on may replace best.pt at any moment."""
+    """A running training may replace best.pt at any moment."""
     path = checkpoint(tmp_path / "best.pt")
     digest, load = hashlib.sha256(path.read_bytes()).hexdigest(), torch.load
 

@@ -1,4 +1,4 @@
-"""A terminal that goes away, or was never there, costs nothing; neither does a signal that comes early."""
+"""A terminal that goes away, or was never there, does no harm; neither does a signal that comes early."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_signal_before_training_begins(which, status, monkeypatch, capsys):
 
 
 def test_a_signal_while_libraries_are_imported():
-    """Whatever these do with an exception."""
+    """Whatever these do with exceptions."""
     script = (
         "import os, signal, sys\n"
         "from swin_unetr import cli\n"
@@ -145,7 +145,7 @@ def test_a_signal_while_libraries_are_imported():
 
 
 def test_a_signal_that_is_repeated_at_once_is_one():
-    """So that the second does not cut short what the first has begun: to write tables, say."""
+    """So that the second does not cut short what the first has begun, such as writing tables."""
     survived = []
 
     def signalled():

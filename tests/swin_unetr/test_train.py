@@ -1,4 +1,4 @@
-"""`swin-unetr train` from its command line to its files, what its loop does in a step, and what is refused."""
+"""`swin-unetr train` from its command line to its files, what its loop does in one step, and what is refused."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def arguments(datalist, out, **more) -> list[str]:
         "schedule.validate_every": 2,
         "schedule.checkpoint_every": 2,
         "validation.overlap": 0,
-        "optimization.precision": "fp32",  # in which a run is the same to the bit
+        "optimization.precision": "fp32",  # in which a run is the same bit for bit
         "device": "cpu",
         **{f"architecture.{name}": list(v) if isinstance(v, tuple) else v for name, v in TINY.items()},
         **more,
@@ -69,7 +69,7 @@ def arguments(datalist, out, **more) -> list[str]:
 
 
 def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
-    """From pretrained weights, with dropout everywhere; a signal interrupts its third step, then it goes on."""
+    """From pretrained weights, with dropout everywhere; a signal interrupts its third step, then it resumes."""
     encoder = SwinUNETR(**TINY).swinViT
     checkpoints.write(
         tmp_path / "pretrained.pt", {"kind": "pretrain", "model": PretrainingNetwork(encoder, 1).state_dict()}
@@ -92,7 +92,7 @@ def test_a_run_from_the_command_line(datalist, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Segmentation, "losses", interrupted)
-        patch.setattr(interruption, "PATIENCE", 600.0)  # the machine may be busy, and a step that takes long is left
+        patch.setattr(interruption, "PATIENCE", 600.0)  # on a busy machine a slow step would be abandoned
         assert cli.main(command) == 75
     assert "swinViT (" in capsys.readouterr().out  # what of the pretrained weights matched
     (tmp_path / "pretrained.pt").rename(tmp_path / "moved.pt")
@@ -151,7 +151,7 @@ def test_another_configuration_does_not_go_on(datalist, tmp_path, capsys):
 
 
 def test_the_same_data_elsewhere_go_on(datalist, tmp_path, capsys):
-    """Moved, and listed in another order, by a file of another name, which gives the split as folds."""
+    """Moved, and listed in another order, in a file with another name, which gives the split as folds."""
     one_step = {"schedule.steps": 1, "validation.overlap": 0}
     assert cli.main(arguments(datalist, tmp_path / "run", **one_step)) == 0
     moved = tmp_path / "moved"
@@ -197,7 +197,7 @@ def test_what_of_the_data_differs(then, now, says):
 
 @pytest.mark.parametrize("place", [0, 500_000, 999_999])
 def test_a_file_is_told_by_its_content_and_not_by_its_place(tmp_path, place):
-    """A changed block in an uncompressed volume, as an edited label map has it."""
+    """A changed block in an uncompressed volume, as in an edited label map."""
     whole = np.random.default_rng(0).bytes(1_000_000)
     digests = []
     for name, content in (("a", whole), ("b", whole), ("c", whole[:place] + bytes(100_000) + whole[place + 100_000 :])):
@@ -299,7 +299,7 @@ def test_accumulated_batches_are_one_large_batch(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_gradients_are_clipped_at_their_true_length(tmp_path, precision):
-    """Under fp16 they are a loss scale longer until they are unscaled."""
+    """Under fp16 they are larger by the loss scale until they are unscaled."""
     clip = 0.01
     made = loop(tmp_path, Toy(noisy=False), schedule=Schedule(steps=1), precision=precision, clip=clip)
     if precision == "fp16":
@@ -316,7 +316,7 @@ def test_gradients_are_clipped_at_their_true_length(tmp_path, precision):
 
 
 def made_norm() -> float:
-    """Of the first gradient, in float32 and without the loop."""
+    """The norm of the first gradient, in float32 and without the loop."""
     task = Toy(noisy=False)
     task.losses(task.network, next(ToyBatches().stream(0)), None)["loss"].backward()
     return nn.utils.get_total_norm([parameter.grad for parameter in task.network.parameters()]).item()
@@ -382,7 +382,7 @@ def test_epochs_are_steps():
 
 
 def test_validation_does_not_move_training(tmp_path):
-    """It may draw random numbers; dropout in training does not see it."""
+    """It may draw random numbers without affecting dropout in training."""
     for every in (1, 6):
         schedule = Schedule(steps=6, validate_every=every, checkpoint_every=6)
         assert loop(tmp_path / str(every), schedule=schedule).run()
@@ -422,7 +422,7 @@ def test_the_average_is_what_is_validated(tmp_path):
 
 
 def test_dice_of_whole_cases():
-    """One case has both classes, of which half and all is found; the other has but one, missed."""
+    """One case has both classes, of which half and all are found; the other has only one, which is missed."""
     label = torch.zeros(1, 64, 64, 32)
     label[:, :10], label[:, 20:30] = 1, 2
     found = label.clone()
@@ -561,7 +561,7 @@ def test_a_checkpoint_of_another_command_is_refused(tmp_path):
 
 
 def test_the_terminal_line(tmp_path):
-    """What a person sees of a step: loss, speed, memory and the time that is left."""
+    """What the user sees of a step: loss, speed, memory and the remaining time."""
     with (tmp_path / "seen").open("w") as file:
         made = loop(tmp_path, batches=ToyBatches(before=lambda number: time.sleep(0.15)))
         made.console = Console(file=file, force_terminal=True, width=120, color_system=None)

@@ -1,4 +1,4 @@
-"""Runs that could only be worthless are refused, by what makes them so."""
+"""Runs that could only be worthless are refused, naming what makes them so."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def datalist(tmp_path):
 
 
 def empty(datalist, *numbers: int) -> None:
-    """Make background of the labels of some cases."""
+    """Turn the labels of some cases into background."""
     for number in numbers:
         path = datalist.parent / f"labelsTr/case_{number:02d}.nii.gz"
         label = nibabel.load(path)
@@ -46,7 +46,7 @@ def empty(datalist, *numbers: int) -> None:
 
 
 def split(datalist, training: list[int], validation: list[int]) -> None:
-    """Make the datalist say which cases validate."""
+    """Make the datalist say which cases are for validation."""
     content = json.loads(datalist.read_text())
     cases = content["training"]
     content |= {"training": [cases[i] for i in training], "validation": [cases[i] for i in validation]}

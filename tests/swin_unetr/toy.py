@@ -26,7 +26,7 @@ class Toy:
         """
         Args:
             noisy: drop activations and draw numbers, which differ from rank to rank.
-            figures: what validations find, one after the other.
+            figures: the results of validations, one after the other.
         """
         state.seed(0)
         self.network = self.core = nn.Sequential(
@@ -60,7 +60,7 @@ class Toy:
 
 
 class WithHead(Toy):
-    """A `Toy` whose core is followed by a layer that is trained and not kept."""
+    """A `Toy` whose core is followed by a layer that is trained but not kept."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -103,7 +103,7 @@ def loop(out: Path, task=None, batches=None, schedule=None, **optimization) -> L
 
 
 def resumed(out: Path, *arguments, **options) -> Loop:
-    """A loop that goes on from the newest checkpoint in `out`."""
+    """A loop that resumes from the newest checkpoint in `out`."""
     made = loop(out, *arguments, **options)
     found = distributed.first(lambda: checkpoints.newest(out / "checkpoints"))
     made.restore(found[1])

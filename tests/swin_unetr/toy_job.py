@@ -1,7 +1,7 @@
 """A whole training command on toy data, for torchrun to start: ``python -m tests.swin_unetr.toy_job OUT [BATCH]``.
 
-On the job's first attempt, rank 1 dies by SIGKILL when it asks for batch number BATCH. It has no end where BATCH is
-"endless", and ranks have different options and data where it is "different".
+On the job's first attempt, rank 1 dies by SIGKILL when it asks for batch number BATCH. If BATCH is "endless", the job
+never ends; if it is "different", ranks have different options and data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DIFFERENT = "different"
 
 @dataclass
 class ToyOptions:
-    """What `session.run` asks of a command's options."""
+    """What `session.run` needs from a command's options."""
 
     out: Path
     optimization: Optimization = Optimization(  # noqa: RUF009 - nobody changes it

@@ -1,4 +1,4 @@
-"""A toy operator and a toy backend, laid out as CONTRIBUTING.md says, joined to the package when this is imported."""
+"""A toy operator and a toy backend, laid out as CONTRIBUTING.md says; importing this adds them to the package."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Compiles the Triton kernels for GPUs that are not there, and reads the machine code.
+"""Compiles the Triton kernels for GPUs that need not be present, and reads the machine code.
 
 ``python -m tests.triton.compile_gate`` compiles `SUBJECTS` and writes `instruction_mix.csv`: registers, shared memory,
 spills, and what the hot loop executes per 1,000 scores (in warp instructions, on the path that it takes most of the
-time).
-`test_compiled.py` holds new code against that file, so that a change of the mix shows in review.
+time). `test_compiled.py` checks new code against that file, so that a change of the mix shows in review.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ MODULES = {
 """The module of each kernel whose arguments and constants depend on the `Subject`: `compile_subject`."""
 
 SPECIMENS: dict[str, dict[str, str | int]] = {}
-"""Of every other kernel, the types of its arguments and the values of its constants, as its module's ``SPECIMENS`` say:
+"""For every other kernel, its argument types and the values of its constants, as its module's ``SPECIMENS`` say:
 ``{"scale": {"x": "*bf16", "count": "i32", "BLOCK": 1024}}``."""
 
 for _operator in OPERATORS.values():
@@ -231,7 +230,7 @@ def compile_subject(subject: Subject):
 
 
 def _compile(kernel, arguments: dict[str, str | int], architecture: int):
-    """`kernel` with these types of its arguments and values of its constants; pointers as PyTorch's allocator gives."""
+    """`kernel` with these argument types and constants; pointers aligned as PyTorch's allocator does."""
     constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     aligned = {
@@ -292,7 +291,7 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], list[sass.Instruction]]:
 
 
 def _hot_loop(instructions: list[sass.Instruction], exponentials: int) -> list[sass.Instruction]:
-    """One turn of the shortest loop that has at least `exponentials` in it; empty if none."""
+    """One turn of the shortest loop with at least that many `exponentials`; empty if there is none."""
     counts = {loop: sass.count([instructions[i] for i in loop], "MUFU.EX2") for loop in sass.loops(instructions)}
     hot = min((loop for loop, count in counts.items() if count >= exponentials), key=len, default=None)
     return [] if hot is None else [instructions[i] for i in sass.common_path(instructions, hot, "BAR", counts[hot])]
@@ -305,7 +304,7 @@ def report(subject: Subject) -> Report:
     tile = subject.tile
     loop = _hot_loop(instructions, tile.rows * tile.columns // (32 * tile.warps))
     counts = {kind: sass.count(loop, pattern) for kind, pattern in sass.KINDS.items()}
-    # the rescaling of the forward adds an exponential or two a row; an unrolled loop has several tiles
+    # the rescaling of the forward adds an exponential or two per row; an unrolled loop has several tiles
     tiles = max(1, counts["exp"] * 32 * tile.warps // (tile.rows * tile.columns))
     scale = 1000 * tile.warps / (tile.rows * tile.columns * tiles)
     flags = ("shifted", "padded", "dropout", "expanded")

@@ -56,9 +56,9 @@ def test_fits(reports, subject):
 
 @pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.kernel in compile_gate.SCORE_KERNELS], ids=str)
 def test_scores_stay_on_chip(reports, subject):
-    """One exponential a score, and far fewer memory instructions than scores."""
+    """One exponential per score, and far fewer memory instructions than scores."""
     found = reports[subject]
-    assert 31 <= found.exp <= 48  # 1,000 scores are 31.25 warp instructions; the forward rescales a row a tile
+    assert 31 <= found.exp <= 48  # 1,000 scores are 31.25 warp instructions; the forward rescales one row per tile
     assert found.global_ <= (45 if subject.expanded and subject.head_dim <= 16 else 125)
     if subject.dtype != "fp32" and subject.architecture < 100:  # sm_100 issues them from a branch outside the loop
         assert found.tensor > 0
@@ -66,7 +66,7 @@ def test_scores_stay_on_chip(reports, subject):
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 def test_instruction_mix(reports, committed, subject):
-    """Fails when the code got worse, or the table is missing a row; write it again to accept what changed."""
+    """Fails if the code got worse, or if the table lacks a row; write it again to accept the change."""
     found = reports[subject]
     if not found.loops and found.key not in committed:
         return

@@ -1,7 +1,7 @@
 """The Triton kernels without a GPU, in Triton's interpreter.
 
-Triton decides when a kernel is defined whether it will be interpreted, so these tests run in processes of their own,
-one a file of `interpreted/`, with ``TRITON_INTERPRET=1``. By hand:
+Triton decides when a kernel is defined whether it will be interpreted, so these tests run in separate processes, one
+for each file of `interpreted/`, with ``TRITON_INTERPRET=1``. By hand:
 ``TRITON_INTERPRET=1 python -m pytest tests/triton/interpreted``.
 """
 
@@ -17,12 +17,12 @@ import pytest
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
 UNMEASURED = "test_training.py"
-"""Without coverage: it trains through what the other files measure, and would take two minutes of a processor."""
+"""Without coverage: it trains through code that the other files measure, and would take two minutes of CPU time."""
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """One process a file, all at once, their output in a file each; ended with the module."""
+    """One process per file, all at once, each with its own output file; ended with the module."""
     pytest.importorskip("triton", reason="Triton is not installed")
     logs = tmp_path_factory.mktemp("interpreted")
     running = {}

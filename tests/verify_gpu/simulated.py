@@ -36,7 +36,7 @@ def test_memory():
     pass
 """
 
-# One runs its child; with FAULTY set, a file, one finds something and one waits for a child that hangs.
+# One runs its child; if FAULTY names a file, one finds something and one waits for a child that hangs.
 SANITIZER = """#!/bin/sh
 check="$2"
 if [ -n "$FAULTY" ] && [ $check = memcheck ]; then
@@ -66,7 +66,7 @@ CSV
 
 
 def tools_in(folder: Path) -> dict[str, str]:
-    """The environment of a machine with NVIDIA's tools, as far as a run asks them; ``TESTS`` are its GPU tests."""
+    """The environment of a machine with NVIDIA's tools, as far as a run uses them; ``TESTS`` are its GPU tests."""
     for name, script in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
         (folder / name).write_text(script)
         (folder / name).chmod(0o755)
@@ -75,7 +75,7 @@ def tools_in(folder: Path) -> dict[str, str]:
         **os.environ,
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1",  # threads that wait spin, and several runs share the machine
+        "OMP_NUM_THREADS": "1",  # waiting threads spin, and several runs share the machine
         "TESTS": str(folder / "test_gpu.py"),
     }
 
@@ -112,7 +112,7 @@ def key(row: dict) -> tuple:
 
 
 def running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from .simulated import KERNEL, ROOT, rows_in, start
 
 
 def test_overrun(machine, tmp_path):
-    """A part that is not done in time is cut, says so and where, and that ours is missing; the budget holds."""
+    """A part that is not done in time is cut, says so and where, and that our row is missing; the budget is kept."""
     out = tmp_path / "out"
     faults = {"SWIN_VERIFY_FAULTS": "hang@attention core, forward | f48 96³ stage 1 shifted | SDPA | time"}
     began = time.monotonic()
@@ -32,7 +32,7 @@ def test_overrun(machine, tmp_path):
 
 
 def test_dry_run(machine, tmp_path):
-    """The plan, from what starting costs here; every part in time, and nothing written."""
+    """The plan, based on what starting costs here; every part fits in time, and nothing is written."""
     arguments = (tmp_path / "out", "--dry-run", "--budget", "200", "--tests", machine["TESTS"])
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.verify_gpu", *arguments], cwd=ROOT, capture_output=True, text=True
@@ -73,7 +73,7 @@ def test_bad_arguments(capsys, arguments, said):
 
 
 def test_cupy_is_kept_out(monkeypatch):
-    """It would make a CUDA context, which copies of the process cannot use; asking for it is no error."""
+    """It would make a CUDA context, which copies of the process cannot use; asking for it is not an error."""
     monkeypatch.setattr(sys, "meta_path", [WithoutCuPy(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     assert importlib.util.find_spec("cupy") is not None

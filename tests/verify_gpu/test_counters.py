@@ -1,4 +1,4 @@
-"""Counters and findings as read from what ncu and compute-sanitizer print. Numbers here are made up, and stay here."""
+"""Counters and findings as read from what ncu and compute-sanitizer print. The numbers here are made up."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_sanitizer_command(check):
     assert line[-2:] == ["python", "x.py"]
     option = dict(pairwise(line))
     assert option["--tool"] == check
-    # Of kernels left out, initcheck does not see what they write.
+    # initcheck does not see what kernels that are left out write.
     assert option.get("--kernel-name") == (None if check == "initcheck" else "kns=4swin")
 
 
@@ -251,7 +251,7 @@ def test_findings_of_a_clean_run(summary):
 
 
 def test_findings_of_a_check_that_did_not_start():
-    """compute-sanitizer's exit code may be 0 then; the missing summary tells."""
+    """compute-sanitizer's exit code may then be 0; the missing summary tells."""
     text = log("Error: Target application terminated before first instrumented API call")
     assert counters.sanitizer_findings(text) == [
         "Target application terminated before first instrumented API call",

@@ -1,4 +1,4 @@
-"""What is asked of a GPU, on stand-ins for the parts of `torch.cuda` that need one."""
+"""The use of a GPU, on stand-ins for the parts of `torch.cuda` that need one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def gpu(monkeypatch):
 
 
 def test_times(gpu):
-    """The first round is not kept; variants take turns, each announced; the clock is that of the spin."""
+    """The first round is discarded; variants take turns, each announced; the clock is that of the spin."""
     first = {"slow": True, "fast": True}
     announced = []
 
@@ -67,13 +67,13 @@ def test_times(gpu):
 
 
 def test_times_end(gpu):
-    """No more rounds than the fewest when the time is over."""
+    """No more than the minimum number of rounds when the time is over."""
     [times] = Cuda().times({"ours": lambda: gpu(1.0)}, 0.0, lambda name: None).values()
     assert len(times.ms) == device.FEWEST_ROUNDS
 
 
 def test_kernels(gpu, monkeypatch):
-    """Time and launches of one call, summed by name, the dearest first; what ran on the CPU does not count."""
+    """Time and launches of one call, summed by name, the most expensive first; what ran on the CPU does not count."""
     kind = torch.autograd.DeviceType
 
     def event(name: str, us: float, where=kind.CUDA) -> SimpleNamespace:
@@ -102,7 +102,7 @@ def test_kernels(gpu, monkeypatch):
 
 
 def test_traced(gpu, monkeypatch, tmp_path):
-    """Triton's kernels write their name before they start and are waited for; not while a graph is captured."""
+    """Triton's kernels write their name before they start and are waited for, but not while a graph is captured."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     import swin_kernels.backends
 
@@ -141,7 +141,7 @@ def test_short_kernel_name(name, short):
 
 
 def test_graph_keeps_what_it_reads(gpu, monkeypatch):
-    """Weights that only the captured call holds: freed, they would be read where nothing is mapped any more."""
+    """Weights that only the captured call holds: if they were freed, unmapped memory would be read."""
     nothing = SimpleNamespace(wait_stream=lambda other: None, replay=lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: nothing)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: nothing)

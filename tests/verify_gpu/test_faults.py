@@ -1,4 +1,4 @@
-"""A run in which nothing goes wrong, and one in which everything does that can be planted, beside each other."""
+"""A run in which nothing goes wrong and, at the same time, one in which everything that can be planted does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAULTS = {
     "sticky@attention core, backward | f48 128³ stage 1 shifted | ours | time": "lost the device: CUDA error",
     f"crash@window reverse | {STAGE_1} | cpu | time": f"crashed: SIGSEGV in {KERNEL}",
 }
-"""Planted in measurements, and how the status begins of the row that each costs."""
+"""Planted in measurements, and how the status of the row that each costs begins."""
 
 TEST_FAULTS = {
     "crash": "crashed",
@@ -70,7 +70,7 @@ def test_clean_run(clean):
         "ceiling, product",
         "smoke, window_attention, float32, forward",
         "smoke, window_attention, float32, backward",
-        *(f"smoke, {name}, float32" for name in OPERATORS if name != "layer_norm"),  # for which the cpu has no kernel
+        *(f"smoke, {name}, float32" for name in OPERATORS if name != "layer_norm"),  # for which the CPU has no kernel
         "GPU tests",
         *(f"sanitizer {check}" for check in ("memcheck", "racecheck", "initcheck", "synccheck")),
         "model, inference",
@@ -103,7 +103,7 @@ def faulty(runs) -> list[dict]:
 
 
 def test_every_fault_at_once(runs):
-    """It ends in time and says that something was wrong; at its end everything that was."""
+    """It ends in time and says that something was wrong, and at its end everything that was."""
     out, status, printed = runs["faulty"]
     assert status == 1, printed
     assert rows_in(out)[-1]["at"] < BUDGET
@@ -123,7 +123,7 @@ def test_measurement(faulty, fault):
 
 @pytest.mark.parametrize("kind", TEST_FAULTS)
 def test_gpu_test(faulty, kind):
-    """A fault in a GPU test; where a process or the device was lost, it is found out in which kernel."""
+    """A fault in a GPU test; if a process or the device was lost, the kernel is found."""
     rows = {row["measure"]: row for row in faulty if row["shape"] == f"test_{kind}"}
     assert rows["GPU test"]["status"].startswith(f"{TEST_FAULTS[kind]}: ")
     if kind in ("crash", "hang", "sticky"):
@@ -139,7 +139,7 @@ def test_healthy_gpu_tests(faulty):
 
 
 def test_sanitizers(runs, faulty):
-    """One that found something, and one that did not end; what it had started is gone."""
+    """One that found something, and one that did not end; the processes it had started are gone."""
     [memory] = [row for row in faulty if row["measure"] == "sanitizer memcheck"]
     assert memory["status"].startswith("wrong: Invalid __global__ read of size 4 bytes at attend<float, 16>")
     [race] = [row for row in faulty if row["measure"] == "sanitizer racecheck"]
@@ -148,7 +148,7 @@ def test_sanitizers(runs, faulty):
 
 
 def test_all_others_are_as_in_the_clean_run(runs, faulty):
-    """Nothing else shows a fault; it is sound, and timed where it was timed there."""
+    """Nothing else shows a fault; all else is sound, and timed wherever the other run timed it."""
     places = {tuple(fault.partition("@")[2].split(" | ")[:3]) for fault in FAULTS}
     others = [row for row in faulty if not row["measure"].startswith(("GPU test", "sanitizer "))]
     assert {key(row) for row in others} == places

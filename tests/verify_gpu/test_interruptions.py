@@ -1,4 +1,4 @@
-"""What a run leaves that is killed or stopped."""
+"""What a run that is killed or stopped leaves behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .simulated import rows_in, running, start
 
 
 def test_killed(machine, tmp_path):
-    """SIGKILL: the files are whole, as at any time before, and hold every row that was shown; no child is left."""
+    """SIGKILL: the files are complete, as at any time before, and hold every row that was shown; no child is left."""
     out = tmp_path / "out"
     faults = {"SWIN_VERIFY_FAULTS": "hang@sweep cuda, backward"}
     process = start(out, "--part", "sweeps", "--silence", 60, environment=machine | faults)
@@ -38,7 +38,7 @@ def test_killed(machine, tmp_path):
 
 
 def test_terminated(machine, tmp_path):
-    """SIGTERM: what was running is ended and named, and the table is printed."""
+    """SIGTERM: whatever was running is ended and named, and the table is printed."""
     out = tmp_path / "out"
     faults = {"SWIN_VERIFY_FAULTS": "hang@ceiling, copy"}
     process = start(out, "--part", "probe", "--silence", 60, environment=machine | faults)

@@ -20,7 +20,7 @@ def place(tmp_path):
 
 
 def test_fresh_interpreter(place):
-    """Where copies cannot use the GPU; the time that its imports take is no silence."""
+    """Where copies cannot use the GPU; the time that its imports take does not count as silence."""
     measurement = Measurement(place, probe.describing(simulated=True))
     together(place, time.monotonic() + 60, Queue([measurement]))
     assert {row.measure: row.status for row in place.result.rows} == {"backend": "ok", "device": "ok"}
@@ -28,7 +28,7 @@ def test_fresh_interpreter(place):
 
 
 def test_time_is_over(place):
-    """What runs is ended, what waits is not begun, and both say so."""
+    """Running jobs are ended, waiting ones are not begun, and both say so."""
     both = [Measurement(place, probe.describing(simulated=True)) for _ in range(2)]
     together(place, time.monotonic(), Queue(both))
     assert [row.status for row in place.result.rows] == [
@@ -38,7 +38,7 @@ def test_time_is_over(place):
 
 
 def test_silent_where_the_time_is_over(place, monkeypatch):
-    """A fault even of what takes the time that is left; what was not begun is none."""
+    """A fault even for a job that takes the time that is left; a job that was not begun is not a fault."""
     monkeypatch.setattr(jobs, "MOST_SILENT_END", 0.0)
     both = [Measurement(place, probe.describing(simulated=True)) for _ in range(2)]
     together(place, time.monotonic(), Queue(both, unfinished=jobs.SPARED))
@@ -75,7 +75,7 @@ TOTAL, NO_SUMMARY = "1 error in all", "no summary: the check did not start, or w
     ],
 )
 def test_verdict_of_a_sanitizer(findings, why, ended, status):
-    """What is found in PyTorch's kernels excuses neither a finding in ours nor a check that did not end."""
+    """Findings in PyTorch's kernels excuse neither a finding in ours nor a check that did not end."""
     row = Row("sanitizers", "sanitizer initcheck", "every kernel", "ours")
     found = correctness.verdict(row, findings, why, ended, ", at float32")
     assert found.status.startswith(status)

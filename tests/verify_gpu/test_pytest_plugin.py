@@ -1,4 +1,4 @@
-"""`benchmarks/verify_gpu/pytest_plugin.py` on a file of small tests, in a pytest of its own, with every planted fault.
+"""`benchmarks/verify_gpu/pytest_plugin.py` on a file of small tests, in a separate pytest, with every planted fault.
 
 PyTorch is a stand-in there: it is imported at once, and its device can break.
 """
@@ -173,7 +173,7 @@ class Run:
         return {name: (line["outcome"], line["message"]) for name, line in zip(names, lines, strict=True)}
 
     def kill(self) -> None:
-        """Without a chance to write anything more, workers included."""
+        """Kill it and its workers, without a chance to write anything more."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -194,7 +194,7 @@ def start(tmp_path):
 
 
 def test_every_fault_in_workers(start):
-    """Every test has one result, its own, whatever became of those before it and of the process it ran in."""
+    """Every test has one result, its own, whatever happened to those before it and to the process it ran in."""
     options = ("-n2", "--dist=load", "--maxschedchunk=1", "--max-worker-restart=100", "--no-summary")
     run = start(TESTS, *options, "--timeout=1.5", "--timeout-method=thread", faults=FAULTS)
     assert run.process.wait(60) == 1, run.log
@@ -220,7 +220,7 @@ def test_every_fault_in_workers(start):
 
 
 def test_in_one_process(start):
-    """Without pytest-xdist nothing can be replaced; what follows a sticky error fails at once, by its name."""
+    """Without pytest-xdist no process can be replaced; tests after a sticky error fail at once, naming it."""
     unfit = ("test_crash", "test_exit", "test_keeps_gil", "test_broken_by_a_kernel")
     left_out = [f"--deselect=test_toy.py::{name}" for name in (*unfit, "test_fails_and_hangs")]
     # The sticky error strikes in the first of the last six.
@@ -246,7 +246,7 @@ def pytest_xdist_node_collection_finished(node):
 
 
 def test_worker_gone_unnoticed(start, tmp_path):
-    """Tests that are sent to a worker that has just ended run elsewhere: neither ends the run, nor is one blamed."""
+    """Tests sent to a worker that has just ended run elsewhere: the run goes on, and no test is blamed."""
     (tmp_path / "killer.py").write_text(KILLER)
     healthy = "import pytest\n@pytest.mark.parametrize('number', range(8))\ndef test_healthy(number): pass"
     run = start(healthy, "-n2", "--max-worker-restart=100", "-pkiller")
@@ -277,7 +277,7 @@ def test_production_shapes(backend):
 
 @pytest.mark.parametrize("processes", ["-n2", "-n0"])
 def test_cut_off(start, processes):
-    """What has ended is in the file and its failures are in the log; what matters most ran first."""
+    """Tests that have ended are in the file and their failures in the log; what matters most ran first."""
     run = start(CUT_OFF, processes, "--maxschedchunk=1")
     waited = time.monotonic()
     while len(run.lines) < 5:

@@ -1,4 +1,4 @@
-"""Rows, how they are kept, and what follows from them. Numbers here are made up, and stay here."""
+"""Rows, how they are kept, and what follows from them. The numbers here are made up."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_is_no_result_is_left_alone(tmp_path, content):
 
 
 def test_newest():
-    """A later row replaces an earlier fault, whichever kernel that was in; kernels of a call are rows of their own."""
+    """A later row replaces an earlier fault, whichever kernel that was in; kernels of a call are separate rows."""
     fault = Row("operators", "a", STAGE_1, "ours", status="crashed: SIGSEGV", kernel="attend")
     sound = timed("a", "ours", 1.0)
     kernels = [timed("a, kernels", "ours", 1.0, kernel=name) for name in ("attend", "find_tokens")]
@@ -120,7 +120,7 @@ def test_old_content_is_there_until_the_new_is_whole(tmp_path, monkeypatch):
 
 
 def test_full_disk(tmp_path, monkeypatch, capsys):
-    """A row that could not be written is shown, and written with the next; what is there stays whole."""
+    """A row that could not be written is shown, and written with the next; existing files stay complete."""
     result = Result.open(tmp_path, ABOUT)
     result.add(timed("a", "ours", 1.0))
     before = (tmp_path / "gpu.json").read_bytes()
@@ -140,7 +140,7 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
 
 
 def test_full_output(monkeypatch):
-    """As a log on a full disk: what follows goes nowhere."""
+    """Like a log on a full disk: whatever follows is dropped."""
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         show("a row")
@@ -149,7 +149,7 @@ def test_full_output(monkeypatch):
 
 
 def test_nobody_reads(monkeypatch):
-    """As behind ``| head``: what follows goes nowhere."""
+    """As before ``| head``: whatever follows is dropped."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as broken:
@@ -159,7 +159,7 @@ def test_nobody_reads(monkeypatch):
 
 
 def test_output_that_is_held(monkeypatch):
-    """As a terminal after Ctrl-S: lines are left out, nothing waits; they come again when there is room."""
+    """Like a terminal after Ctrl-S: lines are dropped, nothing waits; they come again when there is room."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
@@ -199,7 +199,7 @@ def test_preferences():
 
 
 def test_preferences_compare_within_a_process():
-    """Ours is measured again beside FlexAttention, later: that time is not held against Triton's of before."""
+    """Ours is measured again later, beside FlexAttention: that time is not compared with Triton's earlier one."""
     rows = [
         timed("attention core, forward", "ours", 1.0, 0.01),
         timed("attention core, forward", "Triton", 1.1, 0.01),
@@ -210,7 +210,7 @@ def test_preferences_compare_within_a_process():
 
 
 def test_tile_table(tmp_path):
-    """What `SWIN_KERNELS_TILES` takes, of the tile that is fastest among those that beat their default."""
+    """The format of `SWIN_KERNELS_TILES`, with the fastest of the tiles that beat their default."""
     tiles = pytest.importorskip("swin_kernels.backends.triton.tiles", reason="Triton is not installed")
     fast, faster = (tiles.Tile(rows, 32, warps=4, stages=2, programs=4) for rows in (32, 128))
     rows = [

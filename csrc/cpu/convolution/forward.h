@@ -1,10 +1,10 @@
 // Convolutions of channels-last volumes in float32: 3×3×3 with padding 1, and 1×1×1; stride 1, over one or two sources
-// whose channels stand for one another's continuation, so that a concatenation need not be written.
+// whose channels are taken one after the other, so that a concatenation need not be written.
 //
 // Along the last axis four outputs are computed from six inputs with six products instead of twelve: F(4, 3) of
 // Winograd, "Arithmetic complexity of computations" (1980), in the form of Lavin and Gray,
-// https://arxiv.org/abs/1509.09308. The other two axes stay sums over taps: sums over 9 · C products, long enough to
-// live in registers. An infinite input makes NaN of the outputs that share its tile.
+// https://arxiv.org/abs/1509.09308. Along the other two axes taps are summed as usual: sums over 9 · C products, long
+// enough to live in registers. An infinite input turns all outputs that share its tile into NaN.
 #pragma once
 
 #include "cpu/convolution/kernels.h"
@@ -86,7 +86,7 @@ inline void multiply(const Rows* sources, int count, int64_t rows, const float* 
   }
 }
 
-// Output channels from `first` on that one panel of packed weights serves; `width` is `count` in whole vectors.
+// The output channels that one panel of packed weights serves, from `first` on; `width` is `count` in whole vectors.
 struct Panel {
   int64_t first, count, width;
   const float* weight;
@@ -151,8 +151,8 @@ SWIN_ALWAYS_INLINE void transform_inputs(const float* const (&x)[kFrequencies], 
 
 SWIN_ALWAYS_INLINE int64_t tiles_along(const int64_t (&extent)[kAxes]) { return (extent[2] + kOutputs - 1) / kOutputs; }
 
-// What the outputs of rows [h, h + height) of three neighbouring planes read, transformed: rows [h - 1, h + height +
-// 1). A plane is transformed once for all that read it while planes are asked for in their order.
+// The transformed inputs of output rows [h, h + height) in three neighbouring planes: rows [h - 1, h + height + 1). As
+// long as planes are asked for in order, each is transformed only once for all outputs that read it.
 class TransformedPlanes {
  public:
   // Channels of a volume whose voxels are `stride` apart.
@@ -161,7 +161,7 @@ class TransformedPlanes {
     int64_t stride, channels;
   };
 
-  // Voxels are `channels` apart in `memory`; beyond those of the sources they keep the zeros that are there first.
+  // Voxels are `channels` apart in `memory`; channels beyond those of the sources keep their initial zeros.
   TransformedPlanes(const int64_t (&extent)[kAxes], int64_t block_height, int64_t channels, float* memory)
       : extent_(extent),
         tiles_(tiles_along(extent)),
@@ -176,7 +176,7 @@ class TransformedPlanes {
     return (3 * kFrequencies * (block_height + 2) * tiles_along(extent) + 1) * channels;
   }
 
-  // Forgets what it holds: from here on rows [h, h + height) of the sources.
+  // Forgets all planes; from here on they are of rows [h, h + height) of the sources.
   void enter(const Source (&sources)[2], int64_t h, int64_t height) {
     for (int s = 0; s < 2; ++s) sources_[s] = sources[s];
     h_ = h;
@@ -221,7 +221,7 @@ class TransformedPlanes {
   float* zeros_;   // (channels)
 };
 
-// Blocks of output rows (d, h .. h + height, all of w) for a run of planes, and the memory it is computed in.
+// Blocks of output rows (d, h .. h + height, all of w) for a run of planes, and the memory they are computed in.
 class WinogradWorker {
  public:
   WinogradWorker(const ConvolutionCall& call, float* scratch)

@@ -21,7 +21,7 @@ struct ConvolutionCall {
   float* packed;         // memory for packed_weights() elements
   float* out;            // (B, D, H, W, out_channels)
   int64_t block_height;  // rows of a block of outputs; for kernel 1, voxels
-  int64_t block_planes;  // that a block goes through, of the whole batch; for kernel 1 not read
+  int64_t block_planes;  // planes of the whole batch that a block goes through; not read for kernel 1
 };
 
 SWIN_INLINE int64_t in_channels(const ConvolutionCall& call) { return call.channels[0] + call.channels[1]; }
@@ -32,7 +32,7 @@ struct WeightGradientCall {
   int64_t in_channels, out_channels;
   const float* source;    // (B, D, H, W, in_channels)
   const float* grad_out;  // (B, D, H, W, out_channels)
-  int64_t slabs;          // of planes, with sums of their own
+  int64_t slabs;          // of planes, each with its own sums
   int64_t block_height;   // rows that are worked on at a time
   float* sums;            // (slabs, weight_gradient_sums)
   float* grad_weight;     // (out_channels, in_channels, 3, 3, 3)

@@ -1,5 +1,5 @@
-// The gradient of a 3×3×3 convolution's weight in float32: sums over voxels of outer products of what lies under the
-// kernel and the output's gradient. By the transposed form of forward.h's F(4, 3): along the last axis three taps
+// The gradient of a 3×3×3 convolution's weight in float32: sums over voxels of outer products of the inputs under the
+// kernel and the output's gradient. It uses the transposed form of forward.h's F(4, 3): along the last axis three taps
 // are computed from six inputs and four gradients with six products instead of twelve.
 //
 // Per frequency f and tap across (k, r): M[f][k][r] = Σ over tiles of (inputs at f, shifted by k and r) ⊗ (gradients at
@@ -72,7 +72,7 @@ class WeightGradientWorker {
     return (call.in_channels + kItemChannels - 1) / kItemChannels;
   }
 
-  // Rows [h, h + height) of a plane of output gradients, and what lies under the kernel there.
+  // Rows [h, h + height) of a plane of output gradients, and the inputs under the kernel there.
   void add_block(int64_t plane, int64_t h, int64_t height) {
     const int64_t d = plane % call_.extent[0];
     const int64_t first = d == 0 ? 1 : 0, last = d == call_.extent[0] - 1 ? 1 : 2;  // planes beyond are 0

@@ -7,7 +7,7 @@ namespace swin {
 namespace SWIN_ISA {
 namespace instance_norm_act {
 
-// What the derivative needs of one element, from x, or from y where LeakyReLU and no residual stand between.
+// What the derivative needs for one element, from x, or from y where only LeakyReLU lies between, no residual.
 template <class T>
 struct NormElement {
   T grad;        // of the sum before LeakyReLU
@@ -21,7 +21,7 @@ SWIN_ALWAYS_INLINE NormElement<T> norm_element(T grad_y, T y, T x, T mean, T sca
   return {grad, (x - mean) * scale};
 }
 
-// Readers of what a backward reads, over one scratch: kNormScratchRows rows for each tensor.
+// Readers of a backward's inputs, over one scratch: kNormScratchRows rows for each tensor.
 template <class T>
 struct NormBackwardRows {
   RowReader<T> grad, y, x, residual;

@@ -1,8 +1,8 @@
 // Instance norm, residual and LeakyReLU on rows of channels: y = leaky_relu(norm(x) + residual or norm(residual)).
 //
 // Voxels are cut into blocks whose size depends on the shape alone. Statistics are taken in two passes over each block,
-// which stays in cache (mean, then squares around it), and blocks are joined in their order in double precision: sound
-// for means far larger than the deviations, and the same for any number of threads.
+// which stays in cache (mean, then squares around it), and blocks are combined in order in double precision: sound for
+// means far larger than the deviations, and the same for any number of threads.
 #pragma once
 
 #include <cmath>
@@ -13,14 +13,14 @@ namespace swin {
 namespace SWIN_ISA {
 namespace instance_norm_act {
 
-// The values that the means of an instance are offsets from, those of its first voxel: `count` channels from `c` on.
+// The values that an instance's means are measured from, those of its first voxel: `count` channels from `c` on.
 template <class T>
 void load_origin(const NormCall& call, const void* from, int64_t instance, int64_t c, int64_t count, T* origin) {
   load_row(at(from, call.type, instance * call.voxels * call.channels + c), call.type, count, origin);
 }
 
 // Mean as an offset from the origin, and sum of squares around it, for each channel of a block: 2 · C numbers to
-// `partial`. Offsets are small however large the mean is, so that float32 holds what blocks differ by.
+// `partial`. Offsets are small however large the mean is, so that float32 can hold the differences between blocks.
 template <class T>
 void block_statistics(const NormCall& call, const void* from, const VoxelBlock& block, T* scratch, T* partial) {
   const int64_t channels = call.channels;
@@ -66,7 +66,7 @@ void sum_statistics(const NormCall& call, int64_t begin, int64_t end, void* scra
 
 constexpr int64_t kJoinedChannels = 32;
 
-// Joins the blocks of one instance, in their order, to mean and 1 / sqrt(variance + eps), for `count` channels from `c`
+// Combines the blocks of one instance, in order, into mean and 1 / sqrt(variance + eps), for `count` channels from `c`
 // on of the pair of rows `pair`. (Chan, Golub, LeVeque 1979.)
 template <class T>
 void join_blocks(const NormCall& call, int64_t instance, int64_t pair, int64_t c, int64_t count) {

@@ -21,7 +21,7 @@ struct NormCall {
   const void* x;         // (B, voxels, C); null in a backward that works from the output
   const void* residual;  // (B, voxels, C) or null
   void* y;               // (B, voxels, C); may be x
-  void* statistics;      // (B, statistics_rows, C) accumulate: mean, 1 / sqrt(variance + eps); the same of the residual
+  void* statistics;      // (B, statistics_rows, C) accumulate: mean, 1 / sqrt(variance + eps); the residual's too
   void* partials;        // (B · blocks, statistics_rows or gradient_rows, C) accumulate
 };
 
@@ -36,7 +36,7 @@ struct NormBackwardCall : NormCall {
   void* means;          // (B, gradient_rows, C) accumulate
 };
 
-// What takes [begin, end) works on those of the batch · blocks blocks; `scratch` holds kNormScratchTensors times
+// Kernels that take [begin, end) work on those of the batch · blocks blocks; `scratch` holds kNormScratchTensors times
 // kNormScratchRows rows of accumulate, one piece for each thread.
 SWIN_KERNEL(norm_partials, void(const NormCall&, int64_t begin, int64_t end, void* scratch));
 SWIN_KERNEL(norm_statistics, void(const NormCall&));

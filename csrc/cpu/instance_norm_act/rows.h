@@ -8,7 +8,7 @@ namespace swin {
 namespace SWIN_ISA {
 namespace instance_norm_act {
 
-// Rows of stored elements in arithmetic precision, where they lie if they are stored in it.
+// Rows of stored elements in arithmetic precision; read in place if they are stored in it.
 template <class T>
 class RowReader {
  public:

@@ -91,7 +91,7 @@ class ProjectedBackwardWorker : BackwardWorker<float, kHeadDim> {
     projection_.project_by_head(1, parts.rows, parts.keys);
     projection_.project_by_head(2, parts.rows, parts.values);
     const int64_t channels = group_.channels();
-    for (int64_t t = 0; t < padded_rows_; ++t)  // what no gradient is written to: queries of padding, and the last rows
+    for (int64_t t = 0; t < padded_rows_; ++t)  // rows that no gradient is written to: queries of padding, the last
       if (t >= group_.tokens() || group_.window(g).token[t] < 0)
         for (int64_t c = 0; c < 3 * channels; ++c) parts.grad_qkv[t * 3 * channels + c] = 0;
   }

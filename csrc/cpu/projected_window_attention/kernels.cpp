@@ -14,7 +14,7 @@ using namespace window_attention;
 
 namespace {
 
-// A vector must not lie in two heads.
+// A vector must not span two heads.
 bool projects(const AttentionCall& call) {
   return call.type == ElementType::kFloat32 && call.bias_type == ElementType::kFloat32 && call.dropout_p == 0 &&
          (call.head_dim == 8 || call.head_dim == 16 || call.head_dim == 32) && call.head_dim % kLanes<float> == 0 &&
@@ -79,7 +79,7 @@ void projected_backward(const ProjectedBackwardCall& call, const WindowChunk* ch
   dispatch(call, Run<ProjectedBackwardWorker, ProjectedBackwardCall>{call, chunks, count, scratch, next});
 }
 
-// One item is one head, and one more the projection.
+// One item for each head, and one more for the projection.
 void reduce_projected_gradients(const ProjectedBackwardCall& call, const WindowChunk* chunks, int64_t count,
                                 WorkCounter& next) {
   for (int64_t head; (head = next.fetch_add(1)) <= call.heads;) {

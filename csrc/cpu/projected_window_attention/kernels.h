@@ -5,7 +5,7 @@
 
 namespace swin {
 
-// qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, where qkv is never written. And the layer after the
+// qkv = layer_norm(x) · weightᵀ + bias, with pad_qkv = bias, without ever writing qkv; and the layer after the
 // attention.
 struct ProjectionInputs {
   const float* x;            // (B, *S, C)
@@ -36,7 +36,7 @@ struct ProjectedBackwardCall : BackwardCall, ProjectionInputs {
   float* projection_partials;  // (chunks / heads, projection_parameters)
 };
 
-// An item of work is a group of windows with all their heads, which lie side by side among the chunks.
+// An item of work is a group of windows with all their heads, which are consecutive chunks.
 SWIN_KERNEL_ALSO_ON_AMX(projects_forward, bool(const AttentionCall&));  // whether there is a kernel for the call
 SWIN_KERNEL(projects_backward, bool(const AttentionCall&));
 SWIN_KERNEL_ALSO_ON_AMX(projected_forward_scratch, size_t(const ProjectedForwardCall&));

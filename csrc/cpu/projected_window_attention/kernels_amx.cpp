@@ -1,4 +1,4 @@
-// The kernels of processors with AMX that are not those of AVX-512: a forward of its own where it pays.
+// The kernels for processors with AMX that are not those of AVX-512: a separate forward where it pays off.
 #include "cpu/projected_window_attention/kernels.h"
 #include "cpu/window_attention/forward_amx.h"
 
@@ -10,7 +10,7 @@ using namespace window_attention;
 
 namespace {
 
-// Where qkv of a group of windows stays in the second-level cache.
+// Up to here qkv of a group of windows stays in the second-level cache.
 constexpr int64_t kMostChannels = AmxProjection::kMostPieces * kTileRows;
 
 bool projects_on_tiles(const AttentionCall& call) {

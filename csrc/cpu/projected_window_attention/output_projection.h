@@ -31,7 +31,7 @@ class OutputProjection {
     for (int64_t c = 0; c < channels_; ++c) bias_[c] = call_.out_bias ? call_.out_bias[c] : 0;
   }
 
-  // The tokens of a window, not those of padding (-1). Every token has one window, so that a row may be overwritten.
+  // The tokens of a window, without padding (-1). Every token is in one window only, so its row may be overwritten.
   void project(const int64_t* tokens, int64_t count) const {
     if (!call_.out_weight) return;
     int64_t tile[kRows];

@@ -13,7 +13,7 @@ namespace swin {
 namespace SWIN_ISA {
 namespace projected_window_attention {
 
-// Where qkv of a group of windows stays in the second-level cache.
+// Up to here qkv of a group of windows stays in the second-level cache.
 constexpr int64_t kMostProjectedChannels = 64;
 
 // f(width), a constant that divides the vectors of `channels`, which are a multiple of kPanel.
@@ -32,7 +32,7 @@ SWIN_ALWAYS_INLINE void with_width(int64_t channels, const F& f) {
   }
 }
 
-// Rows of a volume (…, C) lie far apart in memory: asks for that of a token soon to come.
+// Rows of a volume (…, C) lie far apart in memory: prefetches that of a token soon to come.
 SWIN_ALWAYS_INLINE void prefetch_ahead(const float* volume, const int64_t* tokens, int64_t i, int64_t count,
                                        int64_t channels) {
   constexpr int64_t kAhead = 12;

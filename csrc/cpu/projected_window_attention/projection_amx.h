@@ -46,7 +46,7 @@ class AmxProjection {
   // qkv (padded_rows, 3C) of `count` tokens; those of padding (-1), whose x is 0, get the bias.
   void project(const int64_t* tokens, int64_t count, float* qkv) {
     static_assert(kMostPieces == 4);
-    switch (pieces_) {  // a number that the compiler knows keeps a token in registers
+    switch (pieces_) {  // with a number that the compiler knows, a token stays in registers
       case 1: return project_pieces<1>(tokens, count, qkv);
       case 2: return project_pieces<2>(tokens, count, qkv);
       case 3: return project_pieces<3>(tokens, count, qkv);
@@ -101,7 +101,7 @@ class AmxProjection {
     for (int piece = 0; piece < kPieces; ++piece) split_left_row(x[piece], i % kTileRows, tiles + piece * kLeftBytes);
   }
 
-  // 32 rows: two tiles of sums share every tile of weights. Calls beside(i) for i of 0 to 31 on the way.
+  // 32 rows: two tiles of sums share every tile of weights. Calls beside(i) for i from 0 to 31 along the way.
   template <int kPieces, class Beside>
   SWIN_ALWAYS_INLINE void multiply(const char* rows, float* qkv, const Beside& beside) const {
     enum Tile { kUpper, kLower, kUpper11, kUpper22, kLower11, kLower22, kPart12, kPart31 };

@@ -58,7 +58,7 @@ class ProjectionBackward {
   }
 
  private:
-  // grad (C,) of a token's normalised row onto its grad_x; grad_norm: of the norm's weight and bias (2, C).
+  // From grad (C,) of a token's normalised row to its grad_x; grad_norm: of the norm's weight and bias (2, C).
   void differentiate_norm(int64_t token, const float* grad, float* grad_norm) const {
     float* grad_x = call_.grad_x + token * channels_;
     if (!call_.normalize) {

@@ -2,8 +2,8 @@
 //
 // With p = softmax(scores), w = dropout(p), dw = dropout'(grad_out vᵀ), and δ = Σ p ∘ dw / Σ p per query:
 //   dv = wᵀ grad_out;  ds = p ∘ (dw - δ);  dq = scale · ds k;  dk = scale · dsᵀ q;  dbias = ds.
-// δ is also Σ grad_out · out, but an output that was stored in 16 bits leaves too little of dw - δ where one key has
-// nearly all the weight. Dividing by Σ p takes out what the rounding of a large log-sum-exp does to p.
+// δ is also Σ grad_out · out, but with an output that was stored in 16 bits too little is left of dw - δ where one key
+// has nearly all the weight. Dividing by Σ p removes what rounding a large log-sum-exp does to p.
 #pragma once
 
 #include "cpu/window_attention/window_group.h"
@@ -71,7 +71,7 @@ class BackwardWorker {
     differentiate_placed(count);
   }
 
-  // Windows [0, count) of the group, whose tokens, keys (as panels and as rows) and values (as panels) are there.
+  // Windows [0, count) of the group, whose tokens, keys (as panels and as rows) and values (as panels) are ready.
   void differentiate_placed(int count) {
     for (int g = 0; g < count; ++g) {
       const WindowRows& rows = rows_[g];

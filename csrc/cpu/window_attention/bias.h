@@ -29,7 +29,7 @@ void fill_bias_column(const AttentionCall& call, int64_t head) {
   column[call.bias_stride - 1] = largest + not_finite;
 }
 
-// Partial bias gradients of a head's chunks, in their order, onto the table.
+// Adds the partial bias gradients of a head's chunks, in order, to the table.
 template <class T>
 void reduce_bias(const BackwardCall& call, const WindowChunk* chunks, int64_t count, int64_t head) {
   const int64_t length = bias_table_length(call.plan->grid);
@@ -44,7 +44,7 @@ void reduce_bias(const BackwardCall& call, const WindowChunk* chunks, int64_t co
     store_row(sums + i, T(1), call.bias_type, 1, at(call.grad_bias_table, call.bias_type, i * call.heads + head));
 }
 
-// The same of what padding tokens carry.
+// The same for the keys and values of padding tokens.
 template <class T>
 void reduce_padding(const BackwardCall& call, const WindowChunk* chunks, int64_t count, int64_t head) {
   const int64_t head_dim = call.head_dim;

@@ -35,7 +35,7 @@ class ForwardWorker {
     attend_placed(count);
   }
 
-  // Windows [0, count) of the group, whose tokens, keys and values are there.
+  // Windows [0, count) of the group, whose tokens, keys and values are ready.
   void attend_placed(int count) {
     for (int g = 0; g < count; ++g) group_.bound(group_.window(g), group_.padded_tokens() * group_.width());
     const auto prefetch = [&](int64_t token) {
@@ -79,7 +79,7 @@ class ForwardWorker {
     }
   }
 
-  // Weights 2^score of a tile for the keys of its region, and their sums, as the scores come.
+  // Weights 2^score of a tile for the keys of its region, and their sums, as the scores are computed.
   void weigh(const GroupWindow<T>& window, const Region& region, const int64_t* queries, T* sum) {
     const int64_t stride = group_.padded_tokens();
     Vec<T> total[kRows] = {};
@@ -95,8 +95,8 @@ class ForwardWorker {
     for (int r = 0; r < kRows; ++r) sum[r] = sum_lanes<T>(total[r]);
   }
 
-  // Weights 2^(score - offset) of a tile with its largest score as offset, for the keys of all regions where others
-  // matter than its own.
+  // Weights 2^(score - offset) of a tile with its largest score as offset; for the keys of all regions where regions
+  // other than its own matter.
   void weigh_from_largest(const GroupWindow<T>& window, const Region& region, const int64_t* queries, int rows,
                           int64_t* begin, int64_t* end, T* offset, T* sum) {
     const int64_t stride = group_.padded_tokens();

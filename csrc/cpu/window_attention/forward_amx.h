@@ -1,10 +1,10 @@
 // The forward of window attention on AMX, float32 with head_dim 16: the products on tiles of bfloat16 parts (amx.h),
 // 2^score between them on vectors.
 //
-// Every query has the same offset 0 in its softmax, so that scores are turned into weights as they come and no row is
-// read twice. That is safe while no score comes near the ends of float32's range, which Cauchy-Schwarz says before any
-// score is known; the same bound says that keys of other regions do not matter. Windows where it does not hold go to
-// the vector kernel.
+// Every query has the same offset 0 in its softmax, so that scores are turned into weights at once and no row is read
+// twice. That is safe while no score comes near the ends of float32's range, which Cauchy-Schwarz tells before any
+// score is computed; the same bound tells that keys of other regions do not matter. Windows where it does not hold go
+// to the vector kernel.
 #pragma once
 
 #include "cpu/amx.h"
@@ -125,7 +125,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
   }
   float* window_qkv(int g) const { return qkv_ + g * window_qkv_size(); }
 
-  // What the next group will read lies far away: its rows are asked for a few at a time, while this group is worked on,
+  // What the next group will read lies far away: its rows are prefetched a few at a time while this group is computed,
   // so that the memory is never idle and nothing waits for it.
   void fetch_later(const WindowChunk& chunk) {
     const int64_t channels = group_.channels();
@@ -236,7 +236,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     parts_[g].largest_value = max_lanes<float>(largest) + sum_lanes<float>(total);
   }
 
-  // What the vector kernel needs beside the panels of keys.
+  // What the vector kernel needs besides the panels of keys.
   void copy_values(int g) {
     if (parts_[g].values_are_copied) return;
     for (int64_t t = 0; t < group_.padded_tokens(); ++t)
@@ -245,13 +245,13 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     parts_[g].values_are_copied = true;
   }
 
-  // The queued tiles of queries, each against the keys of its window, 32 keys at a time: a step turns scores to weights
-  // on the vector units while the tile unit works on the scores of the next step and the weights of the last. The tile
-  // unit keeps up only if its instructions lie evenly among the others.
+  // The queued tiles of queries, each against the keys of its window, 32 keys at a time: a step turns scores into
+  // weights on the vector units while the tile unit works on the scores of the next step and the weights of the last.
+  // The tile unit keeps up only if its instructions are spread evenly among the others.
   void attend_queue(int count, const Region& region) {
     const int64_t begin = region.begin / kPair, end = (region.end + kPair - 1) / kPair;
     const int64_t steps = count * (end - begin);
-    // -inf stands for the bias of the 16 keys at either end that are there for the others of their pair.
+    // At either end 16 keys may only complete a pair: their bias is -inf.
     const bool first_half = region.begin % kPair == 0, last_half = region.end % kPair == 0;
     const int64_t bias_bytes = group_.padded_tokens() * static_cast<int64_t>(sizeof(float));
     const auto score_step = [&](const Step& step, int parity, int instruction) __attribute__((always_inline)) {
@@ -324,7 +324,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     tile_load<kQuery13>(queries + 2 * kTileBytes, kTileRowBytes);
   }
 
-  // The parts of a tile of queries, as tiles of the left side; returns the largest norm. Queries carry scale · log2(e).
+  // The parts of a tile of queries times scale · log2(e), as tiles of the left side; returns the largest norm.
   float split_queries(const QueryTile& tile, char* tiles) const {
     const __m512 factor = _mm512_set1_ps(static_cast<float>(call_.scale * kLog2E));
     float norm = 0;
@@ -365,7 +365,7 @@ class AmxForwardWorker : ForwardWorker<float, 16> {
     }
   }
 
-  // Weights 2^score of 16 queries and 32 keys, in parts; calls beside(slot) for slots 0 to 15 on the way.
+  // Weights 2^score of 16 queries and 32 keys, in parts; calls beside(slot) for slots 0 to 15 along the way.
   template <class Beside>
   SWIN_ALWAYS_INLINE void weigh(int parity, const Beside& beside) {
     const float* low = scores_ + parity * kPair * kTileRows;

@@ -1,4 +1,4 @@
-// The kernels of processors with AMX that are not those of AVX-512: a forward of its own where it pays.
+// The kernels for processors with AMX that are not those of AVX-512: a separate forward where it pays off.
 #include "cpu/window_attention/forward_amx.h"
 #include "cpu/window_attention/kernels.h"
 

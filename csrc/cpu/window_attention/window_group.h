@@ -1,8 +1,8 @@
 // Shifted-window attention for one head of a few windows at a time: what forward and backward share.
 //
-// Scores live in base 2: queries carry scale · log2(e), the bias carries log2(e), so that
+// Scores are in base 2: queries are multiplied by scale · log2(e), the bias by log2(e), so that
 // softmax(scores) = 2^(scores - max) / Σ. Tokens of a window are ordered by region (window_plan.h), and a
-// query first meets the keys of its own region only. The others' scores are lowered by 100; by
+// query first meets only the keys of its own region. The others' scores are lowered by 100; by
 // Cauchy-Schwarz they are at most |q| · max|k| + max bias - 100. Where that lies 64 powers of two below
 // the query's largest score they cannot change a bit of the result and are not computed; elsewhere (or
 // where anything is not finite) the whole row is.
@@ -22,9 +22,9 @@ namespace window_attention {
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kNegligible = -64;  // powers of two
 
-// One head of the bias table in base 2 and backwards: entry (query, key) lies at
-// origin - raster(query) + raster(key), so that a run of keys is read forwards. After it lie one vector
-// that copies may touch, and last the head's largest entry (NaN if any is).
+// One head of the bias table in base 2 and reversed: entry (query, key) lies at
+// origin - raster(query) + raster(key), so that a run of keys is read forwards. It is followed by one
+// vector that copies may touch, and by the head's largest entry (NaN if any is).
 template <class T>
 T* bias_column(const AttentionCall& call, int64_t head) {
   return static_cast<T*>(call.bias_columns) + head * call.bias_stride;
@@ -41,7 +41,7 @@ SWIN_ALWAYS_INLINE Region region_of(const WindowPattern& pattern, int64_t index)
   return {index, first, last, first / kLanes<T> * kLanes<T>, round_up(last, kLanes<T>)};
 }
 
-// Up to kGroup windows of one pattern and head: where their tokens lie and what they carry. The bias of a
+// Up to kGroup windows of one pattern and head: where their tokens lie and what they hold. The bias of a
 // block of queries is the same in all of them, so it is looked up once and stays in cache.
 constexpr int kGroup = 4;
 constexpr int64_t kBlock = 48;  // queries
@@ -184,14 +184,14 @@ class WindowGroup {
     for (int64_t d = 0; d < width(); d += kLanes<T>) store(row + d, load(from + d) * factor);
   }
 
-  // What the scores of tokens of different regions are lowered by.
+  // By how much the scores of tokens of different regions are lowered.
   static T mask() { return static_cast<T>(kMaskValue * kLog2E); }
 
-  // The largest entry of the bias in size; NaN if any is not finite.
+  // The largest magnitude of the bias; NaN if any entry is not finite.
   T largest_bias() const { return column_[call_.bias_stride - 2]; }
 
-  // The largest norm of a key and the size of the largest of the first `value_count` values of a window; NaN where a
-  // key or value is not finite.
+  // The largest norm of a key and the largest magnitude of the first `value_count` values of a window; NaN where a key
+  // or value is not finite.
   void bound(GroupWindow<T>& window, int64_t value_count) const {
     Vec<T> largest = {}, total = {}, value = {};
     for (int64_t k = 0; k < padded_tokens_; k += kPanel)
@@ -238,7 +238,7 @@ class WindowGroup {
     if (scores_stay_small(window, std::sqrt(sum_lanes<T>(square)))) return true;
     T norm[kRows], largest = 0;
     norms(query_rows, norm);
-    for (int r = 0; r < kRows; ++r) largest = norm[r] <= largest ? largest : norm[r];  // this way round a NaN stays
+    for (int r = 0; r < kRows; ++r) largest = norm[r] <= largest ? largest : norm[r];  // in this order a NaN stays
     return scores_stay_small(window, largest);
   }
 
@@ -310,9 +310,9 @@ class WindowGroup {
     for (int64_t k = real_end; k < end; ++k) to[k] = 0;
   }
 
-  // Visits windows [0, count) of the group, block of queries by block: visit(window, region, first, last), with the
-  // bias of queries [first, last) looked up. Ahead of a block by one window or one block, prefetch(token) is called for
-  // its queries.
+  // Visits windows [0, count) of the group, one block of queries at a time: visit(window, region, first, last), with
+  // the bias of queries [first, last) looked up. One window or one block ahead of a block, prefetch(token) is called
+  // for its queries.
   template <class Prefetch, class Visit>
   void for_each_block(int count, const Prefetch& prefetch, const Visit& visit) {
     for (int64_t i = 0; i < pattern_->region_count; ++i) {

@@ -1,4 +1,4 @@
-// Pad, cyclic shift and partition as one copy a token, and back. Bytes are moved as they are.
+// Pad, cyclic shift and partition as one copy per token, and back. Bytes are moved as they are.
 #include <cstring>
 
 #include "cpu/window_partition/kernels.h"

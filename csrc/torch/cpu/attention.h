@@ -72,7 +72,7 @@ struct Attention {
     call.bias_columns = bias_columns.get();
   }
 
-  // A plan of the windows is only made for windows that this backend takes (backends/cpu/__init__.py).
+  // Windows are planned only where this backend supports them (backends/cpu/__init__.py).
   static swin::WindowPlan plan_of(const char* op, const Tensor& qkv, const Ints& nominal, const Ints& window,
                                   const Ints& shift) {
     require(qkv.dim() == 4 || qkv.dim() == 5, op, "qkv has shape ", text(shape(qkv)),
@@ -97,7 +97,7 @@ struct Attention {
     share_items(workers, [&](swin::WorkCounter& next) { swin::prepare_bias[build](call, next); });
   }
 
-  // Runs work(scratch, next) on every thread: `bytes` of its own, the counter of work items is shared.
+  // Runs work(scratch, next) on every thread: each has its own `bytes` of scratch, all share the counter of work items.
   template <class Work>
   void share(size_t bytes, const Work& work) const {
     bytes = (bytes + 63) / 64 * 64;
@@ -111,8 +111,8 @@ inline Tensor zeros(const Ints& sizes, const Tensor& like) {
   return torch::stable::zero_(tensor);
 }
 
-// Work items of at most `size` windows. The windows of the first pattern, in most volumes the most and the
-// dearest, come first.
+// Work items of at most `size` windows. The windows of the first pattern, in most volumes the most numerous and the
+// most expensive, come first.
 inline std::vector<swin::WindowChunk> window_chunks(const swin::AttentionCall& call, int64_t size) {
   std::vector<swin::WindowChunk> chunks;
   for (int64_t p = 0; p < call.pattern_count; ++p) {
@@ -124,7 +124,7 @@ inline std::vector<swin::WindowChunk> window_chunks(const swin::AttentionCall& c
   return chunks;
 }
 
-// Windows of an item of work of a forward.
+// Windows in a forward's item of work.
 constexpr int64_t kForwardChunk = 4;
 
 }  // namespace swin_torch

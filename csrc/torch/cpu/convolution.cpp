@@ -1,4 +1,4 @@
-// Convolution over a concatenation on the CPU as operators of torch.
+// Convolution over a concatenation on the CPU as torch operators.
 #include <algorithm>
 
 #include "cpu/convolution/kernels.h"
@@ -13,8 +13,8 @@ void require_volume(const char* op, const char* name, const Tensor& t) {
   require(t.dim() == 5 && t.numel() > 0, op, name, " has shape ", text(shape(t)), "; accepted is (B, D, H, W, C)");
 }
 
-// Runs work(scratch, next) on as many threads as there are items of work: `floats` of its own, the counter of items is
-// shared.
+// Runs work(scratch, next) on as many threads as there are items of work: each has its own `floats` of scratch, all
+// share the counter of items.
 template <class Work>
 void share(int64_t items, int64_t floats, const Work& work) {
   const int64_t workers = std::clamp<int64_t>(items, 1, torch::stable::get_num_threads());
@@ -24,7 +24,7 @@ void share(int64_t items, int64_t floats, const Work& work) {
               [&](void* own, swin::WorkCounter& next) { work(static_cast<float*>(own), next); });
 }
 
-// A block of output rows is as high as keeps what it is computed from in a core's cache.
+// A block of output rows is as high as it can be with its inputs still in a core's cache.
 int64_t block_height(const swin::ConvolutionCall& call) {
   constexpr int64_t kVoxels = 64, kBytes = int64_t{1} << 19, kLeast = 4, kMost = 16;
   if (call.kernel == 1) return kVoxels;
@@ -69,7 +69,7 @@ Tensor convolve(const char* op, const Tensor& first_source, const OptionalTensor
   call.flip = gradient;
   call.out_channels = gradient ? count : weight.size(0);
   call.block_height = block_height(call);
-  // Long runs of planes transform few of them twice; enough runs keep many threads busy.
+  // In long runs few planes are transformed twice; enough runs keep many threads busy.
   constexpr int64_t kRuns = 64, kMostPlanes = 8;
   const int64_t across = (call.extent[1] + call.block_height - 1) / call.block_height;
   call.block_planes = std::clamp<int64_t>(call.batch * call.extent[0] * across / kRuns, 1, kMostPlanes);
@@ -94,7 +94,7 @@ Tensor convolution_backward_input(Tensor grad_out, Tensor weight, int64_t first,
   return convolve("convolution_backward", grad_out, std::nullopt, weight, true, first, count);
 }
 
-// Of a 3×3×3 convolution's weight for the channels of x.
+// The gradient of a 3×3×3 convolution's weight for the channels of x.
 Tensor convolution_backward_weight(Tensor grad_out, Tensor x) {
   const char* op = "convolution_backward";
   require_volume(op, "grad_out", grad_out);
@@ -115,7 +115,7 @@ Tensor convolution_backward_weight(Tensor grad_out, Tensor x) {
   constexpr int64_t kTiles = 96;
   const int64_t tiles = (call.extent[2] + 3) / 4;
   call.block_height = std::min((kTiles + tiles - 1) / tiles, call.extent[1]);
-  // Slabs of their own, so that threads need not wait for one another, as many as little memory holds.
+  // Separate slabs, so that threads need not wait for one another; only as many as fit in little memory.
   constexpr int64_t kSlabs = 24, kBytes = int64_t{1} << 24;
   const swin::Build build = build_here();
   const int64_t sums = swin::weight_gradient_sums[build](call);

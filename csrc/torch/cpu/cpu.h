@@ -56,7 +56,7 @@ inline ScalarType accumulate_type(swin::ElementType type) {
   return type == swin::ElementType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// The build of the kernels that a call runs: of each, swin::kernel[build].
+// The build of the kernels that a call runs: swin::kernel[build] for each.
 inline swin::Build build_here() {
   swin::Build build;
   if (const char* error = swin::select_build(&build)) {
@@ -74,8 +74,8 @@ void run_workers(int64_t workers, const Work& work) {
   });
 }
 
-// Runs work(scratch, next) once for each of `workers`: `bytes` of `memory` are its own, the counter of work items is
-// shared.
+// Runs work(scratch, next) once for each of `workers`: each has its own `bytes` of `memory`, all share the counter of
+// work items.
 template <class Work>
 void share_items(int64_t workers, void* memory, size_t bytes, const Work& work) {
   swin::WorkCounter next{0};

@@ -1,4 +1,4 @@
-// The arithmetic of windows and of dropout itself as operators of torch, for the tests that hold it against
+// The arithmetic of windows and of dropout itself as torch operators, for the tests that compare it with
 // swin_kernels/geometry.py.
 #include "geometry.h"
 
@@ -7,7 +7,7 @@
 namespace swin_torch {
 namespace {
 
-// Of each window the natural index of its tokens, -1 for padding, and their regions.
+// For each window, the natural index of its tokens, -1 for padding, and their regions.
 std::tuple<Tensor, Tensor> window_tokens(Ints spatial, Ints window, Ints shift) {
   const swin::WindowGrid grid = grid_of("window_tokens", spatial, window, window, shift);
   const int64_t windows = swin::product(grid.counts), tokens = swin::product(grid.window);

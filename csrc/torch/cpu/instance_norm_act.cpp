@@ -1,4 +1,4 @@
-// Instance norm, residual and LeakyReLU on the CPU as operators of torch.
+// Instance norm, residual and LeakyReLU on the CPU as torch operators.
 #include <algorithm>
 
 #include "cpu/instance_norm_act/kernels.h"
@@ -7,8 +7,8 @@
 namespace swin_torch {
 namespace {
 
-// A block of voxels is small enough to stay in a core's cache between the two passes over it, and has few enough for
-// plain sums. It is fixed, so that sums have one order for any number of threads.
+// A block of voxels is small enough to stay in a core's cache between the two passes over it, and to be summed plainly.
+// Its size is fixed, so that sums have one order for any number of threads.
 constexpr int64_t kBlockElements = 16384, kBlockVoxels = 256;
 
 // What both directions share; `like` is a volume (B, *S, C).
@@ -29,7 +29,7 @@ void describe(const char* op, const Tensor& like, bool normalize_residual, doubl
   call->negative_slope = negative_slope;
 }
 
-// Runs work(begin, end, scratch) over all blocks, an equal share of them on each thread.
+// Runs work(begin, end, scratch) over all blocks, with an equal share on each thread.
 template <class Work>
 void over_blocks(const swin::NormCall& call, const Tensor& scratch, const Work& work) {
   const int64_t total = call.batch * call.blocks, shares = scratch.size(0);

@@ -1,4 +1,4 @@
-// The name of the build of the kernels that runs here.
+// The name of the kernels' build that runs here.
 #include "torch/cpu/cpu.h"
 
 namespace swin_torch {

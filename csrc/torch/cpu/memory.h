@@ -1,4 +1,4 @@
-// Memory of the kernels: tensors whose fresh memory costs few page faults, and buffers.
+// Memory for the kernels: tensors whose fresh memory costs few page faults, and buffers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,8 +18,8 @@
 namespace swin_torch {
 
 // An uninitialised tensor. The first write to each 4 KiB page of fresh memory interrupts the program, which for the
-// volumes of the decoder takes as long as computing them; the system is asked for pages of 2 MiB instead. It is advice:
-// where it is not taken, nothing changes but the time.
+// volumes of the decoder takes as long as computing them; the system is asked for pages of 2 MiB instead. This is
+// advice: if the system ignores it, only the time changes.
 inline torch::stable::Tensor empty_on_large_pages(const Ints& sizes, torch::headeronly::ScalarType type) {
   torch::stable::Tensor tensor = torch::stable::empty(sizes, type);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

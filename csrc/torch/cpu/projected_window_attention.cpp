@@ -1,4 +1,4 @@
-// Window attention with its projections inside on the CPU as operators of torch.
+// Window attention with its projections inside on the CPU as torch operators.
 #include "cpu/projected_window_attention/kernels.h"
 #include "torch/cpu/attention.h"
 
@@ -19,7 +19,7 @@ bool projects(int64_t heads, int64_t channels, bool backward) {
   return backward ? swin::projects_backward[build](call) : swin::projects_forward[build](call);
 }
 
-// Fills in what forward and backward share, checked.
+// Checks and fills in what forward and backward share.
 template <class ProjectedCall>
 void set_projection(const char* op, bool backward, const Attention& attention, const Tensor& x, const Tensor& weight,
                     const OptionalTensor& bias, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
@@ -50,7 +50,7 @@ void set_projection(const char* op, bool backward, const Attention& attention, c
   call.out_bias = given("out_bias", out_bias, {attention.channels});
 }
 
-// The result, and for a gradient the attention's output where a layer comes after it, and the log-sum-exp.
+// The result; and for a gradient, the attention's output if a layer follows it, and the log-sum-exp.
 std::tuple<Tensor, Tensor, Tensor> projected_window_attention_forward(
     Tensor x, Tensor weight, OptionalTensor bias, Tensor bias_table, OptionalTensor norm_weight,
     OptionalTensor norm_bias, std::optional<double> norm_eps, OptionalTensor out_weight, OptionalTensor out_bias,

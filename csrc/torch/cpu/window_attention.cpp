@@ -1,4 +1,4 @@
-// Window attention on the CPU as operators of torch.
+// Window attention on the CPU as torch operators.
 #include "cpu/window_attention/kernels.h"
 #include "torch/cpu/attention.h"
 

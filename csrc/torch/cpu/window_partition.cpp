@@ -1,4 +1,4 @@
-// Window partition and reverse on the CPU as operators of torch.
+// Window partition and reverse on the CPU as torch operators.
 #include "cpu/window_partition/kernels.h"
 #include "torch/cpu/cpu.h"
 

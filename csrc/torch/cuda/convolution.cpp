@@ -1,4 +1,4 @@
-// Convolution over a concatenation on the GPU as an operator of torch.
+// Convolution over a concatenation on the GPU as a torch operator.
 #include "cuda/convolution.h"
 
 #include "torch/cuda/cuda.h"

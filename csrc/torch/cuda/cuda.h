@@ -1,5 +1,5 @@
 // What the CUDA registrations of all operators share: checks of tensors, device and stream.
-// It needs no CUDA header and links nothing of torch for CUDA: it builds and loads beside a torch for the CPU.
+// It needs no CUDA header and links no CUDA part of torch: it builds and loads with a torch for the CPU.
 #pragma once
 
 #include <dlfcn.h>
@@ -50,7 +50,7 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// `t`, or a copy where it is a view that does not begin at a multiple of the 16 bytes the kernels read at once.
+// `t`, or a copy if it is a view that does not begin at a multiple of the 16 bytes the kernels read at once.
 inline Tensor aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : torch::stable::clone(t);
 }

@@ -1,4 +1,4 @@
-// The trace of launches as an operator of torch.
+// The trace of launches as a torch operator.
 #include "cuda/diagnostics.h"
 
 #include "torch/cuda/cuda.h"

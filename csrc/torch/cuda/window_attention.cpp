@@ -1,4 +1,4 @@
-// Window attention on the GPU as operators of torch.
+// Window attention on the GPU as torch operators.
 #include "cuda/window_attention.h"
 
 #include "torch/cuda/cuda.h"
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_backward(Tensor grad_out, Te
   return {grad_qkv, grad_bias_table, grad_pad_qkv};
 }
 
-// A call of unknown extents, but for its windows. `element` is a SwinElement.
+// A call whose extents are unknown except for its windows. `element` is a SwinElement.
 SwinAttention call_of(const char* op, int64_t element, const Ints& spatial, const Ints& nominal, const Ints& window,
                       const Ints& shift) {
   require(element >= kSwinFloat32 && element <= kSwinFloat16, op, "element is ", element, "; accepted are 0, 1, 2");
@@ -120,11 +120,11 @@ SwinAttention call_of(const char* op, int64_t element, const Ints& spatial, cons
   return call;
 }
 
-// Why the current device cannot run window_attention on windows of `window` tokens, "" where it can.
+// Why the current device cannot run window_attention on windows of `window` tokens, "" if it can.
 std::string attention_declines(int64_t element, int64_t head_dim, Ints window, bool backward) {
   const char* op = "attention_declines";
   SwinAttention call = call_of(op, element, window, window, window, Ints(window.size(), 0));
-  call.batch = 65535;  // as many windows as an override of the cut may deal out: how many a call has is not asked here
+  call.batch = 65535;  // as many windows as an override of the cut may divide: the number in a call is not known here
   call.heads = 1;
   call.head_dim = head_dim;
   const char* reason =
@@ -149,7 +149,7 @@ Ints attention_cut(int64_t element, int64_t batch, int64_t heads, int64_t head_d
   return {cut.warps, cut.together, cut.resident, cut.chunks, cut.parts};
 }
 
-// Overrides the cut of all calls by those fields; without values ends it.
+// Overrides the cut of all calls with those fields; without values, ends the override.
 void override_cut(bool backward, Ints values) {
   const char* op = "override_cut";
   require(values.empty() || values.size() == 5, op, "values are ", text(values), "; accepted are none or five");

@@ -1,4 +1,4 @@
-// Window partition and reverse on the GPU as operators of torch.
+// Window partition and reverse on the GPU as torch operators.
 #include "cuda/window_partition.h"
 
 #include "torch/cuda/cuda.h"

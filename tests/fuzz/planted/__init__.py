@@ -1,1 +1,1 @@
-"""Subjects with faults that the fuzzer has to find: one a module."""
+"""Subjects with faults that the fuzzer has to find: one per module."""

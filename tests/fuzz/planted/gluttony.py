@@ -1,4 +1,4 @@
-"""A parser that takes 600 MiB for a moment, of its third case."""
+"""A parser that takes 600 MiB for a moment, on its third case."""
 
 
 def prepare(folder):

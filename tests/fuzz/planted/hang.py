@@ -1,4 +1,4 @@
-"""A parser that does not end, of its third case."""
+"""A parser that does not end, on its third case."""
 
 import time
 

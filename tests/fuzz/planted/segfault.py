@@ -1,4 +1,4 @@
-"""A parser that takes the process along, of its third case."""
+"""A parser that kills its process, on its third case."""
 
 import os
 import signal

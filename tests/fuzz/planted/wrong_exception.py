@@ -1,4 +1,4 @@
-"""A parser that raises what it does not say it raises, of one case in four."""
+"""A parser that raises an undocumented exception, on one case in four."""
 
 
 def prepare(folder):

@@ -1,4 +1,4 @@
-"""Archives: what is unpacked, and what is refused before it is."""
+"""Archives: what is unpacked, and what is refused before unpacking."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_unpacking_writes_over_nothing(tmp_path):
 
 
 def test_long_headers_are_not_read(tmp_path):
-    """A GNU long name of 64 MiB, pax records as long, and names of 1 KiB after each other without end."""
+    """A GNU long name of 64 MiB, pax records as long, and an endless sequence of names of 1 KiB."""
     long_name = member("././@LongLink", tarfile.GNUTYPE_LONGNAME, size=1 << 26)
     pax = member("pax", tarfile.XHDTYPE, size=1 << 26)
     with gzip.open(tmp_path / "chain.tar.gz", "wb", 1) as file:
@@ -159,7 +159,7 @@ def flipped(packed: bytes, random: np.random.Generator) -> bytes:
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2", "zip"])
 def test_damage_is_refused_by_the_archives_name(tmp_path, suffix):
-    """Unpacked, or refused: nothing else, and nothing beside the folder."""
+    """Unpacked or refused, nothing else, and nothing is written outside the folder."""
     random = np.random.default_rng(0)
     path = tmp_path / f"a.{suffix}"
     if suffix == "zip":

@@ -1,4 +1,4 @@
-"""Datalists and their cases: folds, where entries may lead, and how what cannot be used is named."""
+"""Datalists and their cases: folds, where entries may lead, and how errors name what cannot be used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .. import synthetic
 
 @pytest.fixture
 def own(tmp_path) -> Path:
-    """Datalist of four cases that a test may spoil."""
+    """Datalist of four cases that a test may damage."""
     return synthetic.dataset(tmp_path / "data", cases=4)
 
 
@@ -116,7 +116,7 @@ def test_datalists_that_are_wrong_are_refused(own, change, says):
 
 
 def test_files_of_any_name_that_links_lead_to_are_read(own):
-    """As caches keep downloads: by digest, with links that have names."""
+    """As caches keep downloads: by digest, with named links."""
     blobs = own.parent / "blobs"
     blobs.mkdir()
     expected = [values_of(case) for case in datalist.read(Data(own, folds=1), True)[0]]
@@ -148,7 +148,7 @@ def test_files_that_are_no_datalists_are_refused(tmp_path, content):
 
 
 def test_what_is_no_regular_file_is_not_opened(own, tmp_path):
-    """A FIFO would be waited for for ever."""
+    """Opening a FIFO would wait forever."""
     os.mkfifo(tmp_path / "fifo.json")
     with pytest.raises(ValueError, match=r"datalist: .*fifo.json: cannot be read as JSON: is a FIFO"):
         datalist.read(Data(tmp_path / "fifo.json"), True)
@@ -201,7 +201,7 @@ def spoil_truncated(folder: Path) -> Path:
 
 
 def spoil_short(folder: Path) -> Path:
-    """A whole gzip stream of fewer voxels than the header says."""
+    """A complete gzip stream with fewer voxels than the header says."""
     path = folder / "imagesTr/case_01.nii.gz"
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-10]))
     return path

@@ -1,4 +1,4 @@
-"""Training data: what a datalist may say, what a batch depends on, what a cache may be, what is refused."""
+"""Training data: what a datalist may contain, what a batch depends on, what a cache may be, what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shared(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own(tmp_path) -> Path:
-    """Datalist of four cases that a test may spoil."""
+    """Datalist of four cases that a test may damage."""
     return synthetic.dataset(tmp_path / "data", cases=4)
 
 
@@ -63,7 +63,7 @@ def same(one: dict, other: dict) -> bool:
 
 @pytest.mark.parametrize("where", ["memory", "disk", "smart", "none"])
 def test_a_batch_depends_on_its_number_and_the_seed_alone(shared, tmp_path, where):
-    """Not on worker processes, not on where the stream began, not on PyTorch's generator."""
+    """Not on worker processes, where the stream began, or PyTorch's generator."""
     how = {"cache": where, "cache_folder": tmp_path, "smart_cases": 2, "augmentation": EVERYTHING}
     expected = batches(opened(shared, **how), 0, 6)
     torch.manual_seed(1)
@@ -139,7 +139,7 @@ def test_draws_leave_cached_cases_as_they_are(shared):
 
 
 def test_crops_are_centred_on_what_is_asked_for(tmp_path):
-    """An organ in a corner, a body in half of the volume: others see body, never air alone."""
+    """An organ in a corner, a body in half of the volume: other crops see body, never only air."""
     image = np.full((90, 40, 40), -1000, np.int16)
     image[:45] = 0
     label = np.zeros(image.shape, np.uint8)
@@ -200,7 +200,7 @@ def test_modalities_in_one_file_or_one_each(tmp_path, split_files):
 
 
 def test_workers_outlast_the_signals_that_end_a_job(shared):
-    """They go to every process of a job; the one that trains has to get the batches until it has saved."""
+    """They go to every process of a job; the training one must still get batches until it has saved."""
     dataset = opened(shared, workers=2, prefetch=1)
     stream = dataset.stream(0)
     next(stream)
@@ -285,7 +285,7 @@ def test_the_cache_on_disk_belongs_to_files_and_preprocessing(own, tmp_path):
 
 @pytest.mark.parametrize("kind", ["full", "a file"])
 def test_a_cache_folder_that_takes_no_case_is_named(shared, tmp_path, kind):
-    """Rather than an image, which is right."""
+    """Not the image, which is right."""
     folder = tmp_path / "cache"
     if kind == "a file":
         folder.touch()

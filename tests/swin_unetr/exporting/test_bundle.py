@@ -1,4 +1,4 @@
-"""The MONAI bundle: its label maps against `predict`, what MONAI and MONAI Label read of it, and what it refuses."""
+"""The MONAI bundle: its label maps against `predict`, what MONAI and MONAI Label read from it, what it refuses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tumour(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def case(folder: Path, channels: int) -> Path:
-    """A folder with an image of its own axes and spacing."""
+    """A folder with an image that has its own axes and spacing."""
     values = np.stack([segmenter.image((37, 33, 30), seed) for seed in range(channels)], axis=-1)
     folder.mkdir()
     segmenter.nifti(folder / "case.nii.gz", values[..., 0] if channels == 1 else values, segmenter.affine("LPS"))
@@ -113,7 +113,7 @@ def test_a_bundle_of_overlapping_classes(tumour, tmp_path):
 
 
 def test_a_bundle_decides_even_odds_as_predict_does(tumour):
-    """A sigmoid of exactly one half holds in neither."""
+    """A sigmoid of exactly one half counts as positive in neither."""
     steps = json.loads((tumour[1] / "configs/inference.json").read_text())["postprocessing"]["transforms"]
     decide = next(step["func"] for step in steps if step["_target_"] == "Lambdad")
     probabilities = torch.tensor([[0.5, 0.6, 0.7, 0.7], [0.4, 0.5, 0.6, 0.6], [0.5, 0.5, 0.5, 0.6]]).view(3, 1, 1, 4)

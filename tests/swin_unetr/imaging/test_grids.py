@@ -1,4 +1,4 @@
-"""Whether files lie on one grid, and what their names end in."""
+"""Whether files lie on one grid, and their suffixes."""
 
 from __future__ import annotations
 

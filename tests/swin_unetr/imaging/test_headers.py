@@ -1,4 +1,4 @@
-"""NRRD and MetaImage: what a header says of data, extents and units is what is read, or is refused by name."""
+"""NRRD and MetaImage: what a header says about data, extents and units is what is read, or is refused by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def turned(data: bytes, at: int) -> bytes:
 
 
 def stored_turned() -> bytes:
-    """A stream whose values are other ones than those of its checksum: only that tells."""
+    """A stream whose values do not match its checksum, which alone reveals it."""
     stored = zlib.compress(RAW, 0)
     return turned(stored, len(stored) // 2)
 
@@ -49,7 +49,7 @@ DAMAGED = {
 @pytest.mark.parametrize("name", ["x.nrrd", "x.mha", "x.mhd"])
 @pytest.mark.parametrize("damage", ["whole", *DAMAGED])
 def test_compressed_data_are_whole(tmp_path, name, damage):
-    """Parsers tell some of it, and read the rest with other values."""
+    """Parsers report some of these, and read the rest with wrong values."""
     zlib_data, gzip_data, says = DAMAGED.get(damage, (ZLIB, GZIP, ""))
     if name == "x.nrrd":
         (tmp_path / name).write_bytes(GZ_NRRD.format(more="").encode() + gzip_data)

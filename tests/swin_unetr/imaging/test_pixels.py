@@ -1,4 +1,4 @@
-"""Pixels of DICOM slices: the values that are stored, whatever their encoding, and no others."""
+"""Pixels of DICOM slices: the stored values, whatever their encoding, and no others."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def encapsulated(folder, syntax, frame, **tags) -> None:
     ],
 )
 def test_values_are_those_stored(tmp_path, kind, syntax):
-    """Extents are odd, and slices longer than what is read with the header."""
+    """Extents are odd, and slices are longer than what is read with the header."""
     values = np.random.default_rng(0).integers(-100 if kind[0] == "i" else 0, 120, (41, 43, 3)).astype(kind)
     values[3, 4] = np.iinfo(kind).max >> 9 if kind.endswith("32") else np.iinfo(kind).max
     written(tmp_path / "d", values, SYNTAXES[syntax])
@@ -179,7 +179,7 @@ def test_padding_after_the_pixels_is_passed_over(tmp_path, syntax):
 @pytest.mark.parametrize("length", [0, 1, 200, 478, 960, 1440])
 @pytest.mark.parametrize("syntax", NATIVE)
 def test_slices_have_as_many_bytes_as_their_pixels(tmp_path, syntax, length):
-    """What is missing was memory that something else had left."""
+    """Otherwise missing pixels would be whatever was left in memory."""
     values = np.full((12, 20, 3), 42, np.int16)
 
     def change(data, index):
@@ -206,7 +206,7 @@ RLE = {
 
 @pytest.mark.parametrize("damage", RLE)
 def test_damaged_run_lengths_are_refused(tmp_path, damage):
-    """In a process of its own, which some of them would end."""
+    """In a separate process, which some of them would end."""
     encapsulated(tmp_path / "d", RLELossless, RLE[damage])
     read = (
         "import sys, pathlib; from swin_unetr import imaging\n"
@@ -224,7 +224,7 @@ def test_damaged_run_lengths_are_refused(tmp_path, damage):
         (syntax, damage)
         for syntax in FRAMES
         for damage in ("cut off", "rows", "columns", "bits")
-        if (syntax, damage) != ("JPEG 2000", "bits")  # its frames tell GDCM their bits, which keeps them all
+        if (syntax, damage) != ("JPEG 2000", "bits")  # its frames tell GDCM their bits, and it keeps them all
     ],
 )
 def test_compressed_frames_are_those_of_their_header(tmp_path, syntax, damage):
@@ -239,7 +239,7 @@ def test_compressed_frames_are_those_of_their_header(tmp_path, syntax, damage):
 
 @pytest.mark.parametrize("name", ["JPEG-lossy", "JPEG2000", "JPEGLSNearLossless_08", "693_J2KI"])
 def test_lossy_frames_are_read(tmp_path, name):
-    """As pydicom's own files have them: values of their rescaled range, and the shape of their header."""
+    """As in pydicom's own files: values in their rescaled range, and the shape in their header."""
     data = pydicom.dcmread(get_testdata_file(f"{name}.dcm"))
     frame = next(generate_frames(data.PixelData, number_of_frames=1))
     tags = {tag: data[tag].value for tag in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")}

@@ -1,4 +1,4 @@
-"""Images in files: where they lie, DICOM series told apart, and what is refused."""
+"""Images in files: where they lie, how DICOM series are told apart, and what is refused."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_both_forms_of_a_nifti_geometry_are_kept(tmp_path):
 )
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
 def test_places_are_in_mm_and_files_in_their_own_unit(tmp_path, kind, unit, millimetres):
-    """A label map lies on its image for whoever heeds units, and for whoever does not."""
+    """A label map lies on its image both for readers that heed units and for those that do not."""
     values = image((7, 5, 4))
     picture = kind(values, affine("LPS"))
     picture.header.set_xyzt_units(unit, "sec")
@@ -129,7 +129,7 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "x.nii.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(imaging.BadCase, match=r"x.nii.gz: cannot be read"):
         only(tmp_path / "x.nii.gz")
-    # A stream that goes on after what its header says is not followed.
+    # A stream is not read beyond what its header says.
     (tmp_path / "x.nii.gz").write_bytes(gzip.compress(gzip.decompress(whole) + bytes(1 << 20)))
     with pytest.raises(imaging.BadCase, match=r"x.nii.gz: is larger than its header says"):
         only(tmp_path / "x.nii.gz")
@@ -151,7 +151,7 @@ def test_damaged_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".nrrd", ".mha"])
 def test_headers_that_promise_more_than_their_files_can_hold_are_refused(tmp_path, suffix):
-    """Whoever reads them takes that memory first."""
+    """A reader would allocate that memory first."""
     path = tmp_path / f"x{suffix}"
     if "nii" in suffix:
         header = nibabel.Nifti1Header()
@@ -224,7 +224,7 @@ META = "ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_UCHAR\
     ],
 )
 def test_headers_name_no_files_of_other_folders(tmp_path, name, header):
-    """Each of these is read by SimpleITK: the test of that keeps this list honest."""
+    """SimpleITK reads each of these, and the test of that keeps this list honest."""
     (tmp_path / "own").mkdir()
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(range(64)))
@@ -237,7 +237,7 @@ def test_headers_name_no_files_of_other_folders(tmp_path, name, header):
 
 
 def test_a_path_that_would_end_the_process_is_refused(tmp_path):
-    """A message of NRRD's parser that names a longer one is written over other memory."""
+    """A message of NRRD's parser that names a longer one overwrites other memory."""
     folder = tmp_path.joinpath(*["d" * 100] * 11)
     folder.mkdir(parents=True)
     (folder / "a.nrrd").write_bytes(b"NRRD0004\ntype: float\ndimension: 3\nsizes: 2 2\nencoding: raw\n\nabc")
@@ -278,7 +278,7 @@ def test_headers_name_files_of_their_own_folder(tmp_path):
     ],
 )
 def test_headers_that_would_end_the_process_are_refused(tmp_path, name, header, says):
-    """Or that come out as an image that no label map can be written for."""
+    """Or that yield an image for which no label map can be written."""
     np.zeros(64, np.uint8).tofile(tmp_path / "x.raw")
     (tmp_path / name).write_text(header + ("data file: x.raw\n" if name == "x.nrrd" else "ElementDataFile = x.raw\n"))
     with pytest.raises(imaging.BadCase, match=rf"{name}: {says}"):
@@ -428,7 +428,7 @@ def test_equal_values_are_equal_however_they_are_written(tmp_path, tag, written)
 
 @pytest.mark.parametrize("gap", [0.125, 0.3333, 0.625])
 def test_gaps_are_as_even_as_positions_are_written(tmp_path, gap):
-    """To 0.01 mm, which is more than the part of a distance that uneven slices differ by."""
+    """To 0.01 mm, which is more than the fraction of a distance by which uneven slices differ."""
     series(tmp_path / "d", image((6, 5, 10)), gap=gap)
     series(tmp_path / "short", image((6, 5, 10)), gap=gap, skip=(5,))
     for path in [*(tmp_path / "d").iterdir(), *(tmp_path / "short").iterdir()]:
@@ -448,7 +448,7 @@ def test_series_named_alike_are_told_apart_by_their_folders(tmp_path):
 
 
 def test_patients_with_equal_series_are_told_apart(tmp_path):
-    """Also where the innermost folders are named alike, and where one patient has two of them."""
+    """Also if the innermost folders have the same name, and if one patient has two of them."""
     for folder in ("case_07", "case_12"):
         (tmp_path / folder).mkdir()
         series(tmp_path / folder / "scan", image((6, 5, 4)))
@@ -510,7 +510,7 @@ ROWS, UID = b"\x28\x00\x10\x00US", b"\x20\x00\x0e\x00UI"
     ids=["kind", "length", "cut", "cut before UID", "kind of UID", "UID as sequence"],
 )
 def test_damaged_slices_are_named(tmp_path, damage, series_known):
-    """Whatever the parser makes of them, nothing is silently a slice short."""
+    """However the parser reads them, no image is silently a slice short."""
     series(tmp_path / "d", image((6, 5, 4)))
     series(tmp_path / "d", image((6, 5, 4)), SeriesNumber=4)
     last = max((tmp_path / "d").iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
@@ -533,7 +533,7 @@ def test_damaged_slices_are_named(tmp_path, damage, series_known):
 
 
 def without_preamble(path) -> None:
-    """As older exports are: no preamble, no file meta information, implicit kinds of values."""
+    """As in older exports: no preamble, no file meta information, implicit kinds of values."""
     data = pydicom.dcmread(path)
     plain = pydicom.Dataset({element.tag: element for element in data})
     plain.save_as(path, implicit_vr=True, little_endian=True)
@@ -646,7 +646,7 @@ def test_series_that_are_no_volume_are_refused_with_numbers(tmp_path):
 
 
 def test_elements_that_are_longer_than_their_file_are_refused(tmp_path):
-    """What decodes the pixels would take that much memory before it finds out."""
+    """The decoder of the pixels would take that much memory before noticing."""
     series(tmp_path / "d", image((6, 5, 3)), WindowCenterWidthExplanation="x" * 60)
     for path in (tmp_path / "d").iterdir():
         data = path.read_bytes()
@@ -657,7 +657,7 @@ def test_elements_that_are_longer_than_their_file_are_refused(tmp_path):
 
 
 def test_kinds_of_values_that_dicom_does_not_have_are_refused(tmp_path):
-    """What decodes the pixels would look for the length, and the memory to take, in another place."""
+    """The decoder of the pixels would take the length, and the memory to allocate, from another place."""
     series(tmp_path / "d", image((6, 5, 3)))
     for path in (tmp_path / "d").iterdir():
         path.write_bytes(path.read_bytes().replace(b"\x02\x00\x03\x00UI", b"\x02\x00\x03\x00U "))

@@ -1,4 +1,4 @@
-"""The report of a prediction: self-contained, harmless, and right about volumes and what looks wrong."""
+"""The report of a prediction: self-contained, harmless, and right about volumes and about what looks wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`precision: auto`: what the hardware computes fast in, the same on every rank, and said."""
+"""`precision: auto`: what the hardware computes fast, the same on every rank, and reported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_precision_that_was_asked_for_is_kept(monkeypatch):
 
 
 def test_ranks_of_unlike_hardware_compute_in_one_precision(monkeypatch):
-    """A rank without bfloat16 makes all compute in float32."""
+    """A rank without bfloat16 makes all ranks compute in float32."""
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     monkeypatch.setattr("swin_unetr.distributed.any_rank", lambda flag, device: True)
     assert precision.chosen("auto", torch.device("cpu")) == "fp32"

@@ -1,4 +1,4 @@
-"""An interrupted run that goes on is the uninterrupted one, bit by bit; and nothing is lost by bad luck."""
+"""An interrupted run that resumes equals the uninterrupted one bit for bit; and bad luck loses nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Crash(Exception):
 
 
 def crash_at(number: int):
-    """Batches whose `number`-th kills the run."""
+    """Batches, of which the `number`-th kills the run."""
 
     def before(asked):
         if asked == number:
@@ -43,7 +43,7 @@ def signal_at(number: int, which: signal.Signals):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Checkpoint and log of a run in one go, by the kind of its task."""
+    """Checkpoint and log of an uninterrupted run, by the kind of its task."""
     results = {}
     for task in (Toy, WithHead):
         out = tmp_path_factory.mktemp("uninterrupted")
@@ -53,7 +53,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def timeless(lines):
-    """Log lines without what a clock says."""
+    """Log lines without what clocks measure."""
     clocked = ("seconds", "data_fraction", "voxels_per_second", "memory_gib")
     return [{name: value for name, value in line.items() if name not in clocked} for line in lines]
 
@@ -72,7 +72,7 @@ def timeless(lines):
 def test_a_crashed_run_goes_on_as_if_nothing_had_been(tmp_path, uninterrupted, batch, task):
     with pytest.raises(Crash):
         loop(tmp_path, task(), crash_at(batch), **EVERYTHING).run()
-    torch.rand(100)  # another process: generators are elsewhere
+    torch.rand(100)  # another process: generators are in another state
     assert resumed(tmp_path, task(), **EVERYTHING).run()
     expected, lines, best = uninterrupted[task]
     assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
@@ -99,7 +99,7 @@ def test_a_signal_saves_after_the_step_it_came_in(tmp_path, uninterrupted, batch
     assert signal.getsignal(which) == before
     step = batch // 3 + 1
     assert final(tmp_path)["progress"]["step"] == step
-    assert task.validations == (step - 1) // 4  # a validation that was due waits for the run that goes on
+    assert task.validations == (step - 1) // 4  # a validation that was due waits for the resumed run
     assert resumed(tmp_path, **EVERYTHING).run()
     expected, lines, _ = uninterrupted[Toy]
     assert checkpoints.checksum(final(tmp_path)) == checkpoints.checksum(expected)
@@ -131,7 +131,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_logged_once(tmp_path, un
 
 
 class Slow(Toy):
-    """Its step number 5, or its validations, get a signal and then take a minute."""
+    """Its step 5, or its validations, get a signal and then take a minute."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Slow(Toy):
 
 @pytest.mark.parametrize("where", ["step", "validation"])
 def test_what_takes_long_is_broken_off(tmp_path, uninterrupted, monkeypatch, where):
-    """It is saved within seconds, and what goes on is as if nothing had been."""
+    """It is saved within seconds, and the resumed run is as if nothing had happened."""
     monkeypatch.setattr(interruption, "PATIENCE", 0.3)
     started = time.monotonic()
     assert not loop(tmp_path, Slow(where), **EVERYTHING).run()
@@ -193,7 +193,7 @@ def test_nothing_is_saved_of_no_step(tmp_path, monkeypatch):
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
-    """As nohup has it."""
+    """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert loop(tmp_path, None, signal_at(2, signal.SIGHUP)).run()
@@ -202,7 +202,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 
 
 def test_another_precision_does_not_go_on(tmp_path, monkeypatch):
-    """Another machine may choose another one."""
+    """Another machine may choose another precision."""
     short = Schedule(steps=1)
     assert loop(tmp_path, schedule=short, precision="bf16").run()
     with pytest.raises(ValueError, match=r"precision was bf16 and is fp32 here \(asked for: fp32\); accepted is bf16"):
@@ -217,7 +217,7 @@ def test_another_precision_does_not_go_on(tmp_path, monkeypatch):
 
 
 def test_a_longer_schedule_goes_on_as_if_it_had_been_so_from_the_start(tmp_path):
-    """Warm-up and the fall of the learning rate depend on how long a run is; the weights follow theirs from here on."""
+    """Warm-up and decay of the learning rate depend on a run's length; from here on the weights follow them."""
     short, long = (Schedule(steps=steps, validate_every=4, checkpoint_every=4) for steps in (4, 12))
     assert loop(tmp_path, schedule=short).run()
     assert resumed(tmp_path, schedule=long).run()
@@ -287,7 +287,7 @@ def test_the_newest_checkpoint_is_damaged(tmp_path, uninterrupted):
 
 
 def test_a_damaged_checkpoint_does_not_cost_one_that_is_whole(tmp_path):
-    """Only the newest stays; the damaged one of a later step is not it."""
+    """Only the newest stays; a damaged one of a later step does not count as the newest."""
     schedule = Schedule(steps=8, validate_every=8, checkpoint_every=2, keep=1)
     with pytest.raises(Crash):
         loop(tmp_path, None, crash_at(2), schedule).run()

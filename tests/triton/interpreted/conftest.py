@@ -1,4 +1,4 @@
-"""Settings of the tests that run in Triton's interpreter, in a process of their own."""
+"""Settings of the tests that run in Triton's interpreter, in a separate process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from swin_kernels.backends import BACKENDS
 
 torch.set_num_threads(1)
 
-# The interpreter checks every integer operation for overflow, which dropout's hash means to do, and prepares
-# `triton.language` again at every call of a helper, which the launch has done. Without both it is four times faster.
+# The interpreter checks every integer operation for overflow, which dropout's hash does on purpose, and at every call
+# of a helper prepares `triton.language` again, though the launch has done so. Without both it is four times faster.
 interpreter.interpreter_builder.options = dataclasses.replace(
     interpreter.interpreter_builder.options, sanitize_overflow=False
 )
@@ -52,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item):
 
 @pytest.fixture(autouse=True)
 def kernels():
-    """Every operator runs on the Triton kernels; memory that PyTorch allocates starts as NaN, so a gap shows."""
+    """Every operator runs on the Triton kernels; memory that PyTorch allocates starts as NaN, so that a gap shows."""
     assert BACKENDS["triton"].unavailable() is None
     torch.use_deterministic_algorithms(True)
     with use_backend("triton"):

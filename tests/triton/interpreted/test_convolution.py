@@ -36,7 +36,7 @@ def test_contract(shape, beside, channels, kernel):
 
 
 def test_gradient_is_pytorchs():
-    """The kernel is the forward's: where the choice is free, the backward goes to PyTorch's convolution."""
+    """The kernel is only for the forward: if no backend is forced, the backward goes to PyTorch's convolution."""
     x = torch.randn(1, 1, 6, 5, 7).half()
     weight = torch.randn(5, 1, 3, 3, 3).half().requires_grad_()
     with pytest.raises(RuntimeError, match="gradients of a convolution have no kernel"):

@@ -20,7 +20,7 @@ from tests.ops.test_instance_norm_act import (  # noqa: F401 - collected here to
 )
 
 MANY_PROGRAMS = 10_000
-"""Channels from which on a volume has too many programs for an interpreter."""
+"""From this many channels on, a volume has too many programs for an interpreter."""
 
 
 SMALLER = {(12, 13, 11): (6, 6, 6), (9, 9, 9): (5, 5, 5)}

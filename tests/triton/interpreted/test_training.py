@@ -1,4 +1,4 @@
-"""The model trains through the Triton kernels: autocast, compile, checkpoint, data parallel; each as the reference."""
+"""The model trains through the Triton kernels as on the reference: autocast, compile, checkpoint, data parallel."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_checkpointed_attention_with_dropout(tokens, reentrant):
 def test_distributed_data_parallel(tmp_path):
     """Two processes, each half of the batch: their gradients are those of the whole batch in one."""
     root = Path(__file__).parents[3]
-    # They meet through a file: a port that was free when we looked may be another process's by the time they bind it.
+    # They meet through a file: a port that was free when we looked may be taken by the time they bind it.
     command = [sys.executable, "-m", __name__, str(tmp_path / "store")]
     logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
     processes = []
@@ -135,7 +135,7 @@ def _run_rank() -> None:
     with use_backend("triton"):
         mine = gradients(DistributedDataParallel(net), batch[int(rank)][None])[1:]
     torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
-    # The end of the group waits for its threads, which may wait for the interpreter's lock to let go of the last work.
+    # Ending the group waits for its threads, which may need the interpreter's lock to release the last work.
     torch.distributed.barrier()
     gc.collect()
     torch.distributed.destroy_process_group()

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 w
 
 
 def steps(case: Case) -> int:
-    """Score tiles of a pass: what the interpreter's time goes by."""
+    """Score tiles of a pass, which determine the interpreter's time."""
     window = [min(s, w) for s, w in zip(case.spatial, case.window, strict=True)]
     windows = math.prod(-(-s // w) for s, w in zip(case.spatial, window, strict=True))
     tokens = math.prod(window)
@@ -111,7 +111,7 @@ def test_log_sum_exp_serves_any_backend():
 
 
 def test_nan_in_pad_stays_in_padded_windows():
-    """A padding token that is NaN spoils the windows it lies in and no other."""
+    """A padding token that is NaN spoils the windows it lies in and no others."""
     inputs = make_inputs(SMALL, torch.float32)
     pad = torch.full_like(inputs.pad_qkv, math.nan)
     grid = WindowGrid.of(SMALL.spatial, SMALL.window, SMALL.shift)

@@ -1,4 +1,4 @@
-"""`window_partition` and `window_reverse` on the Triton kernels: copies, so equal to the reference bit by bit."""
+"""`window_partition` and `window_reverse` on the Triton kernels: copies, so equal to the reference bit for bit."""
 
 from __future__ import annotations
 

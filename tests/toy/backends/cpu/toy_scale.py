@@ -1,4 +1,4 @@
-"""A tensor times a number, on the processor."""
+"""A tensor times a number, on the CPU."""
 
 from __future__ import annotations
 

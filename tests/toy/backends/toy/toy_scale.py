@@ -1,4 +1,4 @@
-"""A tensor times a number, by a toy."""
+"""A tensor times a number, on the toy backend."""
 
 from __future__ import annotations
 
