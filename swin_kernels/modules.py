@@ -120,13 +120,16 @@ class WindowAttention(nn.Module):
         tensors = [t for t in given if t is not None]
         if is_transformed() or autocast_is_on(x.device) or len({(t.dtype, t.device) for t in tensors}) > 1:
             return False
+        backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if torch.compiler.is_exporting():
+            return not backward  # for inference the graph has the operator, whichever machine it is traced on
         # Constants also where the extents of x are symbols.
         heads, channels = int(table.shape[-1]), int(weight.shape[1])
         return channels % heads == 0 and has_kernel(
             "projected_window_attention",
             device=x.device.type,
             dtype=x.dtype,
-            backward=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            backward=backward,
             heads=heads,
             head_dim=channels // heads,
             window=tuple(self.window_size),  # the clipped one would be a symbol; it is no larger

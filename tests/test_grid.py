@@ -100,8 +100,12 @@ def test_a_kernel_with_other_parameters_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("backend", "message"),
-    [(object(), "accepted is an object with the members of Backend"), (None, "a backend 'cpu' is already registered")],
-    ids=["no backend", "twice"],
+    [
+        (object(), "accepted is an object with the members of Backend"),
+        (type(backends.BACKENDS["cpu"]), "accepted is an object with the members of Backend"),
+        (None, "a backend 'cpu' is already registered"),
+    ],
+    ids=["no backend", "class", "twice"],
 )
 def test_register_refuses(backend, message):
     with pytest.raises((TypeError, ValueError), match=message):

@@ -29,8 +29,8 @@ REFERENCE = "reference"
 """The backend that defines what the others compute; it runs every call."""
 
 ENTRY_POINTS = ("forward", "backward", "forward_inplace")
-"""Functions of a kernel. It has those of its twin in the reference, with the same parameters. None stands for one that
-is never called because the backend declines every call that needs it."""
+"""Functions of a kernel. It has those of its twin in the reference, with the same parameters. None stands for a
+backward that is never called because the backend declines every call that needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +116,16 @@ def register(backend: Backend) -> None:
         TypeError: `backend` does not implement `Backend`.
         ValueError: its name is already taken.
     """
-    if not isinstance(backend, Backend):
+    if isinstance(backend, type) or not isinstance(backend, Backend):
         raise TypeError(f"register: backend is {backend!r}; accepted is an object with the members of Backend")
     if not all(isinstance(rank, int) for rank in backend.ranks.values()):
         raise TypeError(f"register: {backend.name}.ranks is {backend.ranks!r}; accepted is an int for each device type")
+    if not isinstance(backend.name, str) or not backend.name.isidentifier():
+        raise ValueError(f"register: a backend's name is {backend.name!r}; accepted is an identifier")
     if backend.name in BACKENDS:
         raise ValueError(f"register: a backend {backend.name!r} is already registered")
     BACKENDS[backend.name] = backend
+    order.cache_clear()
 
 
 def kernel_of(backend: Backend, name: str) -> Any:
@@ -146,15 +149,22 @@ def _check_kernel(backend: str, name: str, kernel: Any) -> None:
     twin = BACKENDS[REFERENCE].kernel(name)
     for entry in ENTRY_POINTS:
         expected, found = getattr(twin, entry, None), getattr(kernel, entry, ...)
-        if expected is None or found is None:
+        if expected is None or (found is None and entry == "backward"):
             continue
-        wanted = tuple(inspect.signature(expected).parameters)
-        if not callable(found) or tuple(inspect.signature(found).parameters) != wanted:
+        wanted = _parameters(expected)
+        if not callable(found) or _parameters(found) != wanted:
+            came = "missing" if found is ... else repr(found)
             raise TypeError(
-                f"backend {backend!r}: {name}.{entry} is {found!r}; accepted is a function of ({', '.join(wanted)})"
+                f"backend {backend!r}: {name}.{entry} is {came}; accepted is a function of "
+                f"({', '.join(parameter for parameter, _ in wanted)})"
             )
 
 
+def _parameters(function: Any) -> list[tuple[str, Any]]:
+    return [(parameter.name, parameter.kind) for parameter in inspect.signature(function).parameters.values()]
+
+
+@functools.cache
 def order(device: str) -> tuple[str, ...]:
     """The backends of a device type in the order in which they are asked; the reference is the last on every device."""
     ranked = [name for name, backend in BACKENDS.items() if device in backend.ranks and name != REFERENCE]
@@ -169,56 +179,97 @@ def check_name(name: str, where: str) -> str:
 
 
 def decline_reason(name: str, call: Call) -> str | None:
-    """Why backend `name` cannot run `call` here, or None if it can."""
+    """Why backend `name` cannot run `call` here, or None if it can.
+
+    Raises:
+        TypeError: the backend's answer is neither a reason nor None.
+    """
     backend = BACKENDS[name]
     if reason := backend.unavailable():
         return reason
     if kernel_of(backend, call.kernel) is None:
         return f"it has no kernel for {call.operator}"
-    return backend.declines(call)
+    reason = backend.declines(call)
+    if reason is not None and not (isinstance(reason, str) and reason):
+        raise TypeError(
+            f"backend {name!r}: declines gave {reason!r}; accepted are a reason, and None if it runs the call"
+        )
+    return reason
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force every operator that is called within the context, in this thread or task, onto backend `name`.
 
-    A gradient is computed by the backend that its forward was forced onto, wherever it is asked for. A function
-    compiled by `torch.compile` obeys for the operators in its graph, which were chosen when it was compiled.
+    A gradient is computed by the backend that its forward was forced onto, wherever it is asked for. Threads that are
+    started within the context, as `torch.nn.DataParallel` does, do not inherit it. A function compiled by
+    `torch.compile` obeys the last context that was entered in the process.
 
     Raises:
         ValueError: `name` is not a backend of this package.
     """
-    token = _forced.set(check_name(name, "use_backend: name"))
+    with _forcing(check_name(name, "use_backend: name")):
+        yield
+
+
+_forced_last = ""
+"""What `_forced` was last set to in any thread. Dynamo cannot read a context variable; a global it can, and compiles
+again when it has changed."""
+
+
+@contextmanager
+def _forcing(name: str) -> Iterator[None]:
+    """Force the operators onto backend `name`, or leave the choice free if it is empty."""
+    global _forced_last
+    last, _forced_last = _forced_last, name
+    compiling = torch.compiler.is_dynamo_compiling()
+    before = "" if compiling else _forced.get()
+    if not compiling:
+        _forced.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced_last = last
+        if not compiling:
+            _forced.set(before)
+
+
+class _Again:
+    """`_forcing` as a context that can be entered any number of times."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.entered: list[AbstractContextManager] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(_forcing(self.name))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.entered.pop().__exit__(*error)
 
 
 def as_forced_now() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """`context_fn` of `torch.utils.checkpoint`: the forward as it is, its repetition on the backend that is forced now.
+    """`context_fn` of `torch.utils.checkpoint`: the forward as it is, its repetitions forced, or free, as it is now.
 
     When autograd repeats it, `use_backend` may have ended, and on GPUs another thread does it.
     """
-    name = _forced.get()
-    return nullcontext(), use_backend(name) if name else nullcontext()
+    return nullcontext(), _Again(_forced.get())
 
 
 def forced_name(operator: str, backend: str | None) -> str:
     """The backend forced by an operator's `backend` argument or by `use_backend`; "" if the choice is free."""
     if backend is not None:
         return check_name(backend, f"{operator}: backend")
-    # Dynamo cannot read the context variable; the operator reads it when the graph runs.
-    return "" if torch.compiler.is_dynamo_compiling() else _forced.get()
+    return _forced_last if torch.compiler.is_dynamo_compiling() else _forced.get()
 
 
 def forced_or_environment(forced: str) -> str:
-    """`forced`, or else what `use_backend` or ``SWIN_KERNELS_BACKEND`` names; "" if none does.
+    """`forced`, or else what ``SWIN_KERNELS_BACKEND`` names; "" if neither does.
 
     Raises:
         ValueError: the environment names no backend.
     """
-    forced = forced or _forced.get()
     if not forced and (from_environment := os.environ.get("SWIN_KERNELS_BACKEND", "")):
         return check_name(from_environment, "SWIN_KERNELS_BACKEND")
     return forced
@@ -229,8 +280,8 @@ def select(call: Call, forced: str = "") -> Backend:
 
     Args:
         call: the call.
-        forced: a backend name, or "" for that of `use_backend`, else the environment's ``SWIN_KERNELS_BACKEND``, or
-            else the first of `order` that supports the call.
+        forced: a backend name, or "" for the environment's ``SWIN_KERNELS_BACKEND``, or else the first of `order`
+            that supports the call.
 
     Raises:
         ValueError: the forced name is unknown.

@@ -60,6 +60,8 @@ class Pass:
         run: called with a backend's kernel and the arguments; returns the results.
         fake: results of the right shapes, dtypes and strides, with any values.
         contiguous: whether `run` needs each tensor contiguous; if not, it lays them out itself.
+        composed: the results of the arguments by other operators. It runs in place of the reference where no backend is
+            forced and no other takes the call, if that is faster.
         flops: as `torch.utils.flop_counter.register_flop_formula` takes it.
     """
 
@@ -69,6 +71,7 @@ class Pass:
     run: Callable[..., Any]
     fake: Callable[..., Any]
     contiguous: bool = True
+    composed: Callable[..., Any] | None = None
     flops: Callable[..., int] = _no_flops
 
 
@@ -80,11 +83,13 @@ class Example:
         name: what is special about it.
         shapes: of the tensors, by argument; each is differentiated.
         options: the other arguments.
+        batched: tensors beside the first whose first extent is the batch.
     """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)
+    batched: tuple[str, ...] = ()
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
         """Normal values, the same in every dtype and on every device; weights scaled so that results stay near 1."""
@@ -117,7 +122,8 @@ class Operator:
         differentiable: positions of the forward's arguments that have gradients.
         in_place: the forward that writes its result to its first argument.
         autocast: called with autocast's dtype and the forward's arguments; returns those to use. None changes nothing.
-        definition: computes the forward's results in PyTorch's own operators; None for the reference's kernel.
+        definition: computes the forward's results in PyTorch's own operators, given the reference's kernel and the
+            arguments; None for `forward.run`.
         exact: whether the operator only copies, so that backends agree bit for bit.
     """
 
@@ -128,8 +134,8 @@ class Operator:
     forward: Pass
     examples: Sequence[Example]
     timed: Mapping[str, Example]
-    backward: Pass | str | None = None
-    saved: Callable[[tuple, Any], Sequence] | None = None
+    backward: Pass | str
+    saved: Callable[[tuple, Any], Sequence]
     differentiable: tuple[int, ...] = (0,)
     in_place: Pass | None = None
     autocast: Callable[..., tuple] | None = None
@@ -144,6 +150,11 @@ class Operator:
         name = self.name
         if name in OPERATORS:
             raise ValueError(f"an operator {name!r} is already registered")
+        if self.public.__name__ != name:
+            raise ValueError(f"operator {name!r}: public is {self.public.__name__}; accepted is a function of its name")
+        if self.in_place and self.in_place.contiguous:
+            raise ValueError(f"operator {name!r}: in_place is contiguous; it would write to a copy")
+        self._reference = BACKENDS[REFERENCE].kernel(self.call_type.kernel)
         _define(name, self.forward)
         if self.in_place:
             _define(f"{name}_", self.in_place)
@@ -153,10 +164,9 @@ class Operator:
         if isinstance(self.backward, Pass):
             _define(f"{name}_backward", self.backward)
             torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", self._second_backward, lib=library)
-        if self.backward:
-            torch.library.register_autograd(
-                f"{NAMESPACE}::{name}", self._differentiate, setup_context=self._save, lib=library
-            )
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", self._differentiate, setup_context=self._save, lib=library
+        )
         self._function = getattr(getattr(torch.ops, NAMESPACE), name).default
         if self.autocast:
             for device in ("CPU", "CUDA"):
@@ -173,13 +183,15 @@ class Operator:
         """The results of the forward in PyTorch's own operators."""
         if self.autocast and autocast_is_on(arguments[0].device):
             arguments = self.autocast(torch.get_autocast_dtype(arguments[0].device.type), *arguments)
-        if self.definition:
-            return self.definition(*arguments)
-        return self.forward.run(BACKENDS[REFERENCE].kernel(self.call_type.kernel), *arguments)
+        return (self.definition or self.forward.run)(self._reference, *arguments)
 
     def explain(self, *arguments, **options) -> dict[str, str | None]:
         """Why each backend would decline a call of the public function: name to reason, None if it runs it."""
-        call = self.forward.call(*self.prepare(*arguments, **options))
+        prepared = self.prepare(*arguments, **options)
+        device = prepared[0].device
+        if self.autocast and autocast_is_on(device):
+            prepared = self.autocast(torch.get_autocast_dtype(device.type), *prepared)
+        call = self.forward.call(*prepared)
         return {name: decline_reason(name, call) for name in BACKENDS}
 
     def _save(self, ctx, inputs, output) -> None:
@@ -187,7 +199,6 @@ class Operator:
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)  # so that no zeros the size of a volume stand for a missing gradient
         *arguments, ctx.backend = inputs
-        assert self.saved is not None  # what has a backward saves for it
         saved = self.saved(arguments, output)
         ctx.places = [isinstance(value, torch.Tensor) for value in saved]
         ctx.settings = [value for value, tensor in zip(saved, ctx.places, strict=True) if not tensor]
@@ -198,15 +209,20 @@ class Operator:
         if grad_out is None:
             return tuple(gradients)
         wanted = [ctx.needs_input_grad[i] for i in self.differentiable]
-        tensors, settings = iter(ctx.saved_tensors), iter(ctx.settings)
+        # Where nothing was saved a second backward needs no retained graph.
+        tensors, settings = iter(ctx.saved_tensors if any(ctx.places) else ()), iter(ctx.settings)
         arguments = [next(tensors) if tensor else next(settings) for tensor in ctx.places]
         arguments = [wanted if value is WANTED else value for value in arguments]
-        name = self.backward if isinstance(self.backward, str) else f"{self.name}_backward"
-        found = getattr(getattr(torch.ops, NAMESPACE), name)(grad_out, *arguments, ctx.backend)
+        found = self._backward_function(grad_out, *arguments, ctx.backend)
         found = found if isinstance(found, tuple | list) else (found,)
         for i, needed, gradient in zip(self.differentiable, wanted, found, strict=True):
             gradients[i] = gradient if needed else None
         return tuple(gradients)
+
+    @functools.cached_property
+    def _backward_function(self) -> Any:
+        name = self.backward if isinstance(self.backward, str) else f"{self.name}_backward"
+        return getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def _second_backward(self, ctx, *gradients):
         raise RuntimeError(f"{self.name}: differentiable once; a second derivative was asked for (create_graph=True)")
@@ -252,8 +268,11 @@ def has_kernel(operator: str, **fields: Any) -> bool:
         fields: the fields of its `Call`.
     """
     call = OPERATORS[operator].call_type(**fields)
-    if forced := forced_or_environment(""):
-        return forced != REFERENCE and decline_reason(forced, call) is None
+    if forced := forced_or_environment(forced_name(operator, None)):
+        reason = "the definition is wanted" if forced == REFERENCE else decline_reason(forced, call)
+        if reason:
+            log.debug("%s is left to PyTorch's layers; %s, which is forced, declined: %s", call, forced, reason)
+        return reason is None
     return select(call) is not BACKENDS[REFERENCE]
 
 
@@ -278,16 +297,13 @@ def runs_definition(operator: str, backend: str | None) -> bool:
         )
     if not is_transformed():
         return False
-    compiling = torch.compiler.is_dynamo_compiling()
-    forced = forced_name(operator, backend)
-    if not compiling:
-        forced = forced_or_environment(forced)
+    forced = forced_or_environment(forced_name(operator, backend))
     if forced not in ("", REFERENCE):
         raise RuntimeError(
             f"{operator}: backend {forced!r} cannot run under a transform of torch.func or forward-mode AD; accepted "
             f"is {REFERENCE!r}"
         )
-    if not compiling:  # a line in the log would break the graph
+    if not torch.compiler.is_dynamo_compiling():  # a line in the log would break the graph
         log.debug("%s runs on its definition in PyTorch, under a transform of torch.func or forward-mode AD", operator)
     return True
 
@@ -310,9 +326,13 @@ def _define(name: str, step: Pass) -> None:
         *arguments, backend = given
         step.check(*arguments)
         call = step.call(*arguments)
-        engine = select(call, backend)
+        forced = forced_or_environment(backend)
+        engine = select(call, forced)
         if arguments[0].numel() == 0:  # an empty batch: no kernel has to handle it
             return _zeros(step.fake(*arguments))
+        if step.composed and not forced and engine is BACKENDS[REFERENCE]:
+            log.debug("%s runs as the operators that it is made of", call)
+            return step.composed(*arguments)
         if step.contiguous:
             arguments = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
         return step.run(engine.kernel(call.kernel), *arguments)

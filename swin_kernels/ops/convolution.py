@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends import BACKENDS, REFERENCE, Call
+from ..backends import Call
 from ._checks import FLOATING, autocast_is_on, check_saved, check_tensor
 from ._operator import WANTED, Example, Operator, Pass, owned
 
@@ -115,8 +115,7 @@ def _forward(kernel, x, skip, weight):
     return owned(kernel.forward(_rows(x), _rows(skip), weight.contiguous()).movedim(-1, 1))  # (B, C_out, *S)
 
 
-def _definition(x, skip, weight):
-    kernel = BACKENDS[REFERENCE].kernel(_NAME)
+def _definition(kernel, x, skip, weight):
     return kernel.forward(_rows(x), _rows(skip), weight).movedim(-1, 1)  # (B, C_out, *S)
 
 
@@ -178,7 +177,9 @@ def _product_flops(x_shape: Sequence[int], weight_shape: Sequence[int], channels
 
 def _example(name: str, extents: tuple[int, ...], channels: int, skip: int, out: int, kernel: int) -> Example:
     shapes = {"x": (2, channels, *extents), "weight": (out, channels + skip, *[kernel] * len(extents))}
-    return Example(name, shapes | ({"skip": (2, skip, *extents)} if skip else {}))
+    if not skip:
+        return Example(name, shapes)
+    return Example(name, shapes | {"skip": (2, skip, *extents)}, batched=("skip",))
 
 
 _OPERATOR = Operator(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends import BACKENDS, REFERENCE, Call, forced_name
+from ..backends import Call, forced_name
 from ._checks import FLOATING, check_number, check_saved, check_tensor
 from ._operator import Example, Operator, Pass, is_transformed, owned
 
@@ -150,8 +150,8 @@ def _forward(kernel, x, residual, *settings):
     return owned(_volume(out, x)), statistics
 
 
-def _definition(x, residual, *settings):
-    out, statistics = BACKENDS[REFERENCE].kernel(_NAME).forward(_rows(x), _rows(residual), *settings)
+def _definition(kernel, x, residual, *settings):
+    out, statistics = kernel.forward(_rows(x), _rows(residual), *settings)
     return out.movedim(-1, 1), statistics  # (B, C, *S)
 
 
@@ -212,7 +212,9 @@ def _saved(arguments, results):
 
 
 def _example(name: str, shape: tuple[int, ...], residual: bool = False, **options) -> Example:
-    return Example(name, {"x": shape} | ({"residual": shape} if residual else {}), options)
+    if not residual:
+        return Example(name, {"x": shape}, options)
+    return Example(name, {"x": shape, "residual": shape}, options, batched=("residual",))
 
 
 _ARGUMENTS = "Tensor? residual, bool normalize_residual, float eps, float negative_slope"

@@ -2,8 +2,8 @@
 
 Contract: ``linear(window_attention(linear(layer_norm(x), weight, bias), bias_table, ..., pad_qkv=bias), out_weight,
 out_bias)``. A kernel neither writes qkv, three times the size of `x`, to memory, nor keeps it for the backward, which
-projects again window by window. Where no backend has such a kernel, the layers and `window_attention` one after the
-other are faster than the reference, and `swin_kernels.modules.WindowAttention` runs those.
+projects again window by window. Where no backend has such a kernel, and none is forced, the layers and
+`window_attention` run one after the other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..backends import Call
 from ..geometry import WindowGrid, bias_table_length
@@ -216,6 +217,48 @@ def _backward(kernel, grad_out, attended, lse, x, *arguments):
     return kernel.backward(grad_out, attended, lse, x, *parameters, norm_eps, grid, scale)
 
 
+def _composed(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
+              for_backward):  # fmt: skip
+    """Where a graph was traced for a kernel that this machine does not have, attention may have one of its own."""
+    rows = x if norm_eps is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
+    qkv = F.linear(rows, weight, bias)  # (B, *S, 3C)
+    attended, lse = torch.ops.swin_kernels.window_attention(qkv, bias_table, bias, None, window, shift, scale, 0.0, "")
+    nothing = x.new_empty((0,))
+    out = attended if out_weight is None else F.linear(attended, out_weight, out_bias)
+    if not for_backward:
+        return out, nothing, lse.new_empty((0,))
+    return out, nothing if out_weight is None else attended, lse
+
+
+def _composed_backward(grad_out, attended, lse, x, weight, bias, bias_table, norm_weight, norm_bias, out_weight,
+                       out_bias, norm_eps, window, shift, scale):  # fmt: skip
+    channels = x.shape[-1]
+    grad_out_weight, grad_out_bias = x.new_zeros(channels, channels), x.new_zeros(channels)
+    if out_weight is not None:
+        grad_rows = grad_out.flatten(0, -2)
+        grad_out_weight, grad_out_bias = grad_rows.mT @ attended.flatten(0, -2), grad_rows.sum(0)
+        grad_out = grad_out @ out_weight
+    rows = x
+    if norm_eps is not None:
+        rows, mean, inverse_deviation = torch.native_layer_norm(x, [channels], norm_weight, norm_bias, norm_eps)
+    grad_qkv, grad_bias_table, grad_padding = torch.ops.swin_kernels.window_attention_backward(
+        *(grad_out, F.linear(rows, weight, bias), bias_table, bias, None, attended, lse),
+        *(window, shift, scale, 0.0, ""),
+    )
+    grad_x = grad_qkv @ weight
+    grad_norm_weight, grad_norm_bias = x.new_zeros(channels), x.new_zeros(channels)
+    if norm_eps is not None:
+        ones = norm_weight if norm_weight is not None else x.new_ones(channels)  # None would leave its gradient out
+        zeros = norm_bias if norm_bias is not None else x.new_zeros(channels)
+        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            grad_x, x.contiguous(), [channels], mean, inverse_deviation, ones, zeros, [True] * 3
+        )
+    grad_rows = grad_qkv.flatten(0, -2)
+    grad_weight, grad_bias = grad_rows.mT @ rows.flatten(0, -2), grad_rows.sum(0) + grad_padding
+    grads = grad_x, grad_weight, grad_bias, grad_bias_table, grad_norm_weight, grad_norm_bias
+    return *grads, grad_out_weight, grad_out_bias
+
+
 def _fake(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
           for_backward):  # fmt: skip
     attended_shape = x.shape if for_backward and out_weight is not None else (0,)
@@ -314,6 +357,7 @@ _OPERATOR = Operator(
         check=_check_raw,
         call=_call,
         run=_forward,
+        composed=_composed,
         fake=_fake,
         flops=_forward_flops,
     ),
@@ -323,6 +367,7 @@ _OPERATOR = Operator(
         check=_check_backward,
         call=_call_backward,
         run=_backward,
+        composed=_composed_backward,
         fake=_fake_backward,
         flops=_backward_flops,
     ),

@@ -153,7 +153,7 @@ def test_empty_batch(operator):
     """Empty results; gradients of arguments without a batch are 0."""
     example = operator.examples[0]
     first = next(iter(example.shapes))
-    batched = [n for n, shape in example.shapes.items() if n in (first, "skip", "residual")]
+    batched = (first, *example.batched)
     shapes = {n: (0, *shape[1:]) if n in batched else shape for n, shape in example.shapes.items()}
     results = evaluate(
         operator, replace(example, shapes=shapes), replace(example, shapes=shapes).tensors(torch.float32), None
@@ -182,6 +182,20 @@ def test_compiles_without_a_graph_break(operator):
     expected = operator.public(**tensors, **example.options).square()
     torch.manual_seed(0)
     torch.testing.assert_close(compiled(tensors), expected)
+
+
+def test_transforms_compile_without_a_graph_break(operator):
+    example = smallest(operator)
+    tensors = example.tensors(torch.float32)
+    argument = next(iter(tensors))
+    batch = torch.stack([tensors[argument], -tensors[argument]])
+
+    def mapped(batch):
+        return torch.vmap(lambda x: operator.public(**(tensors | {argument: x}), **example.options))(batch)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(mapped, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(batch), mapped(batch))
 
 
 def test_second_derivative_is_refused_or_right(operator):

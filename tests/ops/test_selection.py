@@ -147,6 +147,51 @@ def test_a_checkpointed_block_repeats_where_it_was_forced(ran):
     assert len(ran) == 3  # forward, forward again, backward
 
 
+def test_a_checkpointed_block_repeats_as_often_as_it_is_asked(ran):
+    """Also where nothing was forced, and something is when the gradient is asked for."""
+    block, free = SwinTransformerBlock(24, 2, (2, 2), (0, 0), use_checkpoint=True), BACKENDS["cpu"].unavailable()
+    with use_backend("reference"):
+        loss = block(torch.randn(1, 4, 4, 24, requires_grad=True)).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    assert set(ran) == {"reference"}
+    assert len(ran) == 5
+    ran.clear()
+    loss = block(torch.randn(1, 4, 4, 24, requires_grad=True)).sum()
+    with use_backend("reference"):
+        loss.backward()
+    assert ran.count("reference" if free else "cpu") >= 3  # the module asks for a kernel that there is not, too
+
+
+def test_a_gradient_of_a_free_forward_stays_free(ran):
+    qkv, bias_table, window = arguments()
+    out = window_attention(qkv.requires_grad_(), bias_table, window)
+    with use_backend("reference"):
+        out.sum().backward()
+    assert ran[1] == ran[0]
+
+
+def test_a_gradient_of_a_compiled_forward_runs_where_that_was_forced(ran):
+    compiled = torch.compile(lambda qkv, table: window_attention(qkv, table, 2), backend="aot_eager", fullgraph=True)
+    qkv, table, _ = arguments()
+    compiled(qkv.requires_grad_(), table)
+    ran.clear()
+    with use_backend("reference"):
+        out = compiled(qkv, table)
+    out.sum().backward()
+    assert ran == ["reference"] * 2
+
+
+def test_a_compiled_function_may_force(ran):
+    def forcing(qkv, table):
+        with use_backend("reference"):
+            forced = window_attention(qkv, table, 2)
+        return forced, window_attention(qkv, table, 2)
+
+    torch.compile(forcing, backend="eager", fullgraph=True)(*arguments()[:2])
+    assert ran == ["reference", "reference" if BACKENDS["cpu"].unavailable() else "cpu"]
+
+
 def test_a_compiled_function_obeys_when_it_runs(ran):
     free = "reference" if BACKENDS["cpu"].unavailable() else "cpu"
     compiled = torch.compile(lambda qkv, table: window_attention(qkv, table, 2), backend="eager", fullgraph=True)
@@ -212,6 +257,24 @@ def test_explain_gives_the_reasons(monkeypatch):
     assert explain(qkv, bias_table, window)["cpu"] == "not here"
     with pytest.raises(ValueError, match="window_attention: window_size is"):
         explain(qkv, bias_table, 0)
+
+
+@pytest.mark.parametrize("answer", [False, True, "", 3])
+def test_an_answer_is_a_reason_or_none(monkeypatch, answer):
+    monkeypatch.setattr(BACKENDS["cpu"], "unavailable", lambda: None)
+    monkeypatch.setattr(BACKENDS["cpu"], "declines", lambda call: answer)
+    for forced in ("", "cpu"):
+        with pytest.raises(
+            TypeError, match=f"backend 'cpu': declines gave {answer!r}; accepted are a reason, and None"
+        ):
+            select(CALL, forced)
+
+
+def test_explain_sees_what_autocast_makes_of_a_call(cpu_backend):
+    x, weight, table = torch.randn(1, 4, 4, 48), torch.randn(144, 48), torch.randn(9, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        reasons = explain("projected_window_attention", x, weight, None, table, 2)
+    assert reasons["cpu"] == "dtype torch.bfloat16 has no kernel"
 
 
 def test_public_names():

@@ -108,10 +108,8 @@ def test_traced(gpu, monkeypatch, tmp_path):
 
     waits = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("wait"))
-    available = {"cuda": "no CUDA device", "triton": None}
-    monkeypatch.setattr(
-        swin_kernels.backends, "load", lambda name: SimpleNamespace(unavailable=lambda: available[name])
-    )
+    monkeypatch.setattr(swin_kernels.backends.BACKENDS["cuda"], "unavailable", lambda: "no CUDA device")
+    monkeypatch.setattr(swin_kernels.backends.BACKENDS["triton"], "unavailable", lambda: None)
     launched = SimpleNamespace(get=lambda: {"name": "attend"})
     file = os.open(tmp_path / "kernels", os.O_WRONLY | os.O_CREAT)
     with Cuda().traced(file):

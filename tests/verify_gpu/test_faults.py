@@ -18,7 +18,7 @@ STAGE_1 = "f48 96³ stage 1 shifted"
 
 SMOKE = "12³ tokens, 5³ windows"
 FAULTS = {
-    "sticky@smoke, window_partition, float32 | 9×8×7 in windows of 7×7×7 | cpu | check": "lost the device: CUDA error",
+    "sticky@smoke, window_partition, float32 | 5×4×6 in windows of 3×2×3 | cpu | check": "lost the device: CUDA error",
     f"wrong@smoke, window_attention, float32, backward | {SMOKE}, head_dim 4 | cpu | check": "wrong: error",
     "memory@model, inference | f12 96³ batch 1 | ours | check": "out of memory: CUDA out of memory",
     f"crash@attention core, forward | {STAGE_1} | ours | check": f"crashed: SIGSEGV in {KERNEL}",

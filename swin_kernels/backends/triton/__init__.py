@@ -27,7 +27,7 @@ class Triton(Package):
         device = "cpu" if INTERPRETED else "cuda"
         if call.device != device:
             return f"the volume is on {call.device}, the kernels run on {device}"
-        if call.kernel == "window_partition":
+        if getattr(self.kernel(call.kernel), "ANY_DTYPE", False):
             return None
         if call.dtype not in DTYPES:
             return f"dtype {call.dtype} has no kernel"

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 MAX_WINDOW = 2**15  # the bound of `windows.divide`
 
 
+ANY_DTYPE = True
+"""The kernels copy."""
+
+
 def declines(call: PartitionCall) -> str | None:
     tokens = math.prod(call.window)
     return f"a window of {tokens} tokens; at most {MAX_WINDOW} are supported" if tokens > MAX_WINDOW else None
