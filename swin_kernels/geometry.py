@@ -41,6 +41,11 @@ class WindowGrid:
     window: tuple[int, ...]
     shift: tuple[int, ...]
 
+    @staticmethod
+    def clip(spatial: Sequence[int], window_size: Sequence[int]) -> tuple[int, ...]:
+        """The window of `of`: on an axis that is no longer than the nominal window, the axis."""
+        return tuple(s if s <= w else w for s, w in zip(spatial, window_size, strict=True))
+
     @classmethod
     def of(cls, spatial: Sequence[int], window_size: Sequence[int], shift_size: Sequence[int]) -> WindowGrid:
         """The grid of a volume of extents `spatial` under nominal `window_size` and `shift_size`."""
@@ -48,7 +53,7 @@ class WindowGrid:
         return cls(
             spatial=tuple(spatial),
             nominal=tuple(window_size),
-            window=tuple(s if c else w for s, w, c in zip(spatial, window_size, clipped, strict=True)),
+            window=cls.clip(spatial, window_size),
             shift=tuple(0 if c else s for s, c in zip(shift_size, clipped, strict=True)),
         )
 

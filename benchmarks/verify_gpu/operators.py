@@ -140,11 +140,20 @@ def smoke_examples(reporter: Reporter, row: dict, backend: str, dtype: str, simu
     for operator in OPERATORS.values():
         if operator.exact and dtype != "float32":
             continue  # a copy is a copy
-        smallest = min(operator.examples, key=lambda one: sum(map(math.prod, one.shapes.values())))
-        for example in [smallest] if simulated else operator.examples:
+        for example in [_smallest(operator, backend, DTYPES[dtype])] if simulated else operator.examples:
             mine = replace(about, measure=f"smoke, {operator.name}, {dtype}", shape=example.name)
             if reporter.wants(mine):
                 _check_example(reporter, device, mine, operator, example, backend, DTYPES[dtype])
+
+
+def _smallest(operator: Operator, backend: str, dtype: torch.dtype) -> Example:
+    """The smallest example that `backend` takes on the CPU; the smallest of all if it takes none."""
+
+    def cost(example: Example) -> tuple[bool, int]:
+        call = doctor.call_of(operator, example, dtype, "cpu")
+        return decline_reason(backend, call) is not None, sum(map(math.prod, example.shapes.values()))
+
+    return min(operator.examples, key=cost)
 
 
 def _check_example(reporter, device, row: Row, operator: Operator, example: Example, backend: str, dtype) -> None:

@@ -167,7 +167,6 @@ class Operator:
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", self._differentiate, setup_context=self._save, lib=library
         )
-        self._function = getattr(getattr(torch.ops, NAMESPACE), name).default
         if self.autocast:
             for device in ("CPU", "CUDA"):
                 self._implement_autocast(device, self.autocast)
@@ -178,6 +177,10 @@ class Operator:
         if runs_definition(self.name, backend):
             return self.define(*arguments)
         return self._function(*arguments, forced_name(self.name, backend))
+
+    @property
+    def _function(self) -> Any:
+        return getattr(torch.ops.swin_kernels, self.call_type.operator)
 
     def define(self, *arguments) -> Any:
         """The results of the forward in PyTorch's own operators."""
@@ -219,10 +222,10 @@ class Operator:
             gradients[i] = gradient if needed else None
         return tuple(gradients)
 
-    @functools.cached_property
+    @property
     def _backward_function(self) -> Any:
         name = self.backward if isinstance(self.backward, str) else f"{self.name}_backward"
-        return getattr(getattr(torch.ops, NAMESPACE), name).default
+        return getattr(torch.ops.swin_kernels, name)
 
     def _second_backward(self, ctx, *gradients):
         raise RuntimeError(f"{self.name}: differentiable once; a second derivative was asked for (create_graph=True)")

@@ -197,7 +197,7 @@ def _call(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_b
         backward=for_backward,  # only the same kernel can use what the forward keeps
         heads=heads,
         head_dim=weight.shape[1] // heads,
-        window=WindowGrid.of(x.shape[1:-1], window, shift).window,
+        window=WindowGrid.clip(x.shape[1:-1], window),
         mixed=any(p is not None and p.dtype != x.dtype for p in parameters),
     )
 

@@ -181,7 +181,7 @@ def _call(qkv, bias_table, pad_qkv, seed, window, shift, scale, dropout_p, *, ba
         dtype=qkv.dtype,
         backward=backward,
         head_dim=qkv.shape[-1] // (3 * bias_table.shape[1]),
-        window=WindowGrid.of(qkv.shape[1:-1], window, shift).window,
+        window=WindowGrid.clip(qkv.shape[1:-1], window),
         dropout=dropout_p > 0,
     )
 

@@ -133,13 +133,11 @@ def _check_reverse(windows, window_size, shift_size, spatial_shape) -> tuple[tup
 
 
 def _call_partition(x, window, shift) -> Call:
-    grid = WindowGrid.of(x.shape[1:-1], window, shift)
-    return PartitionCall(device=x.device.type, dtype=x.dtype, window=grid.window)
+    return PartitionCall(device=x.device.type, dtype=x.dtype, window=WindowGrid.clip(x.shape[1:-1], window))
 
 
 def _call_reverse(windows, window, shift, spatial) -> Call:
-    grid = WindowGrid.of(spatial, window, shift)
-    return ReverseCall(device=windows.device.type, dtype=windows.dtype, window=grid.window)
+    return ReverseCall(device=windows.device.type, dtype=windows.dtype, window=WindowGrid.clip(spatial, window))
 
 
 def _partition(kernel, x, window, shift):

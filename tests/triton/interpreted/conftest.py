@@ -32,7 +32,7 @@ def _call(self, *args, **kwargs):
 interpreter.InterpretedFunction.__call__ = _call
 
 
-MEASURED = 6
+MEASURED = 2
 """Cases of each test in which coverage is measured: tracing makes the interpreter three times as slow."""
 
 _cases: Counter[str] = Counter()
