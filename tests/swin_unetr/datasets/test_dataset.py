@@ -203,7 +203,8 @@ def test_workers_outlast_the_signals_that_end_a_job(shared):
     """They go to every process of a job; the training one must still get batches until it has saved."""
     dataset = opened(shared, workers=2, prefetch=1)
     stream = dataset.stream(0)
-    next(stream)
+    for _ in range(2):  # one from each worker, which is then past its start
+        next(stream)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
