@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ def suite(pytester, monkeypatch):
     monkeypatch.setattr(skips, "EXPECTED", pytester.path / "expected_skips.txt")
     monkeypatch.setattr(collection, "DURATIONS", pytester.path / "durations.json")
     monkeypatch.setattr(skips, "unbuilt", lambda: None)  # it imports modules, which `runpytest_inprocess` would undo
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # processes of xdist import the plugins, too
     skips.EXPECTED.write_text("")
     return pytester
 
