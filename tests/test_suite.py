@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import xdist.plugin
+import xdist.workermanage
 
 from . import collection, skips
 
@@ -22,7 +24,9 @@ def suite(pytester, monkeypatch):
     monkeypatch.setattr(skips, "EXPECTED", pytester.path / "expected_skips.txt")
     monkeypatch.setattr(collection, "DURATIONS", pytester.path / "durations.json")
     monkeypatch.setattr(skips, "unbuilt", lambda: None)  # it imports modules, which `runpytest_inprocess` would undo
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # processes of xdist import the plugins, too
+    # The processes of xdist import the plugins, on the path that it kept when the command pytest started.
+    path = [str(Path(__file__).parents[1]), *xdist.plugin._sys_path]
+    monkeypatch.setattr(xdist.workermanage, "_sys_path", path)
     skips.EXPECTED.write_text("")
     return pytester
 
