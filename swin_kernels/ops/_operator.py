@@ -60,8 +60,8 @@ class Pass:
         run: called with a backend's kernel and the arguments; returns the results.
         fake: results of the right shapes, dtypes and strides, with any values.
         contiguous: whether `run` needs each tensor contiguous; if not, it lays them out itself.
-        composed: the results of the arguments by other operators. It runs in place of the reference where no backend is
-            forced and no other takes the call, if that is faster.
+        composed: a kernel made of other operators. It runs in place of the reference's where no backend is forced and
+            none other takes the call, since those operators may have kernels of their own.
         flops: as `torch.utils.flop_counter.register_flop_formula` takes it.
     """
 
@@ -71,7 +71,7 @@ class Pass:
     run: Callable[..., Any]
     fake: Callable[..., Any]
     contiguous: bool = True
-    composed: Callable[..., Any] | None = None
+    composed: Any = None
     flops: Callable[..., int] = _no_flops
 
 
@@ -333,12 +333,13 @@ def _define(name: str, step: Pass) -> None:
         engine = select(call, forced)
         if arguments[0].numel() == 0:  # an empty batch: no kernel has to handle it
             return _zeros(step.fake(*arguments))
-        if step.composed and not forced and engine is BACKENDS[REFERENCE]:
-            log.debug("%s runs as the operators that it is made of", call)
-            return step.composed(*arguments)
         if step.contiguous:
             arguments = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
-        return step.run(engine.kernel(call.kernel), *arguments)
+        kernel = engine.kernel(call.kernel)
+        if step.composed and not forced and engine is BACKENDS[REFERENCE]:
+            log.debug("%s runs as the operators that it is made of", call)
+            kernel = step.composed
+        return step.run(kernel, *arguments)
 
     def fake(*given):
         *arguments, _ = given

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..backends import Call
+from ..backends.reference.projected_window_attention import Layers
 from ..geometry import WindowGrid, bias_table_length
 from ._checks import (
     FLOATING,
@@ -217,46 +217,40 @@ def _backward(kernel, grad_out, attended, lse, x, *arguments):
     return kernel.backward(grad_out, attended, lse, x, *parameters, norm_eps, grid, scale)
 
 
-def _composed(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
-              for_backward):  # fmt: skip
-    """Where a graph was traced for a kernel that this machine does not have, attention may have one of its own."""
-    rows = x if norm_eps is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps)
-    qkv = F.linear(rows, weight, bias)  # (B, *S, 3C)
-    attended, lse = torch.ops.swin_kernels.window_attention(qkv, bias_table, bias, None, window, shift, scale, 0.0, "")
-    nothing = x.new_empty((0,))
-    out = attended if out_weight is None else F.linear(attended, out_weight, out_bias)
-    if not for_backward:
-        return out, nothing, lse.new_empty((0,))
-    return out, nothing if out_weight is None else attended, lse
+class _AttentionOperator:
+    """`window_attention` as the operator, which chooses a backend, in the form of a kernel."""
 
+    @staticmethod
+    def forward(qkv, bias_table, pad_qkv, seed, grid, scale, dropout_p):
+        arguments = qkv, bias_table, pad_qkv, seed, grid.nominal, grid.shift, scale, dropout_p
+        return torch.ops.swin_kernels.window_attention(*arguments, "")
 
-def _composed_backward(grad_out, attended, lse, x, weight, bias, bias_table, norm_weight, norm_bias, out_weight,
-                       out_bias, norm_eps, window, shift, scale):  # fmt: skip
-    channels = x.shape[-1]
-    grad_out_weight, grad_out_bias = x.new_zeros(channels, channels), x.new_zeros(channels)
-    if out_weight is not None:
-        grad_rows = grad_out.flatten(0, -2)
-        grad_out_weight, grad_out_bias = grad_rows.mT @ attended.flatten(0, -2), grad_rows.sum(0)
-        grad_out = grad_out @ out_weight
-    rows = x
-    if norm_eps is not None:
-        rows, mean, inverse_deviation = torch.native_layer_norm(x, [channels], norm_weight, norm_bias, norm_eps)
-    grad_qkv, grad_bias_table, grad_padding = torch.ops.swin_kernels.window_attention_backward(
-        *(grad_out, F.linear(rows, weight, bias), bias_table, bias, None, attended, lse),
-        *(window, shift, scale, 0.0, ""),
-    )
-    grad_x = grad_qkv @ weight
-    grad_norm_weight, grad_norm_bias = x.new_zeros(channels), x.new_zeros(channels)
-    if norm_eps is not None:
-        ones = norm_weight if norm_weight is not None else x.new_ones(channels)  # None would leave its gradient out
-        zeros = norm_bias if norm_bias is not None else x.new_zeros(channels)
-        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_x, x.contiguous(), [channels], mean, inverse_deviation, ones, zeros, [True] * 3
+    @staticmethod
+    def backward(grad_out, qkv, bias_table, pad_qkv, seed, out, lse, grid, scale, dropout_p):
+        tensors = grad_out, qkv, bias_table, pad_qkv, seed, out, lse
+        return torch.ops.swin_kernels.window_attention_backward(
+            *tensors, grid.nominal, grid.shift, scale, dropout_p, ""
         )
-    grad_rows = grad_qkv.flatten(0, -2)
-    grad_weight, grad_bias = grad_rows.mT @ rows.flatten(0, -2), grad_rows.sum(0) + grad_padding
-    grads = grad_x, grad_weight, grad_bias, grad_bias_table, grad_norm_weight, grad_norm_bias
-    return *grads, grad_out_weight, grad_out_bias
+
+
+class _NormOperator:
+    """`layer_norm` likewise."""
+
+    @staticmethod
+    def forward(x, weight, bias, eps, dtype):
+        return torch.ops.swin_kernels.layer_norm(x, weight, bias, eps, dtype, "")
+
+    @staticmethod
+    def backward(grad_out, x, weight, eps):
+        # Of a parameter that is None, the operator leaves out the gradient. Of the bias it takes the dtype alone.
+        ones = x.new_ones(x.shape[-1:], dtype=torch.promote_types(x.dtype, torch.float32))
+        return torch.ops.swin_kernels.layer_norm_backward(
+            grad_out, x, ones if weight is None else weight, ones, eps, ""
+        )
+
+
+_OF_OPERATORS = Layers(_AttentionOperator, _NormOperator)
+"""A graph may have been traced for a kernel that this machine does not have: the operators may have theirs here."""
 
 
 def _fake(x, weight, bias, bias_table, norm_weight, norm_bias, out_weight, out_bias, norm_eps, window, shift, scale,
@@ -357,7 +351,7 @@ _OPERATOR = Operator(
         check=_check_raw,
         call=_call,
         run=_forward,
-        composed=_composed,
+        composed=_OF_OPERATORS,
         fake=_fake,
         flops=_forward_flops,
     ),
@@ -367,7 +361,7 @@ _OPERATOR = Operator(
         check=_check_backward,
         call=_call_backward,
         run=_backward,
-        composed=_composed_backward,
+        composed=_OF_OPERATORS,
         fake=_fake_backward,
         flops=_backward_flops,
     ),

@@ -165,6 +165,19 @@ def test_traced_operator_has_gradients_on_every_machine(case, norm_eps):
     assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=lambda c: c.name)
+def test_gradients_in_16_bit_beside_parameters_in_float32(case):
+    inputs = make(case, torch.bfloat16)
+    inputs |= {name: inputs[name].float() for name in ("bias_table", "norm_weight", "norm_bias")}
+    got = gradients(attend, inputs, case)
+    plain = gradients(plainly, make(case, torch.bfloat16), case)
+    truth = gradients(plainly, in_float64(inputs), case)
+    scale = max(largest(t) for t in truth.values())
+    for name in truth:
+        assert got[name].dtype == inputs[name].dtype
+        assert_close(f"grad of {name}", got[name].to(plain[name].dtype), plain[name], truth[name], scale)
+
+
 def test_each_gradient_alone():
     case, inputs = CASES[1], make(CASES[1])
     full = gradients(attend, inputs, case)
