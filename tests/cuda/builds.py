@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unmeasured import unmeasured_environment
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 MODULE = "swin_emulation"
@@ -117,7 +119,7 @@ def sanitizer_environment() -> dict[str, str]:
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
     return {
-        **os.environ,
+        **unmeasured_environment(),
         "LD_PRELOAD": " ".join(map(str.strip, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unmeasured import unmeasured_environment
+
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
 UNMEASURED = "test_training.py"
@@ -28,14 +30,12 @@ def processes(tmp_path_factory):
     running = {}
     for name in FILES:
         command = [sys.executable, "-m", "pytest", "--quiet", "--tb=short", "-p", "no:cacheprovider"]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        if name == UNMEASURED:
-            environment.pop("COVERAGE_PROCESS_CONFIG", None)
+        environment = unmeasured_environment() if name == UNMEASURED else os.environ
         with (logs / name).open("w") as log:
             running[name] = subprocess.Popen(
                 [*command, HERE / "interpreted" / name],
                 cwd=HERE.parents[1],
-                env=environment,
+                env={**environment, "TRITON_INTERPRET": "1"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.unmeasured import unmeasured_environment
+
 ROOT = Path(__file__).parents[2]
 BUDGET = 200
 SILENCE = 4
@@ -72,7 +74,7 @@ def tools_in(folder: Path) -> dict[str, str]:
         (folder / name).chmod(0o755)
     (folder / "test_gpu.py").write_text(GPU_TESTS)
     return {
-        **os.environ,
+        **unmeasured_environment(),
         "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",  # waiting threads spin, and several runs share the machine

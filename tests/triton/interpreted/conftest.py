@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import sys
 from collections import Counter
 
 import pytest
@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 
 from swin_kernels import use_backend
 from swin_kernels.backends import BACKENDS
+from tests.unmeasured import unmeasured
 
 torch.set_num_threads(1)
 
@@ -40,14 +41,10 @@ _cases: Counter[str] = Counter()
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    name, tracer = item.nodeid.partition("[")[0], sys.gettrace()
+    name = item.nodeid.partition("[")[0]
     _cases[name] += 1
-    if _cases[name] > MEASURED:
-        sys.settrace(None)
-    try:
+    with unmeasured() if _cases[name] > MEASURED else contextlib.nullcontext():
         return (yield)
-    finally:
-        sys.settrace(tracer)
 
 
 @pytest.fixture(autouse=True)
