@@ -25,13 +25,13 @@ from rich.progress import Progress
 
 from .. import files
 from ..foreign import origin, reason
-from .datalist import CaseFiles
+from .datalist import Case
 from .images import BadCase
 
 FORMAT = "swin-unetr cached case 1"
 
 
-def kept(cases: Sequence[CaseFiles], transform: Compose, where: str, folder: Path | None, recipe: Any) -> Dataset:
+def kept(cases: Sequence[Case], transform: Compose, where: str, folder: Path | None, recipe: Any) -> Dataset:
     """`cases` after the deterministic `transform`, kept in memory, on disk or not at all.
 
     Args:
@@ -53,7 +53,7 @@ class OnDisk(PersistentDataset):
     has another file. A truncated file is written again.
     """
 
-    def __init__(self, cases: Sequence[CaseFiles], transform: Compose, folder: Path, recipe: Any) -> None:
+    def __init__(self, cases: Sequence[Case], transform: Compose, folder: Path, recipe: Any) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -62,11 +62,11 @@ class OnDisk(PersistentDataset):
         self.recipe = json.dumps([FORMAT, monai.__version__, recipe], sort_keys=True, default=str)
         super().__init__(cases, transform, folder, hash_func=self.identity, weights_only=True)
 
-    def identity(self, case: CaseFiles) -> bytes:
+    def identity(self, case: Case) -> bytes:
         state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in case.files]
         return hashlib.sha256(json.dumps([state, self.recipe]).encode()).hexdigest().encode()
 
-    def _cachecheck(self, case: CaseFiles) -> Any:
+    def _cachecheck(self, case: Case) -> Any:
         path = self.folder / f"{self.identity(case).decode()}.pt"
         # Left by a run of an earlier version that was killed while it copied the file into place.
         if path.is_file() and not zipfile.is_zipfile(path):
@@ -110,7 +110,7 @@ class Rolling(SmartCacheDataset):
     """
 
     def __init__(
-        self, cases: Sequence[CaseFiles], transform: Compose, size: int, rate: float, epoch: int, threads: int
+        self, cases: Sequence[Case], transform: Compose, size: int, rate: float, epoch: int, threads: int
     ) -> None:
         first = epoch * min(math.ceil(size * rate), len(cases) - size) % len(cases)
         with warnings.catch_warnings():
@@ -165,7 +165,7 @@ def visit(dataset: Dataset, index: int) -> Any:
     return item
 
 
-def _bad(error: Exception, case: CaseFiles) -> BadCase:
+def _bad(error: Exception, case: Case) -> BadCase:
     """The cause of `error`, which MONAI's transforms wrap, with the name of its case."""
     why = origin(error)
     if isinstance(why, NotKept):

@@ -19,7 +19,7 @@ from .options import Data
 
 
 @dataclass(frozen=True)
-class CaseFiles:
+class Case:
     """Where the files of a case are.
 
     Attributes:
@@ -39,7 +39,7 @@ class CaseFiles:
         return self.images if self.label is None else (*self.images, self.label)
 
 
-def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[CaseFiles], list[CaseFiles]]:
+def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[Case], list[Case]]:
     """Cases to train on and cases to validate on, both sorted by name.
 
     Args:
@@ -54,7 +54,7 @@ def read(data: Data, labelled: bool, channels: int | None = None) -> tuple[list[
     _check_channels(content, channels, data.datalist)
     root = (data.root or data.datalist.parent).resolve()
     inside = (root, *(folder.resolve() for folder in data.trusted))
-    cases: list[CaseFiles] = []
+    cases: list[Case] = []
     for section in data.sections:
         if section not in content:
             raise ValueError(f"{data.datalist}: has no list {section!r}; it has {', '.join(_lists(content)) or 'none'}")
@@ -99,7 +99,7 @@ def _check_channels(content: Mapping[str, Any], channels: int | None, datalist: 
 
 def _cases(
     content: Mapping[str, Any], section: str, datalist: Path, root: Path, inside: Sequence[Path], labelled: bool
-) -> list[CaseFiles]:
+) -> list[Case]:
     entries = content[section]
     if not isinstance(entries, list):
         raise ValueError(f"{datalist}: {section} is a {type(entries).__name__}; accepted is a list of cases")
@@ -122,7 +122,7 @@ def _cases(
                 raise ValueError(f"{where}: {file!r} is listed; accepted are NIfTI files, .nii or .nii.gz")
         files = tuple(_place(file, where, root, inside) for file in images)
         name = fields.get("name") or _name([root / file for file in images])
-        cases.append(CaseFiles(str(name), files, _place(label, where, root, inside) if label else None, fold))
+        cases.append(Case(str(name), files, _place(label, where, root, inside) if label else None, fold))
     return cases
 
 
@@ -149,14 +149,14 @@ def _name(images: Sequence[Path]) -> str:
     return "".join(letters[0] for letters in common).rstrip("_-. ") or images[0].parent.name
 
 
-def _check_files(cases: Iterable[CaseFiles], datalist: Path) -> None:
+def _check_files(cases: Iterable[Case], datalist: Path) -> None:
     reasons = {file: irregular(file) for case in cases for file in case.files}
     missing = [f"{file} ({why})" for file, why in reasons.items() if why is not None]
     if missing:
         raise ValueError(f"{datalist}: lists files that are missing: {some(missing)}")
 
 
-def _check_distinct(cases: Sequence[CaseFiles], held_out: Sequence[CaseFiles], datalist: Path) -> None:
+def _check_distinct(cases: Sequence[Case], held_out: Sequence[Case], datalist: Path) -> None:
     """A case listed twice would count twice; a case in both training and validation would make the scores worthless.
 
     A label file is never one of the listed images; several images, such as two sequences, may share one.
@@ -186,7 +186,7 @@ def _check_distinct(cases: Sequence[CaseFiles], held_out: Sequence[CaseFiles], d
                 )
 
 
-def _split(cases: Sequence[CaseFiles], data: Data) -> tuple[list[CaseFiles], list[CaseFiles]]:
+def _split(cases: Sequence[Case], data: Data) -> tuple[list[Case], list[Case]]:
     """Cases of all other folds, and of the fold that validates."""
     chosen = data.fold or 0
     listed = [case for case in cases if case.fold is not None]

@@ -17,7 +17,7 @@ from ..labels import Labels
 from ..names import say
 from ..preprocessing import Preprocessing
 from . import archives, cache, datalist, transforms
-from .datalist import CaseFiles
+from .datalist import Case
 from .images import BadCase, ReadCase
 from .options import Data
 from .stream import WINDOW, BatchOrder, Draws, load, random_state
@@ -50,7 +50,7 @@ class Dataset:
     def __init__(
         self,
         data: Data,
-        cases: tuple[list[CaseFiles], list[CaseFiles]],
+        cases: tuple[list[Case], list[Case]],
         read: ReadCase,
         preprocessing: Preprocessing,
         roi: Sequence[int],
@@ -148,7 +148,7 @@ class Dataset:
         return lambda: cache.visit(self._held_out, place)
 
 
-def _check_labelled(cases: tuple[list[CaseFiles], list[CaseFiles]], labels: Labels, data: Data) -> None:
+def _check_labelled(cases: tuple[list[Case], list[Case]], labels: Labels, data: Data) -> None:
     """Raise `ValueError` if no case to train on, or none to validate on, has a voxel of a class.
 
     Usually it reads one label of each group. A label that cannot be read is reported later, where it is used.

@@ -13,11 +13,11 @@ from monai.transforms import Transform
 from ..imaging.grids import Grid, check_same
 from ..imaging.nifti import BadCase, as_float32, read_nifti
 from ..names import some
-from .datalist import CaseFiles
+from .datalist import Case
 
 
 class ReadCase(Transform):
-    """`CaseFiles` to ``{"image": float32 (C, *S), "label": uint8 (1, *S)}``, MetaTensors on one grid, or to the image.
+    """`Case` to ``{"image": float32 (C, *S), "label": uint8 (1, *S)}``, MetaTensors on one grid, or to the image.
 
     Args:
         values: label values that may occur; None reads no labels.
@@ -34,7 +34,7 @@ class ReadCase(Transform):
         self.channels = channels
         self.largest = largest
 
-    def __call__(self, case: CaseFiles) -> dict[str, MetaTensor]:
+    def __call__(self, case: Case) -> dict[str, MetaTensor]:
         parts: list[np.ndarray] = []
         grids: list[Grid] = []
         for path in case.images:

@@ -21,7 +21,7 @@ than the image."""
 
 
 def preprocess(read: ReadCase, preprocessing: Preprocessing) -> list[transforms.Transform]:
-    """`CaseFiles` to image and label ``(C, *S)`` on the grid and in the intensities that the network sees."""
+    """`Case` to image and label ``(C, *S)`` on the grid and in the intensities that the network sees."""
     keys = ("image",) if read.values is None else ("image", "label")
     return [read, Fits(preprocessing, read.largest), *preprocessing.geometry(keys), *preprocessing.scale()]
 
@@ -49,7 +49,7 @@ def _plain(keys: Sequence[str]) -> list[transforms.Transform]:
 
 
 def for_validation(read: ReadCase, preprocessing: Preprocessing) -> transforms.Compose:
-    """`CaseFiles` to ``{"image": (C, *S), "label": (1, *S)}`` as plain tensors."""
+    """`Case` to ``{"image": (C, *S), "label": (1, *S)}`` as plain tensors."""
     keys = ("image",) if read.values is None else ("image", "label")
     return transforms.Compose([*preprocess(read, preprocessing), *_plain(keys)])
 
@@ -57,7 +57,7 @@ def for_validation(read: ReadCase, preprocessing: Preprocessing) -> transforms.C
 def for_cropping(
     read: ReadCase, preprocessing: Preprocessing, data: Data, roi: Sequence[int], labelled: Collection[int]
 ) -> transforms.Compose:
-    """`CaseFiles` to what crops are drawn from: no smaller than `roi`, as plain tensors, with voxels for their centres.
+    """`Case` to what crops are drawn from: no smaller than `roi`, as plain tensors, with voxels for their centres.
 
     Args:
         labelled: label values that crops are centred on; empty without labels.

@@ -109,9 +109,7 @@ def _options(draw: Draw, path: Path, root: Path) -> Data:
     return Data(path, root, **options)
 
 
-def _check(
-    training: list[datalist.CaseFiles], validation: list[datalist.CaseFiles], root: Path, labelled: bool
-) -> None:
+def _check(training: list[datalist.Case], validation: list[datalist.Case], root: Path, labelled: bool) -> None:
     cases = [*training, *validation]
     names, images = [case.name for case in cases], [file for case in cases for file in set(case.images)]
     if not training:

@@ -27,7 +27,7 @@ from pydicom.uid import (
 )
 
 from swin_unetr import imaging
-from swin_unetr.datasets.datalist import CaseFiles
+from swin_unetr.datasets.datalist import Case
 from swin_unetr.datasets.images import ReadCase
 from swin_unetr.evaluation import label_maps
 
@@ -162,9 +162,9 @@ def _read_case(path: Path, draw: Draw) -> str:
     if as_label:
         image = path.with_name("image.nii")
         nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE, np.int16), np.diag([1.0, 2.0, 3.0, 1.0])), image)
-        case = CaseFiles("case", (image,), path)
+        case = Case("case", (image,), path)
     else:
-        case = CaseFiles("case", (path,))
+        case = Case("case", (path,))
     try:
         read = ReadCase(range(256) if as_label else None, None, LARGEST)(case)
     except imaging.BadCase:
